@@ -1,0 +1,1 @@
+"""Model configurations as TOML; read by `wan_local.settings` only."""

@@ -1,0 +1,82 @@
+"""The errors a caller can meet.
+
+    WanLocalError
+    |-- InvalidRequest (ValueError)        the request is wrong; `detail` is the endpoint's 422 body
+    |-- ModelNotFound (FileNotFoundError)  no weights where they were looked for
+    |-- WrongModel (ValueError)            the files are sound, but of another model
+    |-- CorruptModel (ValueError)          the files are damaged
+    |-- NotAvailable (RuntimeError)        asked for by name, and not installed or not supported here
+    |-- DoesNotFit (MemoryError)           the plan needs more memory than there is
+    |-- NumericalError (ArithmeticError)   NaN or infinity where a picture should be
+    |-- OutputError (OSError)              the video could not be written
+    `-- Cancelled                          the caller asked to stop
+
+Every message names the value, the limit and the way out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class WanLocalError(Exception):
+    """Root of everything that wan_local raises on purpose."""
+
+
+class InvalidRequest(WanLocalError, ValueError):
+    """One or more fields of a request are wrong.
+
+    `detail` lists every one of them as the endpoint does: dicts with `loc`, `msg`, `type`, `input` and, where it has
+    one, `ctx` and `url`.
+    """
+
+    status_code = 422
+
+    def __init__(self, detail: list[dict[str, Any]]) -> None:
+        assert detail, "an InvalidRequest without a detail says nothing"
+        self.detail = detail
+        super().__init__("; ".join(f"{'.'.join(map(str, entry['loc'][1:]))}: {entry['msg']}" for entry in detail))
+
+    @classmethod
+    def field(
+        cls, name: str, type_: str, msg: str, *, value: object, ctx: dict[str, Any] | None = None
+    ) -> InvalidRequest:
+        """Build the error for one field, raised by us and not by the schema (so with the `url` that those carry)."""
+        entry: dict[str, Any] = {"loc": ["body", name], "msg": msg, "type": type_}
+        entry["url"] = f"https://docs.fal.ai/errors#{type_}"
+        if ctx:
+            entry["ctx"] = ctx
+        entry["input"] = value
+        return cls([entry])
+
+
+class ModelNotFound(WanLocalError, FileNotFoundError):
+    """No weights were found; the message says what to download, how large it is, and the command."""
+
+
+class WrongModel(WanLocalError, ValueError):
+    """The files hold another model than the one that is needed; the message names it."""
+
+
+class CorruptModel(WanLocalError, ValueError):
+    """A weight file is truncated, forged, incomplete or not a weight file at all."""
+
+
+class NotAvailable(WanLocalError, RuntimeError):
+    """Something was asked for by name that this installation or machine cannot do."""
+
+
+class DoesNotFit(WanLocalError, MemoryError):
+    """The request does not fit into the memory there is; the message names the nearest that does."""
+
+
+class NumericalError(WanLocalError, ArithmeticError):
+    """A tensor holds NaN or infinity; no video is written from it."""
+
+
+class OutputError(WanLocalError, OSError):
+    """The video or its sidecar could not be written; nothing lies under the final name."""
+
+
+class Cancelled(WanLocalError):
+    """The caller stopped the run; nothing was left behind."""
