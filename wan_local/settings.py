@@ -1,0 +1,211 @@
+"""Settings of this machine and configurations of the known models; the only reader of the environment and of `configs/`.
+
+A request says what the video is; settings say where and how it is made. Both are plain frozen data.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from wan_local.geometry import Canvas, Resolution, Size
+
+UrlScheme = Literal["http", "file"]
+Precision = Literal["auto", "reference"]
+
+TINY = "tiny"
+_CONFIGS = ("flf2v_14b", "flf2v_tiny")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where and how to run; see `load_settings` for the environment variables.
+
+    `model`: folder with weights, `"tiny"` for the embedded model, or None for the 14B model at its usual places.
+    `device`: "auto", "cpu" or a torch device such as "cuda:0".
+    `precision`: "auto" computes in bfloat16 on a GPU and float32 on a CPU; "reference" is float32 everywhere.
+    `output_dir`: where videos go that were given no name. `models_dir`: where downloaded weights are looked for.
+    `url_scheme`: what the result's url is: loopback "http", or "file".
+    `embed_metadata`: write prompt and settings into the mp4 (the sidecar is always written).
+    """
+
+    model: str | None = None
+    device: str = "auto"
+    precision: Precision = "auto"
+    output_dir: Path = Path("outputs")
+    models_dir: Path = Path("models")
+    url_scheme: UrlScheme = "http"
+    embed_metadata: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerConfig:
+    """Architecture of the denoiser as plain numbers. `image_tokens` counts both images together."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    ffn_dim: int
+    freq_dim: int
+    text_dim: int
+    image_dim: int
+    image_tokens: int
+    text_tokens: int = 512
+    in_channels: int = 36
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class VaeConfig:
+    """Architecture of the causal video VAE; `latents_mean` and `latents_std` normalise its latents, one per channel."""
+
+    base_dim: int
+    z_dim: int
+    dim_mult: tuple[int, ...]
+    num_res_blocks: int
+    temporal_downsample: tuple[bool, ...]
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoderConfig:
+    """UMT5, encoder half; names as in `transformers.UMT5Config`."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEncoderConfig:
+    """CLIP, vision half; names as in `transformers.CLIPVisionConfig`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens an image: the patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One known model: its names, its canvases, and the architecture of each part."""
+
+    name: str
+    title: str
+    licence: str
+    canvases: Mapping[str, Canvas]
+    transformer: TransformerConfig
+    vae: VaeConfig
+    text_encoder: TextEncoderConfig
+    image_encoder: ImageEncoderConfig
+    repository: str | None = None
+    download_gigabytes: int | None = None
+    embedded: str | None = None
+
+    def canvas(self, resolution: Resolution) -> Canvas:
+        return self.canvases[resolution]
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Return the settings: what is passed here, else the environment, else the default.
+
+    Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
+    WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA. An override of None counts as not given. Raises ValueError for a name
+    or a value that does not exist.
+    """
+    known = {field.name for field in fields(Settings)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}")
+    values: dict[str, Any] = {"output_dir": Path("outputs"), "models_dir": _data_dir() / "models"}
+    for name in known:
+        variable = f"WAN_LOCAL_{name.upper()}"
+        if os.environ.get(variable):
+            values[name] = os.environ[variable]
+    values |= {name: value for name, value in overrides.items() if value is not None}
+    for name in ("output_dir", "models_dir"):
+        values[name] = Path(values[name]).expanduser().absolute()
+    if "model" in values:
+        values["model"] = os.fspath(values["model"])
+    if isinstance(values.get("embed_metadata"), str):
+        values["embed_metadata"] = _boolean("embed_metadata", values["embed_metadata"])
+    _check_choice("url_scheme", values.get("url_scheme", "http"), ("http", "file"))
+    _check_choice("precision", values.get("precision", "auto"), ("auto", "reference"))
+    return Settings(**values)
+
+
+def load_model_config(name: str) -> ModelConfig:
+    """Read `configs/<name>.toml`; an unknown or missing key is a TypeError, raised here and not in the middle of a run."""
+    text = (resources.files("wan_local.configs") / f"{name}.toml").read_text(encoding="utf-8")
+    table = tomllib.loads(text)
+    return ModelConfig(
+        canvases={key: _canvas(value) for key, value in table.pop("canvas").items()},
+        transformer=TransformerConfig(**_tuples(table.pop("transformer"))),
+        vae=VaeConfig(**_tuples(table.pop("vae"))),
+        text_encoder=TextEncoderConfig(**table.pop("text_encoder")),
+        image_encoder=ImageEncoderConfig(**table.pop("image_encoder")),
+        **table,
+    )
+
+
+def known_models() -> tuple[ModelConfig, ...]:
+    """Return the configuration of every model that this version knows, the real one first."""
+    return tuple(load_model_config(name) for name in _CONFIGS)
+
+
+def hub_cache_dir() -> Path:
+    """Return where huggingface_hub keeps its downloads, by its own rules (HF_HUB_CACHE, HF_HOME), without importing it."""
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+    home = os.environ.get("HF_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hub"
+
+
+def _data_dir() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "wan_local"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "wan_local"
+
+
+def _canvas(table: dict[str, Any]) -> Canvas:
+    area = table.pop("area")
+    return Canvas(area, {ratio: Size(height=height, width=width) for ratio, (width, height) in table.items()})
+
+
+def _tuples(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
+
+def _boolean(name: str, text: str) -> bool:
+    _check_choice(name, text.lower(), ("1", "true", "yes", "0", "false", "no"))
+    return text.lower() in ("1", "true", "yes")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it can be {', '.join(choices)}")
