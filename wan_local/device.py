@@ -1,0 +1,101 @@
+"""The card and the machine: which device, which dtype, how many bytes are free. Cgroup limits count as the machine's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from wan_local.errors import NotAvailable
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device of a settings name; "auto" is the first CUDA card, else the CPU.
+
+    Raises NotAvailable where a card was asked for by name and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise NotAvailable(f"device {name!r} is not a torch device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise NotAvailable(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise NotAvailable(f"device {name!r} was asked for, but torch sees {count} CUDA cards here; use device='cpu'")
+    return torch.device("cuda", device.index or 0)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return what the networks compute in: float32 on a CPU (bfloat16 is slower there), bfloat16 on a card."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how many bytes can still be had on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_ram_bytes()
+
+
+def free_ram_bytes() -> int:
+    """Return the RAM this process may still take: what the machine has free, or the cgroup's rest if that is less."""
+    available = _machine_free_bytes()
+    for limit_file, used_file in zip(_CGROUP_LIMITS, _CGROUP_USED, strict=True):
+        limit, used = _read_integer(limit_file), _read_integer(used_file)
+        if limit is not None and used is not None:
+            available = min(available, max(limit - used, 0) + _cgroup_cache_bytes())
+    return available
+
+
+def _machine_free_bytes() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return _windows_free_bytes()
+
+
+def _windows_free_bytes() -> int:
+    import ctypes
+
+    class MemoryStatus(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
+            (name, ctypes.c_ulonglong)
+            for name in ("total", "free", "commit_limit", "commit_free", "virtual", "virtual_free", "extended")
+        ]
+
+    status = MemoryStatus()
+    status.length = ctypes.sizeof(status)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined,unused-ignore]
+    return int(min(status.free, status.commit_free))
+
+
+def _cgroup_cache_bytes() -> int:
+    """Return the page cache counted against the cgroup; the kernel gives it back when it is needed."""
+    stat = Path("/sys/fs/cgroup/memory.stat")
+    if not stat.exists():
+        return 0
+    rows = dict(line.split() for line in stat.read_text().splitlines())
+    return int(rows.get("inactive_file", 0))
+
+
+def _read_integer(path: str) -> int | None:
+    """Return the number in a cgroup file; None where there is no such file or it says `max`."""
+    file = Path(path)
+    if not file.exists():
+        return None
+    text = file.read_text().strip()
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,233 @@
+"""Names of the same tensor in different checkpoints: official Wan, diffusers, transformers. Both ways, strictly.
+
+A table is a list of (official, ours) patterns in which `{}` stands for a block number (any run of digits) and the pattern
+matches the whole name. A name that no row matches is an error: nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from wan_local.errors import WrongModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Part = Literal["transformer", "vae", "text_encoder", "image_encoder"]
+Rows = Sequence[tuple[str, str]]
+
+_WB = ("weight", "bias")
+
+
+def _leaves(rows: Rows, leaves: Iterable[str] = _WB) -> list[tuple[str, str]]:
+    """Give each row the leaf names of a linear, a convolution or a norm."""
+    return [(f"{official}.{leaf}", f"{ours}.{leaf}") for official, ours in rows for leaf in leaves]
+
+
+def _attention(official: str, ours: str) -> list[tuple[str, str]]:
+    linears = [("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")]
+    return _leaves([(f"{official}.{a}", f"{ours}.{b}") for a, b in linears]) + _leaves(
+        [(f"{official}.norm_q", f"{ours}.norm_q"), (f"{official}.norm_k", f"{ours}.norm_k")], ["weight"]
+    )
+
+
+TRANSFORMER: Rows = [
+    *_leaves(
+        [
+            ("patch_embedding", "patch_embedding"),
+            ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+            ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+            ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+            ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+            ("time_projection.1", "condition_embedder.time_proj"),
+            ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+            ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+            ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+            ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+            ("head.head", "proj_out"),
+            ("blocks.{}.norm3", "blocks.{}.norm2"),
+            ("blocks.{}.ffn.0", "blocks.{}.ffn.net.0.proj"),
+            ("blocks.{}.ffn.2", "blocks.{}.ffn.net.2"),
+            ("blocks.{}.cross_attn.k_img", "blocks.{}.attn2.add_k_proj"),
+            ("blocks.{}.cross_attn.v_img", "blocks.{}.attn2.add_v_proj"),
+        ]
+    ),
+    *_attention("blocks.{}.self_attn", "blocks.{}.attn1"),
+    *_attention("blocks.{}.cross_attn", "blocks.{}.attn2"),
+    ("blocks.{}.cross_attn.norm_k_img.weight", "blocks.{}.attn2.norm_added_k.weight"),
+    ("blocks.{}.modulation", "blocks.{}.scale_shift_table"),
+    ("head.modulation", "scale_shift_table"),
+    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
+]
+
+
+def _vae_residual(official: str, ours: str) -> list[tuple[str, str]]:
+    return [
+        (f"{official}.residual.0.gamma", f"{ours}.norm1.gamma"),
+        (f"{official}.residual.3.gamma", f"{ours}.norm2.gamma"),
+        *_leaves(
+            [
+                (f"{official}.residual.2", f"{ours}.conv1"),
+                (f"{official}.residual.6", f"{ours}.conv2"),
+                (f"{official}.shortcut", f"{ours}.conv_shortcut"),
+            ]
+        ),
+    ]
+
+
+def _vae_half(name: str) -> list[tuple[str, str]]:
+    return [
+        *_leaves([(f"{name}.conv1", f"{name}.conv_in"), (f"{name}.head.2", f"{name}.conv_out")]),
+        (f"{name}.head.0.gamma", f"{name}.norm_out.gamma"),
+        *_vae_residual(f"{name}.middle.0", f"{name}.mid_block.resnets.0"),
+        *_vae_residual(f"{name}.middle.2", f"{name}.mid_block.resnets.1"),
+        (f"{name}.middle.1.norm.gamma", f"{name}.mid_block.attentions.0.norm.gamma"),
+        *_leaves(
+            [
+                (f"{name}.middle.1.to_qkv", f"{name}.mid_block.attentions.0.to_qkv"),
+                (f"{name}.middle.1.proj", f"{name}.mid_block.attentions.0.proj"),
+            ]
+        ),
+    ]
+
+
+def _vae_upsamples(levels: int, resnets: int) -> list[tuple[str, str]]:
+    """The official decoder counts residual blocks and upsamplers in one flat list, ours by level."""
+    rows = []
+    for level in range(levels):
+        first = level * (resnets + 1)
+        for index in range(resnets):
+            rows += _vae_residual(
+                f"decoder.upsamples.{first + index}", f"decoder.up_blocks.{level}.resnets.{index}"
+            )
+        ours = f"decoder.up_blocks.{level}.upsamplers.0"
+        flat = f"decoder.upsamples.{first + resnets}"
+        rows += _leaves([(f"{flat}.resample.1", f"{ours}.resample.1"), (f"{flat}.time_conv", f"{ours}.time_conv")])
+    return rows
+
+
+VAE: Rows = [
+    *_leaves([("conv1", "quant_conv"), ("conv2", "post_quant_conv")]),
+    *_vae_half("encoder"),
+    *_vae_half("decoder"),
+    *_vae_residual("encoder.downsamples.{}", "encoder.down_blocks.{}"),
+    *_leaves(
+        [
+            ("encoder.downsamples.{}.resample.1", "encoder.down_blocks.{}.resample.1"),
+            ("encoder.downsamples.{}.time_conv", "encoder.down_blocks.{}.time_conv"),
+        ]
+    ),
+    *_vae_upsamples(levels=4, resnets=3),
+]
+
+_UMT5_ATTENTION = "encoder.block.{}.layer.0.SelfAttention"
+TEXT_ENCODER: Rows = [
+    ("token_embedding.weight", "shared.weight"),
+    ("norm.weight", "encoder.final_layer_norm.weight"),
+    ("blocks.{}.norm1.weight", "encoder.block.{}.layer.0.layer_norm.weight"),
+    ("blocks.{}.norm2.weight", "encoder.block.{}.layer.1.layer_norm.weight"),
+    *[(f"blocks.{{}}.attn.{x}.weight", f"{_UMT5_ATTENTION}.{x}.weight") for x in "qkvo"],
+    ("blocks.{}.pos_embedding.embedding.weight", f"{_UMT5_ATTENTION}.relative_attention_bias.weight"),
+    ("blocks.{}.ffn.gate.0.weight", "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight"),
+    ("blocks.{}.ffn.fc1.weight", "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight"),
+    ("blocks.{}.ffn.fc2.weight", "encoder.block.{}.layer.1.DenseReluDense.wo.weight"),
+]
+
+IMAGE_ENCODER: Rows = [
+    ("visual.cls_embedding", "embeddings.class_embedding"),
+    ("visual.pos_embedding", "embeddings.position_embedding.weight"),
+    ("visual.patch_embedding.weight", "embeddings.patch_embedding.weight"),
+    *_leaves(
+        [
+            ("visual.pre_norm", "pre_layrnorm"),
+            ("visual.post_norm", "post_layernorm"),
+            ("visual.transformer.{}.norm1", "encoder.layers.{}.layer_norm1"),
+            ("visual.transformer.{}.norm2", "encoder.layers.{}.layer_norm2"),
+            ("visual.transformer.{}.attn.to_qkv", "encoder.layers.{}.self_attn.qkv_proj"),
+            ("visual.transformer.{}.attn.proj", "encoder.layers.{}.self_attn.out_proj"),
+            ("visual.transformer.{}.mlp.0", "encoder.layers.{}.mlp.fc1"),
+            ("visual.transformer.{}.mlp.2", "encoder.layers.{}.mlp.fc2"),
+        ]
+    ),
+]
+
+TABLES: dict[Part, Rows] = {
+    "transformer": TRANSFORMER,
+    "vae": VAE,
+    "text_encoder": TEXT_ENCODER,
+    "image_encoder": IMAGE_ENCODER,
+}
+# parts of the official CLIP file that FLF2V has no use for
+IGNORED: dict[Part, Sequence[str]] = {
+    "transformer": (),
+    "vae": (),
+    "text_encoder": (),
+    "image_encoder": ("textual.", "log_scale", "visual.head"),
+}
+
+
+def to_ours(part: Part, names: Iterable[str]) -> dict[str, str]:
+    """Map official names to ours. Raises WrongModel that lists the names no row knows."""
+    wanted = [name for name in names if not name.startswith(tuple(IGNORED[part]))]
+    return _translate(part, wanted, [(official, ours) for official, ours in TABLES[part]])
+
+
+def to_official(part: Part, names: Iterable[str]) -> dict[str, str]:
+    """Map our names to official ones; the inverse of `to_ours`."""
+    return _translate(part, list(names), [(ours, official) for official, ours in TABLES[part]])
+
+
+def _translate(part: Part, names: Sequence[str], rows: Rows) -> dict[str, str]:
+    exact = {source: target for source, target in rows if "{}" not in source}
+    patterns = [(_pattern(source), target) for source, target in rows if "{}" in source]
+    found: dict[str, str] = {}
+    for name in names:
+        if name in exact:
+            found[name] = exact[name]
+            continue
+        for pattern, target in patterns:
+            match = pattern.fullmatch(name)
+            if match:
+                found[name] = target.replace("{}", match.group(1))
+                break
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise WrongModel(
+            f"{len(unknown)} tensors do not belong to the {part} of Wan2.1 FLF2V, among them {', '.join(unknown[:5])}"
+        )
+    return found
+
+
+def _pattern(source: str) -> re.Pattern[str]:
+    return re.compile(re.escape(source).replace(r"\{\}", r"(\d+)"))
+
+
+def convert_official(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of an official checkpoint under our names, and in our shapes.
+
+    The image encoder's joint q, k, v projection falls into three equal parts, and its embeddings lose axes of length 1.
+    """
+    converted: dict[str, Tensor] = {}
+    for official, ours in to_ours(part, tensors).items():
+        tensor = tensors[official]
+        if ".qkv_proj." in ours:
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                converted[ours.replace("qkv_proj", f"{letter}_proj")] = third
+        elif ours == "embeddings.class_embedding":
+            converted[ours] = tensor.reshape(-1)
+        elif ours == "embeddings.position_embedding.weight":
+            converted[ours] = tensor.reshape(tensor.shape[-2:])
+        else:
+            converted[ours] = tensor
+    return converted
+
+
+def canonical(part: Part, name: str) -> str:
+    """Return the one name we use for a tensor of the transformers library, whose versions differ in two places."""
+    if part == "image_encoder":
+        return name.removeprefix("vision_model.")
+    if part == "text_encoder" and name == "encoder.embed_tokens.weight":
+        return "shared.weight"
+    return name

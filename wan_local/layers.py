@@ -1,0 +1,75 @@
+"""The pieces the networks are made of: norms, rotary embedding, attention. Plain PyTorch; the truth that kernels are held to.
+
+Shape legend: B batch, L tokens, H heads, K channels of a head, D channels of a token (H * K).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_ROTARY_THETA = 10_000.0
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with float32 statistics over the last axis; returns float32, whatever comes in."""
+
+    def __init__(self, dim: int, *, eps: float, affine: bool) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.empty(dim)) if affine else None
+        self.bias = nn.Parameter(torch.empty(dim)) if affine else None
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return F.layer_norm(x_BLD.float(), (self.dim,), self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over all heads together, in float32: `x / sqrt(mean(x^2) + eps) * weight`."""
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return F.rms_norm(x_BLD.float(), (self.dim,), self.weight, self.eps)
+
+
+def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the rotary angles, each [L, K/2] in float32, for tokens in (time, height, width) order.
+
+    Of the K/2 complex pairs of a head, c - 2*(c//3) turn with time and c//3 each with height and width. Angles are made in
+    float64 on the CPU, as the official table is.
+    """
+    assert head_dim % 2 == 0, f"head_dim {head_dim} is odd"
+    pairs = head_dim // 2
+    split = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    angles = []
+    for axis, (length, count) in enumerate(zip(grid, split, strict=True)):
+        inverse = _ROTARY_THETA ** -(torch.arange(count, dtype=torch.float64) / max(count, 1))
+        angle = torch.outer(torch.arange(length, dtype=torch.float64), inverse)
+        shape = [1, 1, 1, count]
+        shape[axis] = length
+        angles.append(angle.view(shape).expand(*grid, count))
+    angles_LK = torch.cat(angles, dim=-1).reshape(-1, pairs)
+    return angles_LK.cos().float().to(device), angles_LK.sin().float().to(device)
+
+
+def apply_rotary(x_BLHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each neighbouring pair of channels by its angle, in float32; the result is float32."""
+    cos_L1K, sin_L1K = rotary[0].unsqueeze(-2), rotary[1].unsqueeze(-2)
+    even, odd = x_BLHK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos_L1K - odd * sin_L1K, even * sin_L1K + odd * cos_L1K), dim=-1).flatten(-2)
+
+
+def split_heads(x_BLD: Tensor, num_heads: int) -> Tensor:
+    return x_BLD.unflatten(-1, (num_heads, -1))
+
+
+def attention(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(K)) v as [B, L, H*K], in the dtype of `v`. No mask: padded text is attended to, as trained."""
+    dtype = v_BMHK.dtype
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

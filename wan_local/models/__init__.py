@@ -1,0 +1,1 @@
+"""The four networks: transformer, VAE, text encoder, image encoder."""

@@ -1,0 +1,39 @@
+"""UMT5, encoder half, from the transformers library: token ids to prompt embeddings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wan_local.settings import TextEncoderConfig
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
+
+
+def build_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
+    """Return the module on the current default device (`meta` while loading)."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=config.vocab_size,
+            d_model=config.d_model,
+            d_kv=config.d_kv,
+            d_ff=config.d_ff,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            dropout_rate=0.0,
+        )
+    )
+
+
+def encode_tokens(text_encoder: UMT5EncoderModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return hidden states [B, L, d_model] in float32, zero where `attention_mask` [B, L] is zero."""
+    table = text_encoder.get_input_embeddings().weight
+    if not torch.count_nonzero(table[input_ids.unique()]):  # transformers 5 can leave the tied table untouched
+        raise RuntimeError("the text encoder's embedding table is all zero: it was not loaded")
+    hidden: Tensor = text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return hidden.float() * attention_mask.unsqueeze(-1)

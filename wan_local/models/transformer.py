@@ -1,0 +1,260 @@
+"""The denoiser: Wan2.1's FLF2V diffusion transformer. Takes latents with their condition, a timestep, text and images; gives velocity.
+
+Module and tensor names are those of diffusers' `WanTransformer3DModel`, so its checkpoints load without a table.
+Source of the architecture: https://github.com/Wan-Video/Wan2.1 (wan/modules/model.py, Apache-2.0).
+
+Shape legend: B batch, C channels, T H W latent frames and cells, L latent tokens, M context tokens, D channels of a token,
+N heads, K channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wan_local.layers import LayerNorm, RMSNorm, apply_rotary, attention, rotary_embedding, split_heads
+from wan_local.settings import TransformerConfig
+
+_IMAGE_NORM_EPS = 1e-5
+_FLOAT32_PARTS = ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out")
+
+
+def stays_float32(name: str) -> bool:
+    """Tell whether the parameter `name` is float32 whatever the compute dtype: bf16 here loses the last steps' sigmas."""
+    return any(part in name for part in _FLOAT32_PARTS)
+
+
+@dataclass(frozen=True, slots=True)
+class ContextKV:
+    """Keys and values of one block's cross-attention, [B, M, N, K] each. They do not change during a run."""
+
+    k: Tensor
+    v: Tensor
+    k_image: Tensor
+    v_image: Tensor
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q, self.norm_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
+
+    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        q_BLNK = apply_rotary(split_heads(self.norm_q(self.to_q(x_BLD)), self.num_heads), rotary)
+        k_BLNK = apply_rotary(split_heads(self.norm_k(self.to_k(x_BLD)), self.num_heads), rotary)
+        v_BLNK = split_heads(self.to_v(x_BLD), self.num_heads)
+        out_BLD: Tensor = self.to_out[0](attention(q_BLNK, k_BLNK, v_BLNK))
+        return out_BLD
+
+
+class CrossAttention(nn.Module):
+    """Two attentions from the same queries, over text and over both images, summed before the output projection."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.add_k_proj, self.add_v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q, self.norm_k, self.norm_added_k = (RMSNorm(dim, eps=config.eps) for _ in range(3))
+
+    def project_context(self, text_BMD: Tensor, image_BMD: Tensor) -> ContextKV:
+        dtype = self.to_v.weight.dtype
+        return ContextKV(
+            k=split_heads(self.norm_k(self.to_k(text_BMD)), self.num_heads).to(dtype),
+            v=split_heads(self.to_v(text_BMD), self.num_heads),
+            k_image=split_heads(self.norm_added_k(self.add_k_proj(image_BMD)), self.num_heads).to(dtype),
+            v_image=split_heads(self.add_v_proj(image_BMD), self.num_heads),
+        )
+
+    def forward(self, x_BLD: Tensor, context: ContextKV) -> Tensor:
+        q_BLNK = split_heads(self.norm_q(self.to_q(x_BLD)), self.num_heads)
+        from_text = attention(q_BLNK, context.k, context.v)
+        from_image = attention(q_BLNK, context.k_image, context.v_image)
+        out_BLD: Tensor = self.to_out[0](from_text + from_image)
+        return out_BLD
+
+
+class _Gelu(nn.Module):
+    """Linear and GELU in one, as diffusers nests them (`net.0.proj`)."""
+
+    def __init__(self, dim_in: int, dim_out: int, *, approximate: str) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, inner_dim: int, dim_out: int, *, approximate: str) -> None:
+        super().__init__()
+        # the middle entry keeps the place of diffusers' dropout, so that the second linear is called net.2
+        self.net = nn.ModuleList(
+            [_Gelu(dim, inner_dim, approximate=approximate), nn.Identity(), nn.Linear(inner_dim, dim_out)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(config.dim, eps=config.eps, affine=False)
+        self.attn1 = SelfAttention(config)
+        self.norm2 = LayerNorm(config.dim, eps=config.eps, affine=True)
+        self.attn2 = CrossAttention(config)
+        self.norm3 = LayerNorm(config.dim, eps=config.eps, affine=False)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim, approximate="tanh")
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.dim))
+
+    def forward(
+        self, hidden_BLD: Tensor, modulation_B6D: Tensor, context: ContextKV, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return the block's output in the dtype of `hidden_BLD`; sums and norms are done in float32."""
+        residual, compute = hidden_BLD.dtype, self.attn1.to_q.weight.dtype
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
+            (self.scale_shift_table + modulation_B6D).unsqueeze(2).unbind(1)
+        )
+        x = (self.norm1(hidden_BLD) * (1 + scale_a) + shift_a).to(compute)
+        hidden_BLD = (hidden_BLD.float() + self.attn1(x, rotary).float() * gate_a).to(residual)
+        x = self.norm2(hidden_BLD).to(compute)
+        hidden_BLD = (hidden_BLD.float() + self.attn2(x, context).float()).to(residual)
+        x = (self.norm3(hidden_BLD) * (1 + scale_f) + shift_f).to(compute)
+        return (hidden_BLD.float() + self.ffn(x).float() * gate_f).to(residual)
+
+
+class _TwoLinears(nn.Module):
+    """linear_1, an activation, linear_2: the text projection (tanh GELU) and the time embedder (SiLU)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim_out), nn.Linear(dim_out, dim_out)
+
+
+class ImageProjection(nn.Module):
+    """Bring CLIP's tokens of both images to the transformer's width, after adding their position table."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.empty(1, config.image_tokens, config.image_dim))
+        self.norm1 = LayerNorm(config.image_dim, eps=_IMAGE_NORM_EPS, affine=True)
+        self.ff = FeedForward(config.image_dim, config.image_dim, config.dim, approximate="none")
+        self.norm2 = LayerNorm(config.dim, eps=_IMAGE_NORM_EPS, affine=True)
+
+    def forward(self, image_embeds_BMD: Tensor) -> Tensor:
+        compute = self.ff.net[2].weight.dtype
+        x = self.norm1(image_embeds_BMD + self.pos_embed).to(compute)
+        return self.norm2(self.ff(x)).to(compute)
+
+
+class ConditionEmbedder(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = _TwoLinears(config.freq_dim, config.dim)
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = _TwoLinears(config.text_dim, config.dim)
+        self.image_embedder = ImageProjection(config)
+
+    def time(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the time embedding [B, D] and its projection [B, 6, D], both float32."""
+        mlp = self.time_embedder
+        embedding_BD = mlp.linear_2(F.silu(mlp.linear_1(sinusoid(timestep_B, self.freq_dim))))
+        return embedding_BD, self.time_proj(F.silu(embedding_BD)).unflatten(1, (6, -1))
+
+    def text(self, prompt_embeds_BMD: Tensor) -> Tensor:
+        mlp = self.text_embedder
+        x = mlp.linear_1(prompt_embeds_BMD.to(mlp.linear_1.weight.dtype))
+        text_BMD: Tensor = mlp.linear_2(F.gelu(x, approximate="tanh"))
+        return text_BMD
+
+
+class Transformer(nn.Module):
+    """FLF2V transformer.
+
+    Call `embed_context` once a prompt, then `forward` once a step.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, kernel_size=patch, stride=patch)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.num_layers)])
+        self.norm_out = LayerNorm(config.dim, eps=config.eps, affine=False)
+        self.proj_out = nn.Linear(config.dim, config.out_channels * patch[0] * patch[1] * patch[2])
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def embed_context(self, prompt_embeds: Tensor, image_embeds: Tensor) -> list[ContextKV]:
+        """Return every block's cross-attention keys and values.
+
+        prompt_embeds: [B, text_tokens, text_dim], zero beyond the prompt's true length.
+        image_embeds: [B, image_tokens, image_dim], the start image's tokens and then the end image's.
+        """
+        config = self.config
+        if prompt_embeds.shape[1:] != (config.text_tokens, config.text_dim):
+            raise ValueError(f"prompt_embeds is {tuple(prompt_embeds.shape)}, not [B, {config.text_tokens}, {config.text_dim}]")
+        if image_embeds.shape[1:] != (config.image_tokens, config.image_dim):
+            raise ValueError(
+                f"image_embeds is {tuple(image_embeds.shape)}, not [B, {config.image_tokens}, {config.image_dim}]: "
+                "FLF2V takes the tokens of two images"
+            )
+        text_BMD = self.condition_embedder.text(prompt_embeds)
+        image_BMD = self.condition_embedder.image_embedder(image_embeds)
+        return [block.attn2.project_context(text_BMD, image_BMD) for block in self.blocks]
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: list[ContextKV],
+        *,
+        residual_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return the predicted velocity [B, out_channels, T, H, W] in float32.
+
+        latents: [B, in_channels, T, H, W], noisy latents and then the condition; H and W even.
+        timestep: [B], integers 0..1000. context: of `embed_context`, with the same B.
+        residual_dtype: of the hidden state between blocks; the compute dtype unless given.
+        """
+        compute = self.patch_embedding.weight.dtype
+        grid_BDTHW = self.patch_embedding(latents.to(compute))
+        grid = (grid_BDTHW.shape[2], grid_BDTHW.shape[3], grid_BDTHW.shape[4])
+        hidden_BLD = grid_BDTHW.flatten(2).transpose(1, 2).to(residual_dtype or compute)
+        rotary = rotary_embedding(grid, self.config.attention_head_dim, latents.device)
+        embedding_BD, modulation_B6D = self.condition_embedder.time(timestep)
+        for block, block_context in zip(self.blocks, context, strict=True):
+            hidden_BLD = block(hidden_BLD, modulation_B6D, block_context, rotary)
+        shift_B1D, scale_B1D = (self.scale_shift_table + embedding_BD.unsqueeze(1)).unsqueeze(2).unbind(1)
+        out = self.proj_out(self.norm_out(hidden_BLD) * (1 + scale_B1D) + shift_B1D)
+        return unpatchify(out, grid, self.config)
+
+
+def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
+    """Return [cos(t w), sin(t w)] as [B, dim] float32, w = 10000^(-i / (dim/2)); in float64 inside, as official."""
+    half = dim // 2
+    frequency = 10_000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.outer(timestep_B.to("cpu", torch.float64), frequency)
+    return torch.cat((angle.cos(), angle.sin()), dim=1).float().to(timestep_B.device)
+
+
+def unpatchify(tokens_BLD: Tensor, grid: tuple[int, int, int], config: TransformerConfig) -> Tensor:
+    """Lay tokens [B, L, p_t*p_h*p_w*C] out as a latent video [B, C, T, H, W]."""
+    p_t, p_h, p_w = config.patch_size
+    x = tokens_BLD.unflatten(2, (p_t, p_h, p_w, config.out_channels)).unflatten(1, grid)
+    # [B, t, h, w, p_t, p_h, p_w, C] -> [B, C, t, p_t, h, p_h, w, p_w]
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
