@@ -1,0 +1,175 @@
+"""Trains the VAE in three stages: single images, whole clips, then the decoder alone with the encoder (and so the latents) frozen."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from . import vae as whole
+from .log import Log
+from .optimizer import Average, build_optimizers, learning_rate
+from .photos import held_out_photos, training_photos
+from .render import clip
+from .scenes import KINDS
+from .state import TrainingState
+
+Stage = Literal["images", "clips", "decoder"]
+ENDS_EVERY = 7
+"""Every so many steps the clip is [first, grey..., last], as the pipeline's condition is."""
+VALIDATION_SEED = 10**6
+STANDARD_FRAMES = 81
+WARMUP_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one stage is trained; `seconds` is time spent in steps, evaluation not counted."""
+
+    stage: Stage
+    seconds: float
+    peak_rate: float
+    hold: float = 0.4
+    gradient_weight: float = 0.5
+    latent_weight: float = 1e-3
+    average_decay: float = 0.98
+    report_seconds: float = 60.0
+    device: str = "cpu"
+
+
+def train_stage(vae: AutoencoderKLWan, settings: Settings, folder: Path, log: Log) -> AutoencoderKLWan:
+    """Train one stage from where it stands and return the averaged weights; skips a finished stage."""
+    done, partial = folder / f"vae_{settings.stage}.pt", folder / f"vae_{settings.stage}_partial.pt"
+    if done.exists():
+        vae.load_state_dict(torch.load(done, weights_only=True))
+        return vae
+    vae.to(settings.device)
+    if settings.stage == "decoder":
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    optimizers = build_optimizers(*_split(vae), settings.peak_rate, weight_decay=0.0)
+    state = TrainingState(vae, Average(vae, settings.average_decay), optimizers)
+    if partial.exists():
+        state.restore(partial)
+    log.write(f"vae {settings}")
+    _loop(vae, settings, state, partial, log)
+    vae.load_state_dict(state.average.weights)
+    torch.save(vae.state_dict(), done)
+    partial.unlink(missing_ok=True)
+    return vae
+
+
+def _loop(vae: AutoencoderKLWan, settings: Settings, state: TrainingState, partial: Path, log: Log) -> None:
+    next_report = state.seconds + settings.report_seconds
+    running: list[list[float]] = []
+    while state.seconds < settings.seconds:
+        start = time.perf_counter()
+        progress = state.seconds / settings.seconds
+        state.set_rate(learning_rate(progress, state.step, settings.peak_rate, settings.hold, WARMUP_STEPS))
+        loss, terms = _loss(vae, settings, state.step)
+        state.descend(loss)
+        running.append(terms)
+        state.seconds += time.perf_counter() - start
+        if state.seconds >= next_report or state.seconds >= settings.seconds:
+            next_report += settings.report_seconds
+            names = ("l1", "l2", "grad", "mu2")
+            losses = " ".join(f"{n} {v:.4f}" for n, v in zip(names, torch.tensor(running).mean(0).tolist(), strict=True))
+            running.clear()
+            figures = " ".join(f"{n} {v:.2f}" for n, v in _validate(vae, state.average, settings).items())
+            log.write(f"{settings.stage} {state.seconds:.0f} s step {state.step} {losses} | PSNR {figures}")
+            state.save(partial)
+
+
+def _loss(vae: AutoencoderKLWan, settings: Settings, step: int) -> tuple[Tensor, list[float]]:
+    """Return the loss of one batch and its terms."""
+    x = _batch(settings, step).to(settings.device)
+    if settings.stage != "images" and step % ENDS_EVERY == ENDS_EVERY - 1:
+        x = ends_only(x)
+    with torch.set_grad_enabled(settings.stage != "decoder"):
+        mean = whole.encode(vae, x)
+    error = whole.decode(vae, mean + whole.FIXED_SIGMA * torch.randn_like(mean)) - x
+    l1, l2, mu2 = error.abs().mean(), error.square().mean(), mean.square().mean()
+    gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    loss = l1 + l2 + settings.gradient_weight * gradient + settings.latent_weight * mu2
+    return loss, [l1.item(), l2.item(), gradient.item(), mu2.item()]
+
+
+def ends_only(x_BCTHW: Tensor) -> Tensor:
+    """Return the clip with everything but its first and last frame replaced by mid-grey."""
+    y = torch.zeros_like(x_BCTHW)
+    y[:, :, 0], y[:, :, -1] = x_BCTHW[:, :, 0], x_BCTHW[:, :, -1]
+    return y
+
+
+def _batch(settings: Settings, step: int) -> Tensor:
+    """Render fresh clips: full-speed pieces of 81-frame clips, and up to five times faster ones."""
+    rng = torch.Generator().manual_seed(step * 3 + {"images": 0, "clips": 1, "decoder": 2}[settings.stage])
+    if settings.stage == "images":
+        frames, count, width, height = 1, 8, 64, 64
+    else:
+        shapes = ((9, 2, 64, 64), (9, 2, 64, 64), (17, 1, 64, 64), (9, 1, 112, 64), (5, 4, 64, 64), (9, 1, 80, 96))
+        frames, count, width, height = shapes[step % len(shapes)]
+    clips = []
+    for item in range(count):
+        seed = int(torch.randint(2, 10**6, (1,), generator=rng)) + VALIDATION_SEED * 10
+        speed, offset = torch.rand(2, generator=rng).tolist()
+        span = min(1.0, (frames - 1) / (STANDARD_FRAMES - 1) * 5**speed)
+        times = torch.linspace(0, span, frames) + offset * (1 - span)
+        kind = "camera_photo" if item % 4 == 0 and speed < 0.5 else None
+        clips.append(clip(seed, training_photos(), width, height, times, kind)[0])
+    return torch.stack(clips)
+
+
+def psnr(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB over `dims`, for pixels in [-1, 1]."""
+    return -10 * torch.log10((a - b).square().mean(dims) / 4 + 1e-10)
+
+
+@torch.no_grad()
+def _validate(vae: AutoencoderKLWan, average: Average, settings: Settings) -> dict[str, float]:
+    """Measure the averaged weights on held-out seeds and photographs."""
+    current = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    vae.load_state_dict(average.weights)
+    frames = 1 if settings.stage == "images" else 17
+    figures: dict[str, list[float]] = {"shapes": [], "photos": []}
+    ends: list[float] = []
+    for index in range(18):
+        kind = KINDS[index % len(KINDS)]
+        times = torch.linspace(0, 1, 17) if frames > 1 else torch.tensor([0.5])
+        x = clip(VALIDATION_SEED + index, held_out_photos(), 64, 64, times, kind)[0][None].to(settings.device)
+        y = whole.decode(vae, whole.encode(vae, x)).clamp(-1, 1)
+        group = "photos" if kind in ("camera_photo", "dissolve") else "shapes"
+        figures[group].append(psnr(x, y, (0, 1, 2, 3, 4)).item())
+        if frames > 1 and index < 6:
+            y = whole.decode(vae, whole.encode(vae, ends_only(x))).clamp(-1, 1)
+            ends.append((psnr(x[:, :, 0], y[:, :, 0], (0, 1, 2, 3)) + psnr(x[:, :, -1], y[:, :, -1], (0, 1, 2, 3))).item() / 2)
+    vae.load_state_dict(current)
+    result = {name: sum(values) / len(values) for name, values in figures.items()}
+    return result | ({"ends": sum(ends) / len(ends)} if ends else {})
+
+
+def _split(vae: AutoencoderKLWan) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Separate convolution weights for Muon from gains, biases, and the thin layers at pixels."""
+    matrices, others = [], []
+    for weight in vae.parameters():
+        if weight.requires_grad:
+            thick = weight.ndim >= 4 and weight.shape[0] > 3 and weight.shape[1] > 1
+            (matrices if thick else others).append(weight)
+    return matrices, others
+
+
+def measure_latents(vae: AutoencoderKLWan, device: str, clips: int = 48) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each latent channel over clips for training."""
+    total, square, count = torch.zeros(whole.Z_DIM), torch.zeros(whole.Z_DIM), 0
+    for index in range(clips):
+        x = clip(index, training_photos(), 96, 64, torch.linspace(0, 1, 33))[0][None].to(device)
+        with torch.no_grad():
+            z = whole.encode(vae, x).double().flatten(2)[0].cpu()
+        total, square, count = total + z.sum(1), square + z.square().sum(1), count + z.shape[1]
+    mean = total / count
+    variance = (square / count - mean.square()).tolist()
+    return mean.tolist(), [math.sqrt(value) for value in variance]

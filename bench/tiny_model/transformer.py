@@ -1,0 +1,115 @@
+"""The transformer's configuration and start, and cross-attention that does not compute 512 text tokens.
+
+Prompts are padded to 512 tokens with zeros, so all padded keys and values are equal: one of them with its logit raised by
+log(512 - length) gives the same softmax. The processor below uses that; the weights and the result are diffusers' own.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import Tensor
+
+from .encoders import IMAGE_DIM, IMAGE_TOKENS, MAX_TOKENS, TEXT_DIM
+
+HEADS = 4
+HEAD_DIM = 32
+LAYERS = 8
+WIDTH = HEADS * HEAD_DIM
+CONFIG = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": HEADS,
+    "attention_head_dim": HEAD_DIM,
+    "in_channels": 36,
+    "out_channels": 16,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 64,
+    "ffn_dim": 4 * WIDTH,
+    "num_layers": LAYERS,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "image_dim": IMAGE_DIM,
+    "added_kv_proj_dim": WIDTH,
+    "rope_max_seq_len": 1024,
+    "pos_embed_seq_len": 2 * IMAGE_TOKENS,
+}
+BRANCH_SCALE = 0.3
+CROSS_GAIN = 1.5
+"""Initial gain of the text queries and keys: with less, hundreds of padded keys drown the prompt."""
+
+
+def build_transformer() -> WanTransformer3DModel:
+    """Return a fresh transformer that starts by predicting zero, with quiet residual branches."""
+    model = WanTransformer3DModel(**CONFIG)
+    with torch.no_grad():
+        model.proj_out.weight.zero_()
+        model.proj_out.bias.zero_()
+        for block in model.blocks:
+            for projection in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2]):
+                projection.weight.mul_(BRANCH_SCALE)
+            block.attn2.norm_q.weight.fill_(CROSS_GAIN)
+            block.attn2.norm_k.weight.fill_(CROSS_GAIN)
+    return model
+
+
+@dataclass
+class Texts:
+    """Prompts of a batch: [B, L+1, 64] embeddings whose last row is padding, and their additive key bias [B, 1, 1, L+1]."""
+
+    embeds: Tensor
+    bias: Tensor
+
+
+def stack_texts(texts: list[Tensor]) -> Texts:
+    """Collect embeddings of different lengths with the one padding key that stands for all."""
+    longest = max(len(text) for text in texts)
+    embeds = torch.zeros(len(texts), longest + 1, TEXT_DIM)
+    bias = torch.zeros(len(texts), 1, 1, longest + 1)
+    for row, text in enumerate(texts):
+        embeds[row, : len(text)] = text
+        bias[row, :, :, len(text) : longest] = -math.inf
+        bias[row, :, :, longest] = math.log(MAX_TOKENS - len(text)) if len(text) < MAX_TOKENS else -math.inf
+    return Texts(embeds, bias)
+
+
+class ShortCrossAttention:
+    """Attention processor for keys [34 image tokens | L text tokens | 1 padding token]; `bias` is set for each batch."""
+
+    def __init__(self) -> None:
+        self.bias: Tensor | None = None
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend to images and text separately and add both, as the model does."""
+        images, text = encoder_hidden_states.split((2 * IMAGE_TOKENS, encoder_hidden_states.shape[1] - 2 * IMAGE_TOKENS), 1)
+        query = _heads(attn, attn.norm_q(attn.to_q(hidden_states)))
+        result = F.scaled_dot_product_attention(
+            query, _heads(attn, attn.norm_added_k(attn.add_k_proj(images))), _heads(attn, attn.add_v_proj(images))
+        )
+        bias = None if self.bias is None else self.bias.to(query)
+        result = result + F.scaled_dot_product_attention(
+            query, _heads(attn, attn.norm_k(attn.to_k(text))), _heads(attn, attn.to_v(text)), attn_mask=bias
+        )
+        return attn.to_out[0](result.transpose(1, 2).flatten(2))
+
+
+def _heads(attn: WanAttention, x: Tensor) -> Tensor:
+    return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+
+def shorten_text(model: WanTransformer3DModel) -> ShortCrossAttention:
+    """Install the short cross-attention in every block and return the one object that carries the bias."""
+    processor = ShortCrossAttention()
+    for block in model.blocks:
+        block.attn2.set_processor(processor)
+    return processor
