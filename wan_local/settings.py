@@ -111,6 +111,19 @@ class ImageEncoderConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MergingConfig:
+    """Thresholds of step merging; `configs/acceleration.toml` says what each is."""
+
+    tau: float
+    max_merged: int
+    warm_fraction: float
+    warm_min: int
+    tail: int
+    max_gap: float
+    min_steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One known model: its names, its canvases, and the architecture of each part."""
 
@@ -160,8 +173,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 def load_model_config(name: str) -> ModelConfig:
     """Read `configs/<name>.toml`; an unknown or missing key is a TypeError, raised here and not in the middle of a run."""
-    text = (resources.files("wan_local.configs") / f"{name}.toml").read_text(encoding="utf-8")
-    table = tomllib.loads(text)
+    table = _read_toml(name)
     return ModelConfig(
         canvases={key: _canvas(value) for key, value in table.pop("canvas").items()},
         transformer=TransformerConfig(**_tuples(table.pop("transformer"))),
@@ -170,6 +182,11 @@ def load_model_config(name: str) -> ModelConfig:
         image_encoder=ImageEncoderConfig(**table.pop("image_encoder")),
         **table,
     )
+
+
+def load_merging_config() -> MergingConfig:
+    """Read the thresholds of `acceleration="regular"`."""
+    return MergingConfig(**_read_toml("acceleration")["regular"])
 
 
 def known_models() -> tuple[ModelConfig, ...]:
@@ -183,6 +200,10 @@ def hub_cache_dir() -> Path:
         return Path(os.environ["HF_HUB_CACHE"]).expanduser()
     home = os.environ.get("HF_HOME")
     return (Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hub"
+
+
+def _read_toml(name: str) -> dict[str, Any]:
+    return tomllib.loads((resources.files("wan_local.configs") / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def _data_dir() -> Path:

@@ -1,0 +1,81 @@
+"""The sampling loop: noise in, latents out, one `Denoised` a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wan_local.acceleration import Policy
+from wan_local.errors import NumericalError
+from wan_local.models.transformer import ContextKV, Transformer
+from wan_local.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Guided:
+    """The transformer with everything that stays the same during a run.
+
+    condition: [1, 20, T, H, W]. context: of the prompt. negative_context: of the negative prompt, or None for a
+    `guide_scale` of 1, which needs no second pass.
+    """
+
+    transformer: Transformer
+    condition: Tensor
+    context: list[ContextKV]
+    negative_context: list[ContextKV] | None
+    guide_scale: float
+    residual_dtype: torch.dtype | None = None
+
+    def predict(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the guided velocity v_u + w (v_c - v_u) and v_c itself, both [1, 16, T, H, W] float32."""
+        inputs = torch.cat((latents, self.condition), dim=1)
+        timestep_B = timestep.reshape(1).to(latents.device)
+        conditional = self.transformer(inputs, timestep_B, self.context, residual_dtype=self.residual_dtype).float()
+        if self.negative_context is None:
+            return conditional, conditional
+        unconditional = self.transformer(
+            inputs, timestep_B, self.negative_context, residual_dtype=self.residual_dtype
+        ).float()
+        return unconditional + self.guide_scale * (conditional - unconditional), conditional
+
+
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """State after a step: `done` of `total` grid points (merged ones count as done), after `calls` model calls.
+
+    latents: [1, 16, T, H, W] float32. clean: what the latents would be without noise, as predicted in this step.
+    """
+
+    done: int
+    total: int
+    calls: int
+    latents: Tensor
+    clean: Tensor
+
+
+def denoise(guided: Guided, scheduler: Scheduler, latents: Tensor, policy: Policy) -> Iterator[Denoised]:
+    """Yield the state after every step from noise `latents` on; the last one's latents are the result.
+
+    Raises NumericalError where a prediction is not finite.
+    """
+    total, done, index = len(scheduler), 0, 0
+    while index < len(scheduler):
+        noise_pred, conditional = guided.predict(latents, scheduler.timesteps[index])
+        _check_finite(noise_pred, done + 1, total)
+        clean = latents - float(scheduler.sigmas[index]) * noise_pred
+        merged = policy.points_to_merge(conditional, scheduler.sigmas, index)
+        scheduler.merge(index, merged)
+        latents = scheduler.step(noise_pred, index, latents)
+        index, done = index + 1, done + 1 + merged
+        yield Denoised(done, total, index, latents, clean)
+
+
+def _check_finite(noise_pred: Tensor, step: int, total: int) -> None:
+    if not torch.isfinite(noise_pred).all():
+        raise NumericalError(
+            f"step {step} of {total} gave NaN or infinity, so there is no picture to make of it. The weights may be damaged, "
+            "or the device computes wrongly in this precision; try precision='reference'."
+        )

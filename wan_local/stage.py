@@ -1,0 +1,98 @@
+"""A stage owns a network's memory: build it on `meta`, load it strictly, place it, hand it out, free it.
+
+The only room where modules are loaded and freed; freed also after an error, a cancel or a closed generator.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wan_local.checkpoint import ModelFiles, PartTensors
+from wan_local.errors import WrongModel
+from wan_local.key_map import Part, canonical
+from wan_local.models.image_encoder import build_image_encoder
+from wan_local.models.text_encoder import build_text_encoder
+from wan_local.models.transformer import Transformer, stays_float32
+from wan_local.models.vae import Vae
+from wan_local.settings import ModelConfig
+
+_BUILDERS: Mapping[Part, Callable[[ModelConfig], nn.Module]] = {
+    "transformer": lambda config: Transformer(config.transformer),
+    "vae": lambda config: Vae(config.vae),
+    "text_encoder": lambda config: build_text_encoder(config.text_encoder),
+    "image_encoder": lambda config: build_image_encoder(config.image_encoder),
+}
+
+
+@contextmanager
+def stage(part: Part, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
+    """Hand out `part` of the model on `device`, computing in `dtype` (the VAE always in float32), and free it at the end."""
+    module = load_part(part, files, device, dtype)
+    try:
+        with torch.inference_mode():
+            yield module
+    finally:
+        module.to("meta")  # frees the weights even where a traceback or a frame still holds the module
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def load_part(part: Part, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Build `part` on `meta` and give it its weights, read one tensor at a time straight to `device`."""
+    with torch.device("meta"):
+        module = _BUILDERS[part](files.config)
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(device, _dtype_of(part, name, dtype))
+
+    load_strictly(module, part, PartTensors(files, part), place)
+    module.to(device).eval().requires_grad_(False)
+    if part == "vae" and device.type == "cpu":
+        _channels_last(module)
+    return module
+
+
+def load_strictly(
+    module: nn.Module, part: Part, tensors: Mapping[str, Tensor], place: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Assign every tensor to its parameter. Raises WrongModel that lists what is missing, unexpected or of another shape."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    wanted = {canonical(part, name) for name in expected}
+    missing, unexpected = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+    if missing or unexpected:
+        raise WrongModel(
+            f"the {part} does not fit its configuration: {len(missing)} tensors missing {missing[:4]}, "
+            f"{len(unexpected)} unexpected {unexpected[:4]}"
+        )
+    loaded: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, shape in expected.items():
+        source = canonical(part, name)
+        if source not in loaded:
+            loaded[source] = place(source, tensors[source])
+        if tuple(loaded[source].shape) != shape:
+            raise WrongModel(f"{source!r} of the {part} is {list(loaded[source].shape)}; {list(shape)} is needed")
+        state[name] = loaded[source]
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def _dtype_of(part: Part, name: str, dtype: torch.dtype) -> torch.dtype:
+    if part == "vae" or (part == "transformer" and stays_float32(name)):
+        return torch.float32
+    return dtype
+
+
+def _channels_last(module: nn.Module) -> None:
+    """Lay convolution weights out channels-last: the CPU's convolutions are about twice as fast so."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv3d):
+            layer.to(memory_format=torch.channels_last_3d)
+        elif isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)
