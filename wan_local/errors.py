@@ -35,7 +35,9 @@ class InvalidRequest(WanLocalError, ValueError):
     def __init__(self, detail: list[dict[str, Any]]) -> None:
         assert detail, "an InvalidRequest without a detail says nothing"
         self.detail = detail
-        super().__init__("; ".join(f"{'.'.join(map(str, entry['loc'][1:])) or 'body'}: {entry['msg']}" for entry in detail))
+        super().__init__(
+            "; ".join(f"{'.'.join(map(str, entry['loc'][1:])) or 'body'}: {entry['msg']}" for entry in detail)
+        )
 
     @classmethod
     def field(
