@@ -7,6 +7,7 @@ Takes a model's folder in diffusers' layout (`transformer/ vae/ text_encoder/ im
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -48,8 +49,9 @@ class ModelFiles:
     def embedded(self) -> bool:
         return self.config.embedded is not None
 
-    def weight_bytes(self, part: Part) -> int:
-        return sum(info.nbytes for info in self.tensors[part].values())
+    def parameters(self, part: Part) -> int:
+        """Return how many numbers the part is made of."""
+        return sum(math.prod(info.shape) for info in self.tensors[part].values())
 
 
 class PartTensors(Mapping[str, torch.Tensor]):

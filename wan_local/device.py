@@ -11,6 +11,7 @@ from wan_local.errors import NotAvailable
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+_CLEAR_PEAK = Path("/proc/self/clear_refs")  # writing 5 sets the peak back to what is held now
 
 
 def resolve_device(name: str) -> torch.device:
@@ -99,3 +100,25 @@ def _read_integer(path: str) -> int | None:
         return None
     text = file.read_text().strip()
     return int(text) if text.isdigit() else None
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new measurement for `peak_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_PEAK.exists() and os.access(_CLEAR_PEAK, os.W_OK):
+        _CLEAR_PEAK.write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the most bytes held since `reset_peak`: the allocator's on a card, the process's resident set on a CPU.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    rows = [line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(rows[0][1]) * 1024 if rows else None

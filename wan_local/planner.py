@@ -6,7 +6,7 @@ the peak by stage, or refuses before a weight is read and names the nearest sett
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wan_local.errors import DoesNotFit
@@ -69,23 +69,22 @@ def make_plan(
     parameters: Mapping[str, int],
     machine: Machine,
     *,
-    smaller: Callable[[], Geometry | None] = lambda: None,
+    smaller: Geometry | None = None,
 ) -> Plan:
     """Return the plan, every part whole on the device while its stage lasts.
 
-    parameters: number of parameters of each part. smaller: gives the geometry to suggest where this one does not fit.
+    parameters: number of parameters of each part. smaller: the geometry to suggest where this one does not fit.
     Raises DoesNotFit.
     """
     plan = _plan(geometry, config, parameters, machine)
     budget = int(machine.free_bytes * (1 - _HEADROOM))
     if plan.peak.peak_bytes <= budget:
         return plan
-    alternative = smaller()
     advice = "Use a machine with more memory, or a smaller model."
-    if alternative is not None:
-        lesser = _plan(alternative, config, parameters, machine)
+    if smaller is not None:
+        lesser = _plan(smaller, config, parameters, machine)
         if lesser.peak.peak_bytes <= budget:
-            advice = f"{alternative.size} x {alternative.num_frames} frames would fit ({lesser.peak.peak_bytes / GIB:.1f} GiB)."
+            advice = f"{smaller.size} x {smaller.num_frames} frames would fit ({lesser.peak.peak_bytes / GIB:.1f} GiB)."
     raise DoesNotFit(
         f"{geometry.size} x {geometry.num_frames} frames needs {plan.peak.peak_bytes / GIB:.1f} GiB on {machine.device} at "
         f"its peak ({plan.peak.name}: {plan.peak.weight_bytes / GIB:.1f} GiB of weights); {machine.free_bytes / GIB:.1f} GiB "

@@ -35,8 +35,7 @@ def stage(part: Part, files: ModelFiles, device: torch.device, dtype: torch.dtyp
     """Hand out `part` of the model on `device`, computing in `dtype` (the VAE always in float32), and free it at the end."""
     module = load_part(part, files, device, dtype)
     try:
-        with torch.inference_mode():
-            yield module
+        yield module
     finally:
         module.to("meta")  # frees the weights even where a traceback or a frame still holds the module
         gc.collect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ def build_image_encoder(config: ImageEncoderConfig) -> CLIPVisionModel:
     """Return the module on the current default device (`meta` while loading)."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    return CLIPVisionModel(
+    encoder = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -31,6 +32,10 @@ def build_image_encoder(config: ImageEncoderConfig) -> CLIPVisionModel:
             hidden_act=config.hidden_act,
         )
     )
+    for module in encoder.modules():  # in no checkpoint, so it must not stay on `meta`
+        if "position_ids" in dict(module.named_buffers(recurse=False)):
+            module.register_buffer("position_ids", torch.arange(config.tokens, device="cpu")[None], persistent=False)
+    return encoder
 
 
 def clip_pixels(image: Tensor, config: ImageEncoderConfig) -> Tensor:

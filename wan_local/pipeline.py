@@ -1,0 +1,244 @@
+"""The story: a request and two images become an mp4. One generator, read downwards; it yields `Step`s and last a `Result`.
+
+Stop iterating (`close()` the generator) to cancel: every stage frees its network and no file is left.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_local import __version__
+from wan_local.acceleration import make_policy
+from wan_local.checkpoint import ModelFiles, find_model
+from wan_local.conditioning import (
+    embed_images,
+    embed_prompt,
+    encode_condition,
+    initial_noise,
+    load_tokenizer,
+    picture_tensor,
+    tokenize,
+)
+from wan_local.decode import decode_frames
+from wan_local.denoise import Guided, denoise
+from wan_local.device import compute_dtype, free_bytes, resolve_device
+from wan_local.errors import InvalidRequest
+from wan_local.geometry import NATIVE_FRAMES, Geometry, Size, output_size
+from wan_local.image import fit, load_image
+from wan_local.planner import Machine, Plan, make_plan
+from wan_local.preview import fit_latent_to_rgb
+from wan_local.report import Report
+from wan_local.request import File, Request, Result, Step, as_json
+from wan_local.scheduler import Scheduler
+from wan_local.settings import Settings, load_settings
+from wan_local.stage import stage
+from wan_local.video import VideoReport, VideoWriter, check_output, largest_bytes
+
+_RANDOM_SEEDS = 2**31  # JavaScript clients lose integers beyond 2^53
+_MASK_CHANNELS = 4
+_FEATURES_TO_COME = ("enable_safety_checker", "enable_prompt_expansion")
+
+
+def generate(request: Request, *, settings: Settings | None = None, output: Path | str | None = None) -> Result:
+    """Make one video and return where it is. Blocks; iterate over `Pipeline.generate` to see the steps.
+
+    Raises InvalidRequest, ModelNotFound, WrongModel, CorruptModel, NotAvailable, DoesNotFit before any weight is read, and
+    NumericalError or OutputError later.
+    """
+    result: Result | None = None
+    for event in Pipeline(settings).generate(request, output=output):
+        if isinstance(event, Result):
+            result = event
+    assert result is not None, "the pipeline ended without a result"
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that can be made: its images at the video's size, the model it found, and the plan it fits into."""
+
+    request: Request
+    settings: Settings
+    files: ModelFiles
+    device: torch.device
+    dtype: torch.dtype
+    images: tuple[Tensor, Tensor]
+    plan: Plan
+    seed: int
+    output: Path
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.plan.geometry
+
+
+class Pipeline:
+    """Makes videos with one set of settings; holds no weights between runs."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or load_settings()
+
+    def generate(self, request: Request, *, output: Path | str | None = None) -> Iterator[Step | Result]:
+        """Yield a `Step` after each piece of work and last the `Result`.
+
+        output: the mp4 to write; a new name in the settings' `output_dir` unless given. Raises as `generate` does.
+        """
+        job = prepare(request, self.settings, output)
+        request, files, geometry = job.request, job.files, job.geometry
+        report = Report(job.device)
+        for text in _remarks(job):
+            report.note(text)
+        yield report.step(1, 1, f"{files.config.title}: {job.plan.describe()}")
+
+        with report.stage("text"), stage("text_encoder", files, job.device, job.dtype) as text_encoder:
+            prompt_embeds, negative_prompt_embeds = _embed_prompts(text_encoder, job, report)
+        yield report.step(1, 1, "prompts encoded")
+
+        with report.stage("image"), stage("image_encoder", files, job.device, job.dtype) as image_encoder:
+            image_embeds = embed_images(image_encoder, job.images, files.config.image_encoder)
+        yield report.step(1, 1, "images encoded")
+
+        with report.stage("condition"), stage("vae", files, job.device, job.dtype) as vae:
+            condition = encode_condition(vae, job.images, geometry.generated_frames)
+        to_rgb = fit_latent_to_rgb(condition[:, _MASK_CHANNELS:], job.images)
+        yield report.step(1, 1, "first and last frame encoded")
+
+        scheduler = Scheduler(request.num_inference_steps, request.shift)
+        policy = make_policy(request.acceleration, request.num_inference_steps)
+        latents = initial_noise(job.seed, _latent_shape(job)).to(job.device)
+        with report.stage("denoise"), stage("transformer", files, job.device, job.dtype) as transformer:
+            guided = Guided(
+                transformer,
+                condition,
+                transformer.embed_context(prompt_embeds, image_embeds),
+                None if negative_prompt_embeds is None else transformer.embed_context(negative_prompt_embeds, image_embeds),
+                request.guide_scale,
+                torch.float32 if job.settings.precision == "reference" else None,
+            )
+            for state in denoise(guided, scheduler, latents, policy):
+                latents, calls = state.latents, state.calls
+                message = f"step {state.done} of {state.total}"
+                yield report.step(state.done, state.total, message, preview=to_rgb.picture(state.clean))
+
+        with report.stage("decode"), stage("vae", files, job.device, job.dtype) as vae, _writer(job, calls) as writer:
+            for decoded in decode_frames(vae, latents, geometry):
+                writer.write(decoded.frames)
+                message = f"frame {decoded.done} of {geometry.generated_frames}"
+                yield report.step(decoded.done, geometry.generated_frames, message)
+            video = writer.finish()
+        yield _result(job, video, {**report.as_dict(), "model_calls": calls})
+
+
+def prepare(request: Request, settings: Settings, output: Path | str | None = None) -> Job:
+    """Check everything that can be checked before a weight is read: request, images, model, device, memory, output."""
+    _refuse_features_to_come(request)
+    files = find_model(settings)
+    device = resolve_device(settings.device)
+    start = load_image(request.start_image_url, field="start_image_url")
+    end = load_image(request.end_image_url, field="end_image_url")
+    canvas, start_size = files.config.canvas(request.resolution), Size(start.height, start.width)
+    size = output_size(canvas, request.aspect_ratio, start_size)
+    geometry = Geometry(size, request.num_frames)
+    dtype = compute_dtype(device)
+    small = Geometry(output_size(files.config.canvas("480p"), request.aspect_ratio, start_size), NATIVE_FRAMES)
+    plan = make_plan(
+        geometry,
+        files.config,
+        {part: files.parameters(part) for part in files.tensors},
+        Machine(str(device), free_bytes(device), dtype.itemsize),
+        smaller=small if small.tokens < geometry.tokens else None,
+    )
+    seed = secrets.randbelow(_RANDOM_SEEDS) if request.seed is None else request.seed
+    path = _output_path(settings, seed, output)
+    check_output(path, largest_bytes(geometry))
+    images = (picture_tensor(fit(start, size)), picture_tensor(fit(end, size)))
+    return Job(request, settings, files, device, dtype, images, plan, seed, path)
+
+
+def _refuse_features_to_come(request: Request) -> None:
+    for name in _FEATURES_TO_COME:
+        if getattr(request, name):
+            message = f"{name} is not available in wan_local {__version__}; leave it false. Nothing was generated."
+            raise InvalidRequest.field(name, "feature_not_supported", message, value=True)
+
+
+def _output_path(settings: Settings, seed: int, output: Path | str | None) -> Path:
+    if output is not None:
+        return Path(output).expanduser().absolute()
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    return settings.output_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}-{secrets.token_hex(2)}.mp4"
+
+
+def _remarks(job: Job) -> list[str]:
+    """What a caller may want to know before the run."""
+    remarks = []
+    if job.request.num_frames > NATIVE_FRAMES:
+        remarks.append(
+            f"{job.request.num_frames} frames: the model was trained on {NATIVE_FRAMES}; colours may shift at the start. "
+            f"{job.geometry.generated_frames} are generated, the first and the last are always kept."
+        )
+    if torch.equal(*job.images):
+        remarks.append("start and end image are the same picture: expect little motion unless the prompt describes it.")
+    return remarks
+
+
+def _embed_prompts(text_encoder: Any, job: Job, report: Report) -> tuple[Tensor, Tensor | None]:
+    """Return prompt_embeds and negative_prompt_embeds; the latter is None where guidance does not need it."""
+    length = job.files.config.transformer.text_tokens
+    tokenizer = load_tokenizer(job.files.folder / "tokenizer")
+    embeds = []
+    for name in ("prompt", "negative_prompt"):
+        tokens = tokenize(tokenizer, getattr(job.request, name), limit=length)
+        if tokens.cut:
+            report.note(f"{name} is {length + tokens.cut} tokens long; the last {tokens.cut} beyond {length} were left out.")
+        embeds.append(embed_prompt(text_encoder, tokens, length=length))
+    return embeds[0], None if job.request.guide_scale == 1 else embeds[1]
+
+
+def _latent_shape(job: Job) -> tuple[int, int, int, int]:
+    latent = job.geometry.latent_size
+    return job.files.config.transformer.out_channels, job.geometry.latent_frames, latent.height, latent.width
+
+
+def _writer(job: Job, calls: int) -> VideoWriter:
+    request = job.request
+    made_from = {name: as_json(getattr(request, name)) for name in type(request).model_fields}
+    config = job.files.config
+    return VideoWriter(
+        job.output,
+        size=job.geometry.size,
+        frames_per_second=request.frames_per_second,
+        metadata={
+            **made_from,
+            "seed": job.seed,
+            "model": config.name,
+            "model_title": config.title,
+            "model_calls": calls,
+            "generator": f"wan_local {__version__}",
+        },
+        embed_metadata=job.settings.embed_metadata,
+    )
+
+
+def _result(job: Job, video: VideoReport, measured: dict[str, Any]) -> Result:
+    config = job.files.config
+    report = {
+        "model": config.name,
+        "model_title": config.title,
+        "width": job.geometry.size.width,
+        "height": job.geometry.size.height,
+        "num_frames": video.num_frames,
+        "generated_frames": job.geometry.generated_frames,
+        "planned_peak_bytes": {stage.name: stage.peak_bytes for stage in job.plan.stages},
+        **measured,
+    }
+    file = File(url=video.path.as_uri(), file_name=video.path.name, file_size=video.file_bytes, path=video.path)
+    return Result(video=file, seed=job.seed, report=report)

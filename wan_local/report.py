@@ -1,0 +1,76 @@
+"""What a run took: seconds and peak bytes by stage, notes for the caller, and the `Step`s with their ETA."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from wan_local.device import peak_bytes, reset_peak
+from wan_local.request import Stage, Step
+
+_DECODE_TO_ENCODE = 2.5  # decoding takes about this many times as long as encoding the condition did
+_log = logging.getLogger(__name__)
+
+
+class Report:
+    """One run's clock and record; made when the run begins."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = self._stage_started = time.monotonic()
+        self._stage: Stage = "plan"
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+        self.notes: list[str] = []
+
+    @contextmanager
+    def stage(self, name: Stage) -> Iterator[None]:
+        """Measure a stage from here to the end of the block."""
+        self._stage, self._stage_started = name, time.monotonic()
+        reset_peak(self._device)
+        yield
+        self.seconds[name] = round(time.monotonic() - self._stage_started, 3)
+        peak = peak_bytes(self._device)
+        if peak is not None:
+            self.peak_bytes[name] = peak
+
+    def note(self, text: str) -> None:
+        """Keep something that the caller should know and log it."""
+        _log.warning(text)
+        self.notes.append(text)
+
+    def step(self, index: int, total: int, message: str, *, preview: Any = None) -> Step:
+        """Return the sign of progress for `index` of `total` within the stage that is running."""
+        return Step(
+            stage=self._stage,
+            index=index,
+            total=total,
+            message=message,
+            elapsed_seconds=time.monotonic() - self._started,
+            eta_seconds=self._eta(index, total),
+            preview=preview,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "device": str(self._device),
+            "torch": torch.__version__,
+            "seconds": {**self.seconds, "total": round(time.monotonic() - self._started, 3)},
+            "peak_bytes": dict(self.peak_bytes),
+            "notes": list(self.notes),
+        }
+
+    def _eta(self, index: int, total: int) -> float | None:
+        """Seconds to the end of the run, from the pace of this stage; None before there is one."""
+        if self._stage not in ("denoise", "decode") or index == 0:
+            return None
+        spent = time.monotonic() - self._stage_started
+        rest = spent / index * (total - index)
+        if self._stage == "denoise":
+            rest += _DECODE_TO_ENCODE * self.seconds.get("condition", 0.0)
+        return rest
