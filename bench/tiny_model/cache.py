@@ -1,9 +1,12 @@
 """Latents of clips on disk, so that training the transformer never runs the VAE.
 
-A shard is one file with clips of one size and length: `x` latents of the clip, `y` latents of its condition [first, grey..., last],
-CLIP states of both ends, and captions. Latents are normalised with the VAE's own statistics and kept in fp16.
+A shard is one file with clips of one size and length: `x` latents of the clip, `y` latents of its condition
+[first, grey..., last], CLIP states of both ends, and captions. Latents are normalised with the VAE's own statistics and
+kept in fp16.
 """
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +15,15 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from . import vae as whole
-from .encoders import Encoders, quantize
-from .log import Log
-from .photos import training_photos
-from .render import clip
+from bench.tiny_model import vae as whole
+from bench.tiny_model.encoders import Encoders, quantize
+from bench.tiny_model.log import Log
+from bench.tiny_model.photos import Photo
+from bench.tiny_model.render import clip
 
 TIME_STRIDE = 4
-SPEED_OF_SHORT_CLIPS = 1.0
+SMALL_AREA = 112 * 64
+LARGE_AREA = 176 * 96
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,21 @@ class Shard:
 
 
 @torch.no_grad()
-def make_shard(vae: AutoencoderKLWan, encoders: Encoders, shape: Shape, seeds: list[int], device: str) -> Shard:
-    """Render and encode the clips of `seeds`."""
+def make_shard(
+    vae: AutoencoderKLWan,
+    encoders: Encoders,
+    shape: Shape,
+    seeds: list[int],
+    photos: Sequence[Photo],
+) -> Shard:
+    """Render and encode the clips of `seeds`, on the VAE's device."""
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     times = torch.linspace(0, 1, shape.frames)
     xs, ys, images, captions = [], [], [], []
     for seed in seeds:
-        frames, text = clip(seed, training_photos(), shape.width, shape.height, times)
-        frames = quantize(frames)[None].to(device)
+        frames, text = clip(seed, photos, shape.width, shape.height, times)
+        frames = quantize(frames)[None].to(vae.device)
         first, last = frames[:, :, 0], frames[:, :, -1]
         xs.append(((whole.encode(vae, frames).cpu() - mean) / std).half())
         ys.append(((whole.encode_ends(vae, first, last, shape.frames).cpu() - mean) / std).half())
@@ -87,26 +97,54 @@ def load_shard(path: Path) -> Shard:
     return Shard(data["x"], data["y"], data["images"], data["captions"])
 
 
-def fill(
-    vae: AutoencoderKLWan,
-    encoders: Encoders,
-    folder: Path,
-    plan: list[tuple[Shape, int]],
-    first_seed: int,
-    device: str,
-    log: Log,
-) -> None:
+@dataclass(frozen=True)
+class Source:
+    """What shards are made from."""
+
+    vae: AutoencoderKLWan
+    encoders: Encoders
+    photos: Sequence[Photo]
+    first_seed: int
+
+
+def fill(source: Source, folder: Path, plan: list[tuple[Shape, int]], log: Log) -> None:
     """Make the shards of a plan that are not there yet; each entry is a shape and a number of clips."""
     folder.mkdir(parents=True, exist_ok=True)
-    seed = first_seed
+    seed = source.first_seed
     for index, (shape, count) in enumerate(plan):
-        path = folder / f"{first_seed:09d}_{index:05d}_{shape.name}.pt"
+        path = folder / f"{source.first_seed:09d}_{index:05d}_{shape.name}.pt"
         seeds = list(range(seed, seed + count))
         seed += count
         if path.exists():
             continue
-        save_shard(make_shard(vae, encoders, shape, seeds, device), path)
-        log.write(f"cache {path.name} {count} clips")
+        start = time.perf_counter()
+        save_shard(make_shard(source.vae, source.encoders, shape, seeds, source.photos), path)
+        log.write(f"cache {path.name} {count} clips, {(time.perf_counter() - start) / count:.2f} s each")
+
+
+def training_plan(rounds: int) -> list[tuple[Shape, int]]:
+    """Return shapes and clip counts: short and small ones first, then every canvas that the package offers.
+
+    Its canvases have about 112x64 or 176x96 pixels, any aspect from 0.4 to 2.5 and 21 to 26 latent frames.
+    """
+    rng = np.random.default_rng(5)
+    plan: list[tuple[Shape, int]] = []
+    for _ in range(rounds):
+        plan += [(Shape(64, 64, 5), 96), (Shape(64, 64, 9), 48), (Shape(48, 48, 21), 40), (Shape(64, 64, 21), 32)]
+        plan += [(Shape(64, 48, 21), 24), (Shape(48, 64, 21), 24)]
+    for _ in range(rounds):
+        plan += [(Shape(112, 64, 21), 16), (Shape(64, 112, 21), 16), (Shape(80, 80, 21), 16), (Shape(64, 64, 21), 24)]
+        plan += [(any_size(rng, SMALL_AREA, int(rng.integers(21, 27))), 8) for _ in range(2)]
+    for _ in range(rounds):
+        plan += [(Shape(176, 96, 21), 8), (Shape(96, 176, 21), 8), (Shape(128, 128, 21), 8), (Shape(112, 64, 21), 8)]
+        plan += [(any_size(rng, LARGE_AREA, int(rng.integers(21, 27))), 6) for _ in range(2)]
+        plan += [(any_size(rng, SMALL_AREA, int(rng.integers(22, 27))), 8)]
+    return plan
+
+
+def validation_plan() -> list[tuple[Shape, int]]:
+    """Return the held-out shards that training reports on."""
+    return [(Shape(64, 64, 9), 12), (Shape(64, 64, 21), 12), (Shape(112, 64, 21), 6), (Shape(176, 96, 21), 3)]
 
 
 def any_size(rng: np.random.Generator, area: int, latent_frames: int) -> Shape:

@@ -1,4 +1,4 @@
-"""The frozen parts: a BPE tokenizer, a random UMT5 encoder and a random CLIP vision tower of the classes that the 14B model uses.
+"""The frozen parts: a BPE tokenizer, and a random UMT5 encoder and CLIP vision tower of the 14B model's classes.
 
 They are random functions that keep what matters apart (words, image patches); the transformer learns to read them.
 """
@@ -21,9 +21,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from .photos import held_out_photos, training_photos
-from .scenes import caption, sample_scene
-from .sentences import corpus
+from bench.tiny_model.photos import held_out_photos, training_photos
+from bench.tiny_model.scenes import caption, sample_scene
+from bench.tiny_model.sentences import corpus
 
 TEXT_DIM = 64
 IMAGE_DIM = 64

@@ -13,9 +13,9 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from . import vae as whole
-from .encoders import Encoders, build_image_processor
-from .transformer import build_transformer
+from bench.tiny_model import vae as whole
+from bench.tiny_model.encoders import Encoders, build_image_processor
+from bench.tiny_model.transformer import build_transformer
 
 FLOW_SHIFT = 5.0
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "image_processor", "scheduler")
@@ -60,9 +60,11 @@ def _halve(part: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     (weights,) = part.glob("*.safetensors")
-    # the 14B folder names the vision tower's tensors with this prefix; transformers 5 writes them without, and reads both
+    # the 14B folder has this prefix on the vision tower's tensors; transformers 5 writes none, and reads both
     prefix = "vision_model." if part.name == "image_encoder" else ""
-    state = {prefix + name.removeprefix(prefix): value.half().contiguous() for name, value in load_file(weights).items()}
+    state = {
+        prefix + name.removeprefix(prefix): value.half().contiguous() for name, value in load_file(weights).items()
+    }
     save_file(state, weights, metadata={"format": "pt"})
     config = json.loads((part / "config.json").read_text())
     for key in ("dtype", "torch_dtype"):

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for matrices and convolutions, AdamW for the rest."""
+"""Muon for matrices and convolutions (https://kellerjordan.github.io/posts/muon/), AdamW for the rest."""
 
 import math
 from collections.abc import Iterable
@@ -10,24 +10,24 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Push the singular values of a matrix towards one.
+def orthogonalize(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
+    """Push the singular values of each matrix in a stack towards one.
 
     The polynomial is iterated on the Gram matrix of the shorter side, so only two products involve the longer one.
     """
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if tall else matrix
-    wide = wide / (wide.norm() + 1e-7)
-    gram = wide @ wide.T
-    identity = torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)
-    product = identity
+    tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    wide = matrices_NRC.mT if tall else matrices_NRC
+    wide = wide / (torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True) + 1e-7)
+    gram = wide @ wide.mT
+    identity = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+    product = identity.expand_as(gram)
     for _ in range(steps):
         polynomial = a * identity + b * gram + c * (gram @ gram)
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
     result = product @ wide
-    return result.T if tall else result
+    return result.mT if tall else result
 
 
 class Muon(torch.optim.Optimizer):
@@ -38,22 +38,29 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Take one step with the gradients at hand."""
+        """Take one step with the gradients at hand, weights of one shape together."""
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._update(weight, group)
+                    by_shape.setdefault(weight.flatten(1).shape, []).append(weight)
+            for weights in by_shape.values():
+                self._update(weights, group)
 
-    def _update(self, weight: Tensor, group: dict) -> None:
+    def _update(self, weights: list[Tensor], group: dict) -> None:
+        directions = torch.stack([self._direction(weight, group["momentum"]).flatten(1) for weight in weights])
+        scale = UPDATE_RMS * math.sqrt(max(directions.shape[1:]))
+        for weight, update in zip(weights, orthogonalize(directions), strict=True):
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * scale)
+
+    def _direction(self, weight: Tensor, momentum: float) -> Tensor:
+        """Return the gradient with Nesterov momentum."""
         state = self.state[weight]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(weight)
-        buffer = state["momentum"]
-        buffer.lerp_(weight.grad, 1 - group["momentum"])
-        direction = torch.lerp(weight.grad, buffer, group["momentum"]).flatten(1)
-        scale = UPDATE_RMS * math.sqrt(max(direction.shape))
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(orthogonalize(direction).view_as(weight), alpha=-group["lr"] * scale)
+        state["momentum"].lerp_(weight.grad, 1 - momentum)
+        return torch.lerp(weight.grad, state["momentum"], momentum)
 
 
 def build_optimizers(matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float) -> list:

@@ -1,7 +1,7 @@
 """Photographs for the procedural clips, as pyramids of float tensors in [0, 1].
 
-They come from the installed scikit-image package and, when a folder with them is given, from scikit-learn's two sample images;
-licences are listed in the model card. `HELD_OUT` is never trained on.
+They come from the installed scikit-image package and, when a folder with them is given, from scikit-learn's two sample
+images; licences are listed in the model card. `HELD_OUT` is never trained on.
 """
 
 import math

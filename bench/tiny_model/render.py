@@ -6,8 +6,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .photos import Photo, sample_photo
-from .scenes import COLOURS, GROUNDS, Body, Kind, Picture, Scene, Texture, View, caption, position, sample_scene
+from bench.tiny_model.photos import Photo, sample_photo
+from bench.tiny_model.scenes import (
+    COLOURS,
+    GROUNDS,
+    Body,
+    Kind,
+    Picture,
+    Scene,
+    Texture,
+    View,
+    caption,
+    position,
+    sample_scene,
+)
 
 
 def clip(

@@ -1,7 +1,8 @@
 """Procedural clips: a scene is drawn from a seed, told by a caption, and rendered at any size and at any times.
 
-A scene has a background (texture, photograph, or one photograph dissolving into another) under a moving camera, and up to two
-objects (plain shapes or cut-outs of photographs) that move between two key poses. Path and timing are told only by the caption.
+A scene has a background (texture, photograph, or one photograph dissolving into another) under a moving camera, and up
+to two objects (plain shapes or cut-outs of photographs) that move between two key poses. Path and timing are told only
+by the caption.
 Lengths are in units of the canvas's short side; times run from 0 (first frame) to 1 (last frame).
 """
 
@@ -12,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from .photos import Photo
+from bench.tiny_model.photos import Photo
 
 Kind = Literal["one_shape", "two_shapes", "cutout", "camera_texture", "camera_photo", "dissolve"]
 KINDS: tuple[Kind, ...] = ("one_shape", "two_shapes", "cutout", "camera_texture", "camera_photo", "dissolve")
@@ -229,7 +230,8 @@ def _bodies(rng: np.random.Generator, photos: Sequence[Photo], kind: Kind, aspec
     for _ in range(200):
         shapes, colours = rng.permutation(len(SHAPES)), rng.permutation(len(COLOURS))
         bodies = tuple(
-            _body(rng, photos if kind == "cutout" and k == 0 else (), SHAPES[shapes[k]], colours, k) for k in range(count)
+            _body(rng, photos if kind == "cutout" and k == 0 else (), SHAPES[shapes[k]], colours, k)
+            for k in range(count)
         )
         if count < 2 or not _collide(bodies[0], bodies[1], aspect):
             return bodies

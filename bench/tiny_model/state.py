@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .optimizer import Average
+from bench.tiny_model.optimizer import Average
 
 
 @dataclass

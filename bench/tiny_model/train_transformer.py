@@ -9,13 +9,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from .cache import Shard, load_shard
-from .encoders import Encoders, noisy_caption
-from .log import Log
-from .optimizer import Average, build_optimizers, learning_rate
-from .sentences import DEFAULT_NEGATIVE_PROMPT, sentence
-from .state import TrainingState
-from .transformer import ShortCrossAttention, shorten_text, stack_texts
+from bench.tiny_model.cache import Shard, load_shard
+from bench.tiny_model.encoders import Encoders, noisy_caption
+from bench.tiny_model.log import Log
+from bench.tiny_model.optimizer import Average, build_optimizers, learning_rate
+from bench.tiny_model.sentences import DEFAULT_NEGATIVE_PROMPT, sentence
+from bench.tiny_model.state import TrainingState
+from bench.tiny_model.transformer import ShortCrossAttention, shorten_text, stack_texts
 
 Group = str
 GROUPS: tuple[Group, ...] = ("short", "small", "480p", "720p")
@@ -146,9 +146,8 @@ def _loop(trainer: "Trainer", state: TrainingState, store: Store, validation: St
         if state.seconds >= next_report or state.seconds >= settings.seconds:
             next_report += settings.report_seconds
             figures = trainer.validate(validation, state.average)
-            log.write(
-                f"transformer {state.seconds:.0f} s step {state.step} clips {clips} loss {np.mean(running):.4f} | {figures}"
-            )
+            head = f"transformer {state.seconds:.0f} s step {state.step} clips {clips} loss {np.mean(running):.4f}"
+            log.write(f"{head} | {figures}")
             running, clips = [], store.refresh()
             state.save(partial)
 

@@ -1,7 +1,7 @@
 """The transformer's configuration and start, and cross-attention that does not compute 512 text tokens.
 
-Prompts are padded to 512 tokens with zeros, so all padded keys and values are equal: one of them with its logit raised by
-log(512 - length) gives the same softmax. The processor below uses that; the weights and the result are diffusers' own.
+Prompts are padded to 512 tokens with zeros, so all padded keys and values are equal: one of them with its logit raised
+by log(512 - length) gives the same softmax. The processor below uses that; weights and result are diffusers' own.
 """
 
 import math
@@ -13,11 +13,11 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
-from .encoders import IMAGE_DIM, IMAGE_TOKENS, MAX_TOKENS, TEXT_DIM
+from bench.tiny_model.encoders import IMAGE_DIM, IMAGE_TOKENS, MAX_TOKENS, TEXT_DIM
 
 HEADS = 4
 HEAD_DIM = 32
-LAYERS = 8
+LAYERS = 6
 WIDTH = HEADS * HEAD_DIM
 CONFIG = {
     "patch_size": [1, 2, 2],
@@ -58,7 +58,7 @@ def build_transformer() -> WanTransformer3DModel:
 
 @dataclass
 class Texts:
-    """Prompts of a batch: [B, L+1, 64] embeddings whose last row is padding, and their additive key bias [B, 1, 1, L+1]."""
+    """Prompts of a batch: [B, L+1, 64] embeddings, the last row padding, and their key bias [B, 1, 1, L+1]."""
 
     embeds: Tensor
     bias: Tensor
@@ -77,7 +77,7 @@ def stack_texts(texts: list[Tensor]) -> Texts:
 
 
 class ShortCrossAttention:
-    """Attention processor for keys [34 image tokens | L text tokens | 1 padding token]; `bias` is set for each batch."""
+    """Attention processor for keys [34 image | L text | 1 padding token]; `bias` is set for each batch."""
 
     def __init__(self) -> None:
         self.bias: Tensor | None = None
@@ -91,7 +91,9 @@ class ShortCrossAttention:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend to images and text separately and add both, as the model does."""
-        images, text = encoder_hidden_states.split((2 * IMAGE_TOKENS, encoder_hidden_states.shape[1] - 2 * IMAGE_TOKENS), 1)
+        images, text = encoder_hidden_states.split(
+            (2 * IMAGE_TOKENS, encoder_hidden_states.shape[1] - 2 * IMAGE_TOKENS), 1
+        )
         query = _heads(attn, attn.norm_q(attn.to_q(hidden_states)))
         result = F.scaled_dot_product_attention(
             query, _heads(attn, attn.norm_added_k(attn.add_k_proj(images))), _heads(attn, attn.add_v_proj(images))

@@ -1,7 +1,7 @@
 """diffusers' `AutoencoderKLWan` run on whole clips, which is what training needs.
 
-diffusers feeds the causal network four frames at a time and carries caches; here one call sees the whole clip, with the same result
-(`evaluate --check-vae` and the cache compare them). Legend: B batch, C channels, T frames, H height, W width.
+diffusers feeds the causal network four frames at a time and carries caches; here one call sees the whole clip and gives
+the same result up to rounding. Legend: B batch, C channels, T frames, H height, W width.
 """
 
 import math
@@ -30,7 +30,7 @@ CONFIG = {
 FIXED_SIGMA = 0.1
 """Standard deviation of the noise added to latents in training; written into the posterior's log-variance."""
 FULL_RATE_FIELD = 12
-"""Frames after which the encoder's full-rate layers no longer see a change (1 + 2 per causal convolution, five of them, rounded up)."""
+"""Frames that the encoder's full-rate layers see back (five causal convolutions: 1 + 5 * 2), rounded up."""
 
 
 def build_vae() -> AutoencoderKLWan:
@@ -84,7 +84,7 @@ def encode(vae: AutoencoderKLWan, x_BCTHW: Tensor) -> Tensor:
 def encode_ends(vae: AutoencoderKLWan, first_BCHW: Tensor, last_BCHW: Tensor, num_frames: int) -> Tensor:
     """Return `encode` of the clip [first, mid-grey..., last] without computing its constant middle at full resolution.
 
-    The layers before the first temporal stride see `FULL_RATE_FIELD` frames back, so a shorter clip holds every distinct feature.
+    The layers before the first temporal stride see `FULL_RATE_FIELD` frames back: a shorter clip has them all.
     """
     short = min(num_frames, 2 * FULL_RATE_FIELD)
     clip = first_BCHW.new_zeros(*first_BCHW.shape[:2], short, *first_BCHW.shape[2:])

@@ -1,0 +1,125 @@
+"""Trains the tiny model from nothing: `python -m bench.tiny_model.train --work /some/scratch/folder`.
+
+Stages run in order and are skipped once their result is in the work folder: a stopped run goes on where it was.
+`--only` picks stages; `cache` and `transformer` may run side by side, since training picks up shards as they appear.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from bench.tiny_model import cache, train_transformer, train_vae
+from bench.tiny_model.encoders import Encoders, build_encoders
+from bench.tiny_model.export import build_vae_with_statistics, export
+from bench.tiny_model.log import Log
+from bench.tiny_model.photos import held_out_photos, training_photos
+from bench.tiny_model.transformer import build_transformer
+from bench.tiny_model.vae import build_vae, channels_last
+
+STAGES = ("images", "clips", "statistics", "cache", "transformer", "decoder", "export")
+SECONDS = {"images": 660.0, "clips": 1380.0, "transformer": 3300.0, "decoder": 600.0}
+DEFAULT_FOLDER = Path(__file__).parents[2] / "wan_local" / "tiny_model"
+VALIDATION_SEED = 3 * 10**6
+CACHE_SEED = 10**3
+
+
+def main() -> None:
+    """Run the chosen stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", type=Path, required=True, help="scratch folder: states, latents, intermediate results"
+    )
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the model folder is written")
+    parser.add_argument("--log", type=Path, default=None, help="log file (default: <work>/train.log)")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the transformer's forward"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on every stage's training time")
+    parser.add_argument("--rounds", type=int, default=5, help="size of the latent cache")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    args.work.mkdir(parents=True, exist_ok=True)
+    log = Log(args.log or args.work / "train.log")
+    encoders = build_encoders(args.work / "tokenizer")
+    for stage in STAGES:
+        if stage in args.only:
+            run(stage, args, encoders, log)
+
+
+def run(stage: str, args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
+    """Run one stage."""
+    if stage in ("images", "clips"):
+        vae = build_vae()
+        if stage == "clips":
+            vae.load_state_dict(torch.load(args.work / "vae_images.pt", weights_only=True))
+        settings = train_vae.Settings(stage, SECONDS[stage] * args.scale, 1e-2, device=args.device)
+        train_vae.train_stage(vae, settings, args.work, log)
+    elif stage == "statistics":
+        measure(args, log)
+    elif stage == "cache":
+        fill_cache(args, encoders, log)
+    elif stage == "transformer":
+        settings = train_transformer.Settings(
+            SECONDS[stage] * args.scale, device=args.device, half=args.dtype == "bfloat16"
+        )
+        train_transformer.train(build_transformer(), settings, args.work, args.work / "latents", encoders, log)
+    elif stage == "decoder":
+        vae = load_vae(args.work)
+        settings = train_vae.Settings("decoder", SECONDS[stage] * args.scale, 4e-3, hold=0.2, device=args.device)
+        train_vae.train_stage(vae, settings, args.work, log)
+    else:
+        write(args, encoders, log)
+
+
+def measure(args: argparse.Namespace, log: Log) -> None:
+    """Measure the latents of the frozen encoder once."""
+    path = args.work / "statistics.pt"
+    if path.exists():
+        return
+    vae = build_vae()
+    vae.load_state_dict(torch.load(args.work / "vae_clips.pt", weights_only=True))
+    mean, std = train_vae.measure_latents(vae.to(args.device), args.device)
+    torch.save({"mean": mean, "std": std}, path)
+    log.write(f"latents: mean {[round(v, 3) for v in mean]} std {[round(v, 3) for v in std]}")
+
+
+def load_vae(work: Path) -> AutoencoderKLWan:
+    """Return the VAE with its statistics: with the refined decoder once there is one."""
+    statistics = torch.load(work / "statistics.pt", weights_only=True)
+    vae = build_vae_with_statistics(statistics["mean"], statistics["std"])
+    refined = work / "vae_decoder.pt"
+    vae.load_state_dict(torch.load(refined if refined.exists() else work / "vae_clips.pt", weights_only=True))
+    return channels_last(vae).eval()
+
+
+def fill_cache(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
+    """Encode validation and training clips."""
+    vae = load_vae(args.work).to(args.device)
+    source = cache.Source(vae, encoders, held_out_photos(), VALIDATION_SEED)
+    cache.fill(source, args.work / "validation", cache.validation_plan(), log)
+    source = dataclasses.replace(source, photos=training_photos(), first_seed=CACHE_SEED)
+    cache.fill(source, args.work / "latents", cache.training_plan(args.rounds), log)
+
+
+def write(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
+    """Export the newest weights; while the transformer still trains, its running average."""
+    transformer = build_transformer()
+    done, partial = args.work / "transformer.pt", args.work / "transformer_partial.pt"
+    if done.exists():
+        transformer.load_state_dict(torch.load(done, weights_only=True))
+    else:
+        transformer.load_state_dict(torch.load(partial, weights_only=True)["average"])
+    export(args.folder, args.work / "export", encoders, load_vae(args.work), transformer)
+    log.write(f"exported {'final' if done.exists() else 'intermediate'} weights")
+
+
+if __name__ == "__main__":
+    main()
