@@ -135,6 +135,7 @@ def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:
         start_image_url="/home/ann/first.png",
         end_image_url="file:///home/ann/a%20b.png",
         model=Path("/home/ann/models/wan"),
+        source="https://ann:key@example.org/a.png?token=ann",
         report={"loras": ["C:\\Users\\ann\\fast.safetensors", "~ann/other"], "image": "data:image/png;base64,QUJD"},
     )
     sidecar = path.with_name("clip.mp4.json").read_text(encoding="utf-8")
@@ -144,6 +145,7 @@ def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:
         "start_image_url": "first.png",
         "end_image_url": "a b.png",
         "model": "wan",
+        "source": "https://example.org/a.png",
         "report": {"loras": ["fast.safetensors", "other"], "image": "data:image/png;base64,..."},
         "video": None,
     }

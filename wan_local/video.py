@@ -8,20 +8,17 @@ renamed when it is complete. Frames stream through: memory does not grow with th
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
 import shutil
 import tempfile
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import unquote, urlsplit
 
 import av
 import numpy as np
@@ -33,7 +30,7 @@ from numpy.typing import NDArray
 
 from wan_local.errors import NotAvailable, OutputError
 from wan_local.geometry import NATIVE_FPS, Geometry, Size
-from wan_local.request import as_json
+from wan_local.metadata import public, title, to_json
 
 Frames = NDArray[np.uint8]
 
@@ -44,8 +41,6 @@ ENCODER = "libx264"
 PRESET = "medium"
 KEYFRAME_SECONDS = 2  # how far apart keyframes are at most, so that players can seek
 _BYTES_PER_PIXEL = 0.25  # what CRF 16 needs for pictures full of fine noise; usual ones take a tenth of it
-_TITLE_CHARACTERS = 80
-_FREE_TEXT = ("prompt", "negative_prompt")  # may begin with a slash and be no path
 
 # Without the flags swscale takes short cuts in 8 bits that cost up to 3 levels a round trip.
 _EXACT = (
@@ -141,14 +136,14 @@ class VideoWriter:
         self._partial_sidecar = self._path.parent / f"{mark}.json.part"
         self._size = size
         self._frames_per_second = frames_per_second
-        self._metadata = {key: _without_paths(key, value) for key, value in metadata.items()}
+        self._metadata = public(metadata)
         self._num_frames = 0
         with _explained(self._path):
             self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
             self._stream = _add_stream(self._container, size, frames_per_second)
         if embed_metadata:
-            self._container.metadata["comment"] = _json(self._metadata)
-            self._container.metadata["title"] = _title(self._metadata)
+            self._container.metadata["comment"] = to_json(self._metadata)
+            self._container.metadata["title"] = title(self._metadata)
 
     def __enter__(self) -> Self:
         return self
@@ -180,7 +175,7 @@ class VideoWriter:
         with _explained(self._path):
             self._container.mux(self._stream.encode(None))
             self._container.close()
-            self._partial_sidecar.write_text(_json(self._description(), indent=2) + "\n", encoding="utf-8")
+            self._partial_sidecar.write_text(to_json(self._description(), indent=2) + "\n", encoding="utf-8")
             _flush_to_disk(self._partial)
             _flush_to_disk(self._partial_sidecar)
             os.replace(self._partial, self._path)
@@ -269,34 +264,6 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _json(value: object, *, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-
-
-def _title(metadata: Mapping[str, object]) -> str:
-    prompt = str(metadata.get("prompt", "")).replace("\0", " ")
-    return textwrap.shorten(prompt, _TITLE_CHARACTERS, placeholder=" ...")
-
-
-def _without_paths(key: str, value: object) -> object:
-    """Return `value` for JSON, with every path or file URL in it cut to its last part and image data left out."""
-    if isinstance(value, Mapping):
-        return {str(name): _without_paths(str(name), entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(key, entry) for entry in value]
-    if isinstance(value, PurePath):
-        return value.name
-    if not isinstance(value, str) or key in _FREE_TEXT:
-        return as_json(value)
-    if value[:5].lower() == "data:":
-        return value.partition(",")[0] + ",..."
-    if value[:7].lower() == "file://":
-        return PurePosixPath(unquote(urlsplit(value).path)).name
-    if value.startswith(("/", "~", "\\\\")) or PureWindowsPath(value).drive:
-        return PureWindowsPath(value).name  # both kinds of slash
-    return value
 
 
 @contextmanager

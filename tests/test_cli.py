@@ -1,0 +1,218 @@
+"""The command line, with a pipeline that makes nothing: flags, words, exit codes, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wan_local import cli, pipeline
+from wan_local.errors import Cancelled, ModelNotFound, OutputError, WanLocalError
+from wan_local.request import File, Request, Result, Step
+from wan_local.settings import Settings
+
+IMAGES = ("--start-image", "a.png", "--end-image", "b.png")
+
+
+class FakePipeline:
+    """Yields one step a stage and a result; remembers what it was asked."""
+
+    seen: tuple[Settings, Request, Path | None]
+    error: BaseException | None = None
+    closed = False
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def generate(self, request: Request, *, output: Path | None = None) -> Iterator[Step | Result]:
+        FakePipeline.seen = (self.settings, request, output)
+        try:
+            print("a library prints to stdout")
+            yield Step("plan", 1, 1, "[bold]plan[/bold] made", 0.1)
+            yield Step("denoise", 1, 2, "step 1 of 2", 61.0, 62.5, np.zeros((8, 16, 3), np.uint8))
+            if self.error:
+                raise self.error
+            yield Step("denoise", 2, 2, "step 2 of 2", 122.0, 0.0, np.full((8, 16, 3), 255, np.uint8))
+            path = output or Path("some.mp4")
+            file = File(url=f"http://127.0.0.1:1/{path.name}", file_name=path.name, file_size=3, path=path)
+            yield Result(video=file, seed=7, report={"model_title": "Fake 1B", "seconds": {"denoise": 1.5}})
+        finally:
+            FakePipeline.closed = True
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
+    monkeypatch.setattr(pipeline, "Pipeline", FakePipeline)
+    monkeypatch.setattr(FakePipeline, "error", None)
+    monkeypatch.setattr(FakePipeline, "closed", False)
+    return FakePipeline
+
+
+def test_every_request_field_is_a_flag_and_has_words() -> None:
+    assert set(cli._HELP) == set(Request.model_fields)
+    named = {"--start-image", "--end-image", "--num-frames", "--guide-scale", "--enable-safety-checker"}
+    assert named <= {cli._flag(name) for name in Request.model_fields}
+
+
+def test_flags_become_the_request_and_the_settings(fake: type[FakePipeline], tmp_path: Path) -> None:
+    flags = [
+        "--prompt",
+        "100 % bird",
+        "--num-frames",
+        "85",
+        "--seed",
+        "-1",
+        "--guide-scale",
+        "4",
+        "--resolution",
+        "480p",
+    ]
+    where = ["--model", "tiny", "--device", "cpu", "--output", str(tmp_path / "v.mp4")]
+    assert cli.main(["generate", *IMAGES, *flags, "--no-enable-safety-checker", *where]) == cli.DONE
+    settings, request, output = fake.seen
+    expected = Request(
+        prompt="100 % bird",
+        start_image_url="a.png",
+        end_image_url="b.png",
+        num_frames=85,
+        seed=-1,
+        guide_scale=4.0,
+        resolution="480p",
+    )
+    assert request == expected
+    assert (settings.model, settings.device, output) == ("tiny", "cpu", tmp_path / "v.mp4")
+
+
+def test_summary_says_where_the_video_is_and_what_made_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--output", "v.mp4"]) == cli.DONE
+    captured = capsys.readouterr()
+    assert captured.out == "v.mp4\n  made by Fake 1B\n  seed 7\n"
+    assert "denoise 1/2: step 1 of 2, 1:01 gone, about 1:02 left" in captured.err
+    assert "[bold]plan[/bold] made" in captured.err
+
+
+def test_json_is_the_only_thing_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--output", "v.mp4", "--json"]) == cli.DONE
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert answer["seed"] == 7 and answer["report"]["model_title"] == "Fake 1B"
+    assert answer["video"] == {
+        "url": "http://127.0.0.1:1/v.mp4",
+        "content_type": "video/mp4",
+        "file_name": "v.mp4",
+        "file_size": 3,
+        "path": "v.mp4",
+    }
+    assert "a library prints to stdout" in captured.err
+
+
+def test_previews_are_written_as_pictures(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "previews"
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", str(folder)]) == cli.DONE
+    assert sorted(entry.name for entry in folder.iterdir()) == ["denoise_01.png", "denoise_02.png"]
+    with Image.open(folder / "denoise_02.png") as picture:
+        assert picture.size == (16, 8) and picture.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_preview_that_cannot_be_written_ends_the_run(
+    tmp_path: Path, fake: type[FakePipeline], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", str(tmp_path / "file")]) == cli.FAILED
+    assert "denoise_01.png could not be written" in capsys.readouterr().err
+    assert fake.closed
+
+
+def test_all_wrong_fields_are_told_at_once_by_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["generate", "--end-image", "b.png", "--num-frames", "500", "--shift", "x", "--resolution", "4k"])
+    words = capsys.readouterr().err
+    assert code == cli.WRONG_REQUEST
+    assert "--prompt: Field required" in words and "--start-image: Field required" in words
+    assert "--num-frames: Input should be less than or equal to 100 (given: '500')" in words
+    assert "--shift: " in words and "--resolution: Input should be '480p' or '720p'" in words
+    assert "Traceback" not in words
+
+
+@pytest.mark.parametrize("error", [ModelNotFound("get it: hf download x"), OutputError("no [space] left")])
+def test_our_errors_are_one_paragraph_and_exit_code_1(
+    fake: type[FakePipeline],
+    error: WanLocalError,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fake, "error", error)
+    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == cli.FAILED
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f"{type(error).__name__}: {error}\n") and captured.out == ""
+    assert fake.closed
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Cancelled("stopped")])
+def test_ctrl_c_closes_the_run_and_exits_130(
+    fake: type[FakePipeline],
+    error: BaseException,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fake, "error", error)
+    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == cli.INTERRUPTED
+    assert "Stopped" in capsys.readouterr().err
+    assert fake.closed
+
+
+def test_ctrl_c_outside_the_generator_closes_it_too(fake: type[FakePipeline], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_save_preview", interrupted)
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", "x"]) == cli.INTERRUPTED
+    assert fake.closed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal to send there")
+def test_termination_closes_the_run(fake: type[FakePipeline], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threading.current_thread() is threading.main_thread()
+    monkeypatch.setattr(cli, "_save_preview", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", "x"])
+    assert stopped.value.code == cli.TERMINATED and fake.closed
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_wrong_setting_is_told_with_its_choices(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WAN_LOCAL_URL_SCHEME", "ftp")
+    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == cli.WRONG_REQUEST
+    assert "url_scheme is 'ftp'; it can be http, file" in capsys.readouterr().err
+
+
+def test_on_a_terminal_each_stage_has_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == cli.DONE
+    words = capsys.readouterr().err
+    assert "2/2 step 2 of 2, 2:02 gone" in words and "[bold]plan[/bold] made" in words
+
+
+def test_help_is_quick_and_leaves_torch_alone() -> None:
+    code = "import sys, wan_local.cli as c; c._parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_module_runs_as_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "wan_local", "--version"], check=True, capture_output=True, timeout=60)
+    assert done.stdout.startswith(b"wan-local 0.")
