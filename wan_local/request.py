@@ -6,6 +6,8 @@ frozen `Request`. Names, defaults, ranges, coercions and error bodies are those 
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -179,3 +181,12 @@ class Step:
     elapsed_seconds: float
     eta_seconds: float | None = None
     preview: Any = None
+
+    def as_event(self) -> dict[str, Any]:
+        """Return the step as JSON can carry it, the preview as a data URI (PNG)."""
+        event = {name: getattr(self, name) for name in self.__slots__}
+        if self.preview is not None:
+            buffer = io.BytesIO()
+            Image.fromarray(self.preview).save(buffer, "PNG")
+            event["preview"] = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return event

@@ -1,0 +1,348 @@
+"""The queue: one worker, first come first served, with events and cancel.
+
+Takes validated requests; hands them one at a time to the engine, a generator that yields `Step`s and last a `Result`,
+and whose `close()` frees all it holds. Gives jobs that any thread can ask, wait for and cancel. No torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import re
+import threading
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
+from wan_local.request import APPLICATION, Request, Result, Step
+
+Engine = Callable[[Request], Iterator[Step | Result]]
+Priority = Literal["normal", "low"]
+State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+
+_NAMESPACES = ("workflows", "comfy")  # what may stand before an application's owner
+_WAKE_SECONDS = 0.5  # a wait is never longer at a stretch, so that Ctrl-C reaches it (on Windows it cannot otherwise)
+_EXIT_SECONDS = 5.0  # how long an ending interpreter waits for the engine to clean up
+
+_log = logging.getLogger(__name__)
+
+
+class StartTimeout(WanLocalError, TimeoutError):
+    """A job was still waiting for its turn when its start timeout ran out; it never ran."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as the hosted service words it: what its HTTP response would hold."""
+
+    status_code: int
+    body: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on its way. Only its queue writes to it; read `state` and what follows through `Queue.status`."""
+
+    id: str
+    request: Request | None
+    priority: Priority = "normal"
+    start_timeout: float | None = None
+    state: State = "IN_QUEUE"
+    cancelled: bool = False
+    logs: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    result: Result | None = None
+    error: BaseException | None = None
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def start_deadline(self) -> float:
+        return float("inf") if self.start_timeout is None else self.submitted_at + self.start_timeout
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """A job at one moment. `position` counts the jobs that wait before it, `logs` are all so far, oldest first."""
+
+    state: State
+    position: int | None
+    logs: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    error: BaseException | None
+
+
+class Queue:
+    """Runs jobs on `engine`, one at a time, in a thread that starts with the first job.
+
+    Normal jobs go before low ones, else first come first served. Finished jobs are remembered for `keep_seconds`, and
+    at most `keep_jobs` of them. What a job raises is that job's outcome: the worker lives on.
+    """
+
+    def __init__(self, engine: Engine, *, keep_jobs: int = 1000, keep_seconds: float = 24 * 3600.0) -> None:
+        self._engine = engine
+        self._keep_jobs = keep_jobs
+        self._keep_seconds = keep_seconds
+        self._jobs: dict[str, Job] = {}
+        self._waiting: dict[Priority, deque[Job]] = {"normal": deque(), "low": deque()}
+        self._changed = threading.Condition()
+        self._worker: threading.Thread | None = None
+        self._closed = False
+
+    def submit(self, request: Request, *, priority: Priority = "normal", start_timeout: float | None = None) -> Job:
+        """Line up a request. Not begun within `start_timeout` seconds, it fails with StartTimeout."""
+        job = Job(str(uuid.uuid4()), request, priority=priority, start_timeout=start_timeout)
+        with self._changed:
+            if self._closed:
+                raise Cancelled("The queue is closed; no job is taken any more.")
+            self._remember(job)
+            self._waiting[priority].append(job)
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="wan-local-worker", daemon=True)
+                self._worker.start()
+                atexit.register(self.close)
+            self._changed.notify_all()
+        return job
+
+    def reject(self, error: InvalidRequest) -> Job:
+        """Return a job that failed before it could run, as a submitted bad request does."""
+        job = Job(str(uuid.uuid4()), None)
+        with self._changed:
+            self._remember(job)
+            self._finish(job, error=error)
+        return job
+
+    def find(self, job_id: str) -> Job | None:
+        with self._changed:
+            return self._jobs.get(job_id)
+
+    @property
+    def unfinished(self) -> int:
+        """The number of jobs that wait or run."""
+        with self._changed:
+            return sum(job.state != "COMPLETED" for job in self._jobs.values())
+
+    def status(self, job: Job) -> JobStatus:
+        with self._changed:
+            self._expire()
+            position = self._line().index(job) if job.state == "IN_QUEUE" else None
+            seconds = None if job.started_at is None or job.finished_at is None else job.finished_at - job.started_at
+            return JobStatus(
+                state=job.state,
+                position=position,
+                logs=list(job.logs),
+                metrics={} if seconds is None else {"inference_time": seconds},
+                error=job.error,
+            )
+
+    def wait(self, job: Job, timeout: float | None = None) -> bool:
+        """Block until the job has ended, or for `timeout` seconds; return whether it has."""
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while job.state != "COMPLETED" and (left := deadline - time.monotonic()) > 0:
+                self._sleep(job, left)
+        return job.state == "COMPLETED"
+
+    def steps(self, job: Job) -> Iterator[Step]:
+        """Yield the job's steps, from its first one on, until it has ended. Only the newest has a preview."""
+        seen = 0
+        while True:
+            with self._changed:
+                while len(job.steps) == seen and job.state != "COMPLETED":
+                    self._sleep(job, _WAKE_SECONDS)
+                fresh, ended = job.steps[seen:], job.state == "COMPLETED"
+            yield from fresh
+            seen += len(fresh)
+            if ended:
+                return
+
+    def cancel(self, job: Job) -> bool:
+        """Cancel a job: a waiting one never runs, a running one is closed at its next step. False if it had ended."""
+        with self._changed:
+            if job.state == "COMPLETED":
+                return False
+            job.cancelled = True
+            if job.state == "IN_QUEUE":
+                self._waiting[job.priority].remove(job)
+                self._finish(job, error=Cancelled("Request was cancelled"))
+            return True
+
+    def close(self, timeout: float = _EXIT_SECONDS) -> None:
+        """Cancel all jobs and let the worker end; return when it has, or after `timeout` seconds."""
+        with self._changed:
+            self._closed = True
+            for job in self._jobs.values():
+                self.cancel(job)
+            self._changed.notify_all()
+            worker = self._worker
+        atexit.unregister(self.close)
+        if worker is not None and worker is not threading.current_thread():
+            worker.join(timeout)
+
+    def _work(self) -> None:
+        """Run jobs until the queue is closed (the worker's thread)."""
+        while True:
+            with self._changed:
+                self._expire()
+                while not (line := self._line()) and not self._closed:
+                    self._changed.wait()
+                    self._expire()
+                if self._closed:
+                    return
+                job = line[0]
+                self._waiting[job.priority].popleft()
+                job.state = "IN_PROGRESS"
+                job.started_at = time.monotonic()
+                self._changed.notify_all()
+            self._run(job)
+
+    def _run(self, job: Job) -> None:
+        outcome = _Outcome()
+        with outcome:
+            outcome.result = self._iterate(job)
+        if outcome.error is not None:
+            _release(job, outcome.error)
+        with self._changed:
+            self._finish(job, result=outcome.result, error=outcome.error)
+
+    def _iterate(self, job: Job) -> Result:
+        """Run the engine to its end; a cancelled job is closed where it yields."""
+        assert job.request is not None, "only a waiting job is run"
+        result: Result | None = None
+        run = self._engine(job.request)
+        try:
+            for item in run:
+                if isinstance(item, Result):
+                    result = item
+                else:
+                    self._record(job, item)
+                    if job.cancelled:
+                        raise Cancelled("Request was cancelled")
+        finally:
+            if isinstance(run, Generator):
+                run.close()
+        assert result is not None, "an engine's last item is a Result"
+        return result
+
+    def _record(self, job: Job, step: Step) -> None:
+        timestamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        with self._changed:
+            if job.steps:
+                job.steps[-1] = replace(job.steps[-1], preview=None)
+            job.steps.append(step)
+            job.logs.append({"message": step.message, "level": "INFO", "source": "USER", "timestamp": timestamp})
+            self._changed.notify_all()
+
+    def _finish(self, job: Job, *, result: Result | None = None, error: BaseException | None = None) -> None:
+        job.result, job.error = result, error
+        job.request = None  # it may hold images
+        job.steps = [replace(step, preview=None) for step in job.steps]
+        job.finished_at = time.monotonic()
+        job.state = "COMPLETED"
+        self._changed.notify_all()
+
+    def _line(self) -> list[Job]:
+        """The waiting jobs in the order in which they will run."""
+        return [*self._waiting["normal"], *self._waiting["low"]]
+
+    def _sleep(self, job: Job, seconds: float) -> None:
+        """Wait for a change, but not past the job's start deadline."""
+        self._expire()
+        if job.state == "IN_QUEUE":
+            seconds = min(seconds, job.start_deadline - time.monotonic())
+        if job.state != "COMPLETED":
+            self._changed.wait(max(0.0, min(seconds, _WAKE_SECONDS)))
+
+    def _expire(self) -> None:
+        """Fail the waiting jobs whose start timeout has run out."""
+        now = time.monotonic()
+        for job in self._line():
+            if now >= job.start_deadline:
+                self._waiting[job.priority].remove(job)
+                message = f"Request was not started within {job.start_timeout} seconds"
+                self._finish(job, error=StartTimeout(message))
+
+    def _remember(self, job: Job) -> None:
+        """Add the job to the store, and forget finished ones beyond its bounds, oldest first."""
+        oldest = time.monotonic() - self._keep_seconds
+        finished = [old for old in self._jobs.values() if old.finished_at is not None]
+        for index, old in enumerate(finished):
+            if index < len(finished) - self._keep_jobs or (old.finished_at or 0.0) < oldest:
+                del self._jobs[old.id]
+        self._jobs[job.id] = job
+
+
+class _Outcome:
+    """Takes whatever leaves a job's run. An engine may raise anything at all, and none of it may end the worker:
+    this is the one place where anything is taken, and nothing of it is lost, since it becomes the job's error.
+    """
+
+    result: Result | None = None
+    error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.error = error
+        return True
+
+
+def _release(job: Job, error: BaseException) -> None:
+    """Log an error that is not the caller's, and clear the frames it holds, so that their tensors are freed."""
+    if not isinstance(error, InvalidRequest | Cancelled):
+        _log.error("request %s failed", job.id, exc_info=None if isinstance(error, WanLocalError) else error)
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        traceback.clear_frames(link.__traceback__)
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+
+
+def describe(error: BaseException) -> Failure:
+    """Word an error as the hosted service does. Codes that its clients retry (429, 502, 503) are never given."""
+    if isinstance(error, InvalidRequest):
+        return Failure(422, {"detail": error.detail})
+    if isinstance(error, Cancelled):
+        body = {"detail": "Request was cancelled", "error_type": "client_cancelled"}
+        return Failure(499, body, {"x-fal-error-type": "client_cancelled"})
+    if isinstance(error, StartTimeout):
+        body = {"detail": str(error), "error_type": "startup_timeout"}
+        return Failure(504, body, {"x-fal-error-type": "startup_timeout", "x-fal-request-timeout-type": "user"})
+    type_ = "internal_server_error"
+    msg = str(error) if isinstance(error, WanLocalError) else f"{type(error).__name__}: {error}"
+    entry = {"loc": ["body"], "msg": msg, "type": type_, "url": f"https://docs.fal.ai/errors#{type_}"}
+    return Failure(500, {"detail": [entry]}, {"x-fal-error-type": type_})
+
+
+def unknown_application(application: str, path: str) -> Failure | None:
+    """Return the 404 for anything but our one application at its root."""
+    owner, _, rest = application.partition("/")
+    alias, _, below = rest.partition("/")
+    if f"{owner}/{alias}" != APPLICATION:
+        return Failure(404, {"detail": f'Application "{alias or owner}" not found'})
+    below = "/".join(part.strip("/") for part in (below, path) if part.strip("/"))
+    return Failure(404, {"detail": f"Path /{below} not found"}) if below else None
+
+
+def owner_and_alias(application: str) -> tuple[str, str]:
+    """Split an application id, its sub-path dropped. Raises ValueError for one that is not in owner/alias form."""
+    legacy = re.fullmatch(r"([0-9]+)-([a-zA-Z0-9-]+)", application)
+    parts = list(legacy.groups()) if legacy else application.split("/")
+    if parts[0] in _NAMESPACES:
+        parts = parts[1:]
+    if len(parts) < 2:
+        raise ValueError(f"Invalid app id: {application}. Must be in the format <appOwner>/<appId>")
+    return parts[0], parts[1]
