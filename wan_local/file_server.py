@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 class FileServer:
     """Serves registered files on 127.0.0.1, at a port that the system chooses, in daemon threads.
 
-    `uploads` is the folder for what is handed in; with `url_scheme="file"` nothing is served, and urls are file:// ones.
+    `uploads` is the folder for what is handed in; with `url_scheme="file"` urls are file:// and nothing is served.
     """
 
     def __init__(self, *, uploads: Path, url_scheme: UrlScheme = "http") -> None:
