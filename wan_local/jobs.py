@@ -61,7 +61,7 @@ class Job:
     steps: list[Step] = field(default_factory=list)
     result: Result | None = None
     error: BaseException | None = None
-    submitted_at: float = field(default_factory=time.monotonic)
+    submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float | None = None
     finished_at: float | None = None
 
@@ -146,9 +146,9 @@ class Queue:
 
     def wait(self, job: Job, timeout: float | None = None) -> bool:
         """Block until the job has ended, or for `timeout` seconds; return whether it has."""
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        deadline = float("inf") if timeout is None else time.perf_counter() + timeout
         with self._changed:
-            while job.state != "COMPLETED" and (left := deadline - time.monotonic()) > 0:
+            while job.state != "COMPLETED" and (left := deadline - time.perf_counter()) > 0:
                 self._sleep(job, left)
         return job.state == "COMPLETED"
 
@@ -201,7 +201,7 @@ class Queue:
                 job = line[0]
                 self._waiting[job.priority].popleft()
                 job.state = "IN_PROGRESS"
-                job.started_at = time.monotonic()
+                job.started_at = time.perf_counter()
                 self._changed.notify_all()
             self._run(job)
 
@@ -246,7 +246,7 @@ class Queue:
         job.result, job.error = result, error
         job.request = None  # it may hold images
         job.steps = [replace(step, preview=None) for step in job.steps]
-        job.finished_at = time.monotonic()
+        job.finished_at = time.perf_counter()
         job.state = "COMPLETED"
         self._changed.notify_all()
 
@@ -258,13 +258,13 @@ class Queue:
         """Wait for a change, but not past the job's start deadline."""
         self._expire()
         if job.state == "IN_QUEUE":
-            seconds = min(seconds, job.start_deadline - time.monotonic())
+            seconds = min(seconds, job.start_deadline - time.perf_counter())
         if job.state != "COMPLETED":
             self._changed.wait(max(0.0, min(seconds, _WAKE_SECONDS)))
 
     def _expire(self) -> None:
         """Fail the waiting jobs whose start timeout has run out."""
-        now = time.monotonic()
+        now = time.perf_counter()
         for job in self._line():
             if now >= job.start_deadline:
                 self._waiting[job.priority].remove(job)
@@ -273,7 +273,7 @@ class Queue:
 
     def _remember(self, job: Job) -> None:
         """Add the job to the store, and forget finished ones beyond its bounds, oldest first."""
-        oldest = time.monotonic() - self._keep_seconds
+        oldest = time.perf_counter() - self._keep_seconds
         finished = [old for old in self._jobs.values() if old.finished_at is not None]
         for index, old in enumerate(finished):
             if index < len(finished) - self._keep_jobs or (old.finished_at or 0.0) < oldest:
