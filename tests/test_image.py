@@ -428,7 +428,8 @@ def test_all_eight_orientations_give_the_same_upright_picture(orientation: int, 
     turn = TURNS[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    by_kind: dict[str, dict[str, Any]] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+    options = by_kind.get(kind, {})
     content = encoded(PICTURE.transpose(turn) if turn is not None else PICTURE, kind, exif=exif, **options)
     assert difference(load(content), PICTURE) <= (3 if kind == "JPEG" else 0)
     assert difference(load(Image.open(io.BytesIO(content))), PICTURE) <= (3 if kind == "JPEG" else 0)
