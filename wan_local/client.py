@@ -114,7 +114,7 @@ class Service:
         _check_application("/".join(owner_and_alias(application)), "")
         job = self.queue.find(request_id)
         if job is None:
-            _raise(Failure(404, {"status": "NOT_FOUND"}), request_id)
+            _raise(Failure(404, {"status": "NOT_FOUND"}))
         return job
 
     def output(self, job: Job) -> dict[str, Any]:
@@ -154,9 +154,7 @@ class _DefaultService:
         with self._lock:
             if self._service is not None:
                 if unfinished := self._service.queue.unfinished:
-                    raise NotAvailable(
-                        f"{unfinished} jobs have not ended; wait for them or cancel them, then configure"
-                    )
+                    raise NotAvailable(f"{unfinished} jobs have not ended; wait for them or cancel them first")
                 self._service.queue.close()  # its files stay: their urls were given out
             self._overrides, self._service = overrides, None
 
@@ -213,12 +211,7 @@ class SyncRequestHandle:
 
     def iter_events(self, *, with_logs: bool = False, interval: float = _POLL_SECONDS) -> Iterator[Status]:
         """Yield the status every `interval` seconds; the last one is Completed."""
-        while True:
-            status = self.status(with_logs=with_logs)
-            yield status
-            if isinstance(status, Completed):
-                return
-            time.sleep(interval)
+        yield from self._events(with_logs=with_logs, interval=interval, deadline=float("inf"))
 
     def get(self, *, interval: float = _POLL_SECONDS) -> dict[str, Any]:
         """Wait for the end; return the output or raise the error. (Nothing is polled, so `interval` has no effect.)"""
@@ -231,6 +224,16 @@ class SyncRequestHandle:
         """Cancel: a waiting request never runs, a running one stops at its next step."""
         if not self.client._service().queue.cancel(self._job()):
             _raise(Failure(400, {"status": "ALREADY_COMPLETED"}), self.request_id)
+
+    def _events(self, *, with_logs: bool, interval: float, deadline: float) -> Iterator[Status]:
+        """Yield the status until it is Completed or the deadline has passed."""
+        while True:
+            status = self.status(with_logs=with_logs)
+            yield status
+            left = deadline - time.monotonic()
+            if isinstance(status, Completed) or left <= 0:
+                return
+            time.sleep(min(interval, left))
 
     def _job(self) -> Job:
         return self.client._service().find(APPLICATION, self.request_id)
@@ -277,7 +280,8 @@ class SyncClient:
         """Queue a request and return its handle at once; a wrong request is reported by the handle's `get`."""
         if priority is not None and priority not in get_args(Priority):
             raise ValueError(f"Priority must be one of {get_args(Priority)}, got '{priority}'")
-        if start_timeout is not None and not float(start_timeout) > _MIN_TIMEOUT_SECONDS:
+        start_timeout = None if start_timeout is None else float(start_timeout)
+        if start_timeout is not None and not start_timeout > _MIN_TIMEOUT_SECONDS:
             raise ValueError(f"Timeout must be greater than {_MIN_TIMEOUT_SECONDS} seconds")
         if webhook_url is not None:
             raise NotAvailable("webhook_url: no webhook is sent from here; use `subscribe` or the handle's `get`")
@@ -302,13 +306,9 @@ class SyncClient:
         try:
             if on_queue_update is None:
                 queue.wait(job, deadline - time.monotonic())
-            while on_queue_update is not None:
-                status = handle.status(with_logs=with_logs)
-                on_queue_update(status)
-                left = deadline - time.monotonic()
-                if isinstance(status, Completed) or left <= 0:
-                    break
-                time.sleep(min(interval, left))
+            else:
+                for status in handle._events(with_logs=with_logs, interval=interval, deadline=deadline):
+                    on_queue_update(status)
         except KeyboardInterrupt:
             queue.cancel(job)
             raise
