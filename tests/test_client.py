@@ -243,6 +243,14 @@ def test_the_video_can_be_downloaded_with_urllib_and_httpx(
     assert by_httpx.headers["content-type"] == "video/mp4"
 
 
+def test_the_video_can_be_downloaded_with_requests(client: SyncClient, arguments: dict[str, Any]) -> None:
+    requests = pytest.importorskip("requests")
+    video = client.run(APPLICATION, arguments)["video"]
+    with requests.Session() as session:
+        session.trust_env = False
+        assert len(session.get(video["url"], timeout=SOON).content) == video["file_size"]
+
+
 def test_file_urls_are_given_where_they_are_asked_for(engine: StubEngine, arguments: dict[str, Any]) -> None:
     service = Service(engine, output_dir=engine.folder, url_scheme="file")
     url = SyncClient.of(service).run(APPLICATION, arguments)["video"]["url"]

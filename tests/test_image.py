@@ -384,8 +384,21 @@ def test_integer_picture_of_8_bits_is_not_taken_for_16() -> None:
     assert load(Image.new("I", (64, 64), 200)).getpixel((0, 0)) == (200, 200, 200)
 
 
-def test_integers_of_32_bits_are_refused_and_not_guessed_at() -> None:
+def test_values_of_unknown_range_are_refused_and_not_guessed_at() -> None:
     assert "32-bit" in refusal(Image.new("I", (64, 64), 70_000))["msg"]
+    assert "floating-point" in refusal(Image.new("F", (64, 64), 0.5))["msg"]
+
+
+def test_big_endian_16_bit_grey_is_read_as_such() -> None:
+    values = np.full((64, 64), 32896, ">u2")
+    image = Image.frombytes("I;16B", (64, 64), values.tobytes())
+    assert load(image).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 7), ("RGB", (7, 8, 9)), ("1", 0)])
+def test_a_transparent_colour_is_composited_on_white(mode: str, colour: Any) -> None:
+    image = Image.new(mode, (64, 64), colour)
+    assert load(encoded(image, transparency=colour)).getpixel((0, 0)) == WHITE
 
 
 @pytest.mark.parametrize("mode", ["HSV", "YCbCr", "L"])

@@ -219,6 +219,7 @@ def test_lone_surrogates_are_refused_and_their_echo_can_be_sent() -> None:
     for field in ("prompt", "negative_prompt", "start_image_url"):
         (entry,) = detail(ARGUMENTS | {field: "a\ud800b"})
         assert (entry["type"], entry["input"]) == ("string_unicode", r"a\ud800b")
+    assert detail({"start_image_url": Path("a\udcffb")})[0]["input"] == {"start_image_url": r"a\udcffb"}
 
 
 def test_keywords_raise_pydantics_own_error() -> None:

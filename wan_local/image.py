@@ -296,6 +296,8 @@ def _to_srgb(image: Image.Image, field: str) -> Image.Image:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits (Pillow's own conversion clips it)."""
+    if image.mode == "F":
+        raise ValueError("floating-point values of unknown range; save it with 8 or 16 bits a channel")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image)

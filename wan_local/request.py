@@ -142,7 +142,7 @@ def as_json(value: object) -> Any:
         return f"<binary {len(value)} bytes>"
     if isinstance(value, Image.Image):
         return f"<image {value.width}x{value.height} {value.mode}>"
-    return str(value)
+    return as_json(str(value))
 
 
 class File(BaseModel):
