@@ -96,7 +96,7 @@ def test_summary_says_where_the_video_is_and_what_made_it(capsys: pytest.Capture
     assert cli.main(["generate", *IMAGES, "--prompt", "p", "--output", "v.mp4"]) == cli.DONE
     captured = capsys.readouterr()
     assert captured.out == "v.mp4\n  made by Fake 1B\n  seed 7\n"
-    assert "denoise 1/2: step 1 of 2, 1:01 gone, about 1:02 left" in captured.err
+    assert "denoise 1/2, 1:01 gone, about 1:02 left: step 1 of 2" in captured.err
     assert "[bold]plan[/bold] made" in captured.err
 
 
@@ -205,7 +205,7 @@ def test_on_a_terminal_each_stage_has_a_bar(
     monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == cli.DONE
     words = capsys.readouterr().err
-    assert "2/2 step 2 of 2, 2:02 gone" in words and "[bold]plan[/bold] made" in words
+    assert "2/2, 2:02 gone: step 2 of 2" in words and "[bold]plan[/bold] made" in words
 
 
 def test_help_is_quick_and_leaves_torch_alone() -> None:

@@ -171,35 +171,37 @@ def _save_preview(path: Path, picture_HW3: Any) -> None:
 def _progress() -> Iterator[Callable[[Step], None]]:
     """Give a function that shows a step: a bar for each stage on a terminal, a line for each step elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda step: _say(f"{_position(step)} {step.message}, {_clock(step)}")
+        yield lambda step: _say(f"{step.stage} {step.index}/{step.total}, {_clock(step)}: {step.message}")
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
 
-    columns = (
-        TextColumn("{task.description:<9}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[now]}", markup=False),
+    stage = TextColumn("{task.description}", markup=False, table_column=Column(min_width=9, no_wrap=True))
+    bar = BarColumn(bar_width=24, table_column=Column(min_width=24))
+    now = TextColumn(
+        "{task.fields[now]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(stage, bar, words, console=Console(stderr=True), expand=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(step: Step) -> None:
+            if step.stage == "plan":  # said in full: it names the model, the size and the memory
+                bars.console.print(step.message, markup=False, highlight=False)
+                return
             if step.stage not in tasks:
-                tasks[step.stage] = bars.add_task(step.stage, now="")
-            now = f"{step.index}/{step.total} {step.message}, {_clock(step)}"
-            bars.update(tasks[step.stage], completed=step.index, total=step.total, now=now)
+                tasks[step.stage] = bars.add_task(step.stage, words="")
+            text = f"{step.index}/{step.total}, {_clock(step)}: {step.message}"
+            bars.update(tasks[step.stage], completed=step.index, total=step.total, words=text)
 
         yield show
 
 
-def _position(step: Step) -> str:
-    return f"{step.stage} {step.index}/{step.total}:"
-
-
 def _clock(step: Step) -> str:
-    left = "" if step.eta_seconds is None else f", about {_minutes(step.eta_seconds)} left"
-    return f"{_minutes(step.elapsed_seconds)} gone{left}"
+    ended = step.eta_seconds is None or step.index == step.total
+    return f"{_minutes(step.elapsed_seconds)} gone" + (
+        "" if ended else f", about {_minutes(step.eta_seconds or 0)} left"
+    )
 
 
 def _minutes(seconds: float) -> str:
