@@ -179,8 +179,8 @@ def _progress() -> Iterator[Callable[[Step], None]]:
 
     stage = TextColumn("{task.description}", markup=False, table_column=Column(min_width=9, no_wrap=True))
     bar = BarColumn(bar_width=24, table_column=Column(min_width=24))
-    now = TextColumn(
-        "{task.fields[now]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    words = TextColumn(
+        "{task.fields[words]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
     )
     with Progress(stage, bar, words, console=Console(stderr=True), expand=True) as bars:
         tasks: dict[str, Any] = {}
