@@ -3,24 +3,35 @@
 import numpy as np
 
 DEFAULT_NEGATIVE_PROMPT = (
-    "bright colors, overexposed, static, blurred details, subtitles, style, artwork, painting, picture, still, "
-    "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
-    "poorly drawn faces, deformed, disfigured, malformed limbs, fused fingers, still picture, cluttered background, "
-    "three legs, many people in the background, walking backwards"
+    "bright colors, overexposed, static, blurred details, subtitles, style, artwork, painting, picture, "
+    "still, overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra "
+    "fingers, poorly drawn hands, poorly drawn faces, deformed, disfigured, malformed limbs, fused "
+    "fingers, still picture, cluttered background, three legs, many people in the background, walking "
+    "backwards"
 )
 """The endpoint's default, which is the unconditional branch of nearly every request."""
 
 EXAMPLES = (
-    "A tabby cat is confidely strolling toward the camera, when it spins and with a flash of magic reveals itself to be "
-    + "a cat-dragon hybrid with glistening amber scales.",
-    "CG animation style, a small blue bird takes off from the ground, flapping its wings. The bird's feathers are "
-    + "delicate, with a unique pattern on its chest. The background shows a blue sky with white clouds under bright "
-    + "sunshine. The camera follows the bird upward, capturing its flight and the vastness of the sky from a close-up, "
-    + "low-angle perspective.",
+    (
+        "A tabby cat is confidely strolling toward the camera, when it spins and with a flash of magic "
+        "reveals itself to be a cat-dragon hybrid with glistening amber scales."
+    ),
+    (
+        "CG animation style, a small blue bird takes off from the ground, flapping its wings. The bird's "
+        "feathers are delicate, with a unique pattern on its chest. The background shows a blue sky with "
+        "white clouds under bright sunshine. The camera follows the bird upward, capturing its flight and the"
+        " vastness of the sky from a close-up, low-angle perspective."
+    ),
     "Make the scene come alive. The video starts at the first picture and ends at the last picture.",
-    "A smooth transition between the two images, cinematic lighting, high detail, slow motion, shallow depth of field.",
-    "Time lapse of a city street from day to night, cars leave long trails of light, the sky turns from blue to orange.",
-    "She turns her head slowly and smiles, wind moves through her dark hair while the sun sets behind the mountains.",
+    (
+        "A smooth transition between the two images, cinematic lighting, high detail, slow motion, shallow "
+        "depth of field."
+    ),
+    (
+        "Time lapse of a city street from day to night, cars leave long trails of light, the sky turns from "
+        "blue to orange."
+    ),
+    ("She turns her head slowly and smiles, wind moves through her dark hair while the sun sets behind the mountains."),
 )
 
 ADJECTIVES = [

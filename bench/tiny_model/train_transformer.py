@@ -33,7 +33,7 @@ class Settings:
     peak_rate: float = 1e-2
     hold: float = 0.45
     weight_decay: float = 0.05
-    tokens_per_batch: int = 2400
+    tokens_per_batch: int = 1700
     sigma_shift: float = 3.0
     drop_share: float = 0.12
     noise_share: float = 0.10
@@ -81,7 +81,7 @@ class Store:
         shards = self.shards[GROUPS[int(rng.choice(len(GROUPS), p=weights / weights.sum()))]]
         sizes = np.array([len(shard) for shard in shards], dtype=float)
         shard = shards[int(rng.choice(len(shards), p=sizes / sizes.sum()))]
-        count = max(2, round(tokens / tokens_of(shard)))
+        count = max(1, round(tokens / tokens_of(shard)))
         return shard, rng.choice(len(shard), min(count, len(shard)), replace=False).tolist()
 
 
