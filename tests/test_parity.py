@@ -84,7 +84,7 @@ def test_intermediates_of_the_first_case_are_the_official_ones() -> None:
 
 
 def test_the_last_frames_image_tokens_do_not_go_through_the_text_projections() -> None:
-    """Peers split the 514 tokens at 257; the second image is then read as text. The same split here must miss the data."""
+    """Peers split the 514 tokens at 257, so that the second image is read as text; that must miss the data by far."""
     data, net = tensors("dit_cases"), parity.official_transformer()
     latents = torch.cat((data["A.x"], data["A.y"])).unsqueeze(0)
     text = net.condition_embedder.text(padded(data["A.context"]))
@@ -162,7 +162,9 @@ def test_image_embeds_of_a_pair_are_the_official_ones(pair: dict[str, str]) -> N
     assert relative_error(got[0], data[pair["features"]].flatten(0, 1)) <= TOLERANCE["clip"]
 
 
-@pytest.mark.parametrize("row", golden()["scheduler"]["table"], ids=lambda r: f"{r['solver']}-{r['steps']}-{r['shift']}")
+@pytest.mark.parametrize(
+    "row", golden()["scheduler"]["table"], ids=lambda r: f"{r['solver']}-{r['steps']}-{r['shift']}"
+)
 def test_schedule_is_the_official_one(row: dict[str, Any]) -> None:
     scheduler = Scheduler(row["steps"], row["shift"], solver=row["solver"])
     assert scheduler.timesteps.tolist() == row["timesteps"]

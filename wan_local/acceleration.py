@@ -1,13 +1,13 @@
 """Fewer model calls: a policy says, after each call, how many of the next grid points the solver may step over.
 
-`acceleration="regular"` is adaptive step merging. The velocity's relative change per unit of sigma, rho, is measured on-line
-between the last two calls; a following grid point is deleted while the change predicted for it is below tau:
+`acceleration="regular"` is adaptive step merging. The velocity's relative change per unit of sigma, rho, is measured
+on-line between the last two calls; a following grid point is deleted while the change predicted for it is below tau:
 
     rho * (sigma[i] - sigma[i+1]) < tau    and    sigma[i] - sigma[i+2] <= max_gap
 
-The first steps and the last always run. rho is the largest of three: all latent frames, the first, the last, so that the ends
-can veto. Deleting points instead of reusing a velocity keeps the multi-step solver's history true. It needs no calibration and
-no memory beyond one velocity.
+The first steps and the last always run. rho is the largest of three: all latent frames, the first, the last, so that
+the ends can veto. Deleting points instead of reusing a velocity keeps the multi-step solver's history true. It needs
+no calibration and no memory beyond one velocity.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def mergeable(rho: float, sigmas: list[float], index: int, config: MergingConfig
 
 
 def velocity_change(noise_pred: Tensor, before: Tensor, sigma_step: float) -> float:
-    """Return mean|v - v'| / (mean|v'| * sigma_step), the largest over all latent frames, the first and the last; in float32."""
+    """Return mean|v - v'| / (mean|v'| * sigma_step): the largest of all frames, the first, the last; in float32."""
     assert noise_pred.shape == before.shape and sigma_step > 0, (noise_pred.shape, before.shape, sigma_step)
     now, then = noise_pred.float(), before.float()
     difference, size = (now - then).abs(), then.abs()

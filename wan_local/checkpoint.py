@@ -146,7 +146,7 @@ def _numbers_of(config: TransformerConfig) -> dict[str, int]:
 
 
 def read_part(folder: Path) -> dict[str, TensorInfo]:
-    """Return every tensor of the safetensors files in `folder` by header, checked against the index where there is one."""
+    """Return every tensor of the safetensors files in `folder` by header, checked against the index if there is one."""
     files = sorted(folder.glob("*.safetensors"))
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
@@ -166,7 +166,9 @@ def read_part(folder: Path) -> dict[str, TensorInfo]:
         tensors |= header
     if indices and set(weight_map) != set(tensors):
         wrong = sorted(set(weight_map) ^ set(tensors))
-        raise CorruptModel(f"the index in {str(folder)!r} and its files differ in {len(wrong)} tensors, e.g. {wrong[0]!r}")
+        raise CorruptModel(
+            f"the index in {str(folder)!r} and its files differ in {len(wrong)} tensors, e.g. {wrong[0]!r}"
+        )
     return tensors
 
 
@@ -181,7 +183,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         _refuse_impostors(file, start)
         length = int.from_bytes(start[:8], "little")
         if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-            raise CorruptModel(f"{file.name!r} is cut short or forged: {size} bytes, header of {length}. Download it again.")
+            raise CorruptModel(
+                f"{file.name!r} is cut short or forged: {size} bytes, header of {length}. Download it again."
+            )
         stream.seek(8)
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
@@ -223,9 +227,13 @@ def _tensor_info(file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
 
 def _refuse_impostors(file: Path, start: bytes) -> None:
     if start.startswith(b"version https://git-lfs"):
-        raise CorruptModel(f"{file.name!r} is a git-lfs pointer, not the weights. Run `git lfs pull`, or use `hf download`.")
+        raise CorruptModel(
+            f"{file.name!r} is a git-lfs pointer, not the weights. Run `git lfs pull`, or use `hf download`."
+        )
     if start.lstrip()[:1] == b"<":
-        raise CorruptModel(f"{file.name!r} is an HTML or XML page, not the weights. The download was refused; log in first.")
+        raise CorruptModel(
+            f"{file.name!r} is an HTML or XML page, not the weights. The download was refused; log in first."
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -104,9 +104,7 @@ def encode_condition(vae: Vae, images: tuple[Tensor, Tensor], generated_frames: 
     return torch.cat((frame_mask(generated_frames, latents), latents), dim=1)
 
 
-def _condition_clip(
-    images: tuple[Tensor, Tensor], generated_frames: int, device: torch.device
-) -> Iterator[Tensor]:
+def _condition_clip(images: tuple[Tensor, Tensor], generated_frames: int, device: torch.device) -> Iterator[Tensor]:
     """Yield the clip in the VAE's chunks: the start image alone, then four frames at a time, the end image last."""
     start, end = (image.to(device).unsqueeze(0).unsqueeze(2) for image in images)
     yield start
@@ -118,9 +116,10 @@ def _condition_clip(
 
 
 def frame_mask(generated_frames: int, like: Tensor) -> Tensor:
-    """Return the mask [1, 4, T, H, W] for latents `like`: 1 where a pixel frame is given, each latent frame's four in channels.
+    """Return the mask [1, 4, T, H, W] for latents `like`: 1 where a pixel frame is given, four frames in four channels.
 
-    The first pixel frame stands for a whole group of four, so latent frame 0 is all ones; the last is one only in channel 3.
+    The first pixel frame stands for a whole group of four, so latent frame 0 is all ones; the last is one only in
+    channel 3.
     """
     frames = torch.zeros(generated_frames)
     frames[0] = frames[-1] = 1.0
@@ -131,7 +130,7 @@ def frame_mask(generated_frames: int, like: Tensor) -> Tensor:
 
 
 def initial_noise(seed: int, latent_shape: tuple[int, int, int, int]) -> Tensor:
-    """Return noise [1, C, T, H, W] in float32 from a CPU generator: the same seed is the same noise on every machine."""
+    """Return noise [1, C, T, H, W] in float32 from a CPU generator: a seed is the same noise on every machine."""
     assert -(2**63) <= seed <= _MAX_SEED, seed
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(latent_shape, generator=generator, dtype=torch.float32).unsqueeze(0)

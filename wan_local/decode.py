@@ -29,15 +29,17 @@ class Decoded:
 def decode_frames(vae: Vae, latents: Tensor, geometry: Geometry) -> Iterator[Decoded]:
     """Yield the frames of normalised latents [1, C, T, h, w], a few at a time.
 
-    Where the model made up to three frames more than were asked for, all are kept as uint8 until the least-moving interior
-    ones are known. Raises NumericalError.
+    Where the model made up to three frames more than were asked for, all are kept as uint8 until the least-moving
+    interior ones are known. Raises NumericalError.
     """
     streams = geometry.generated_frames == geometry.num_frames
     kept: list[Frames] = []
     done = 0
     for chunk in vae.decode(latents):
         if not torch.isfinite(chunk).all():
-            raise NumericalError("decoding gave NaN or infinity; no video is written. The VAE's weights may be damaged.")
+            raise NumericalError(
+                "decoding gave NaN or infinity; no video is written. The VAE's weights may be damaged."
+            )
         frames = to_uint8(chunk[0])
         done += len(frames)
         if streams:

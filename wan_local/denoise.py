@@ -76,6 +76,6 @@ def denoise(guided: Guided, scheduler: Scheduler, latents: Tensor, policy: Polic
 def _check_finite(noise_pred: Tensor, step: int, total: int) -> None:
     if not torch.isfinite(noise_pred).all():
         raise NumericalError(
-            f"step {step} of {total} gave NaN or infinity, so there is no picture to make of it. The weights may be damaged, "
-            "or the device computes wrongly in this precision; try precision='reference'."
+            f"step {step} of {total} gave NaN or infinity, so there is no picture to make of it. The weights may be "
+            "damaged, or the device computes wrongly in this precision; try precision='reference'."
         )

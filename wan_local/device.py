@@ -1,4 +1,4 @@
-"""The card and the machine: which device, which dtype, how many bytes are free. Cgroup limits count as the machine's."""
+"""The card and the machine: which device, which dtype, how many bytes are free (cgroup limits included)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Pixels, latents and tokens: how large a video is at each stage of the story.
 
-Takes resolution, aspect ratio, the start image's size and num_frames; gives pixels, latent and token counts. Pure integers,
-no torch. The numbers 4, 8, 16, 81 live here and nowhere else.
+Takes resolution, aspect ratio, the start image's size and num_frames; gives pixels, latent and token counts. Pure
+integers, no torch. The numbers 4, 8, 16, 81 live here and nowhere else.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def _clamp_aspect(start: Size) -> tuple[int, int]:
 def frames_to_drop(motion: Sequence[float], num_frames: int) -> list[int]:
     """Return the indices of the generated frames to leave out so that exactly `num_frames` remain, ascending.
 
-    `motion[j]` is mean |f[j+1] - f[j-1]| for 0 < j < F-1 (the ends are never read). The least-moving interior frames go,
-    no two within F // (2 * dropped) of each other; the first and the last frame always stay. Ties go to the lowest index.
+    `motion[j]` is mean |f[j+1] - f[j-1]| for 0 < j < F-1 (the ends are never read). The least-moving interior frames
+    go, no two within F // (2 * dropped) of each other; the first and the last frame always stay. Ties go to the
+    lowest index.
     """
     generated = len(motion)
     excess = generated - num_frames

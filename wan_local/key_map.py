@@ -1,7 +1,7 @@
 """Names of the same tensor in different checkpoints: official Wan, diffusers, transformers. Both ways, strictly.
 
-A table is a list of (official, ours) patterns in which `{}` stands for a block number (any run of digits) and the pattern
-matches the whole name. A name that no row matches is an error: nothing is dropped in silence.
+A table is a list of (official, ours) patterns in which `{}` stands for a block number (any run of digits) and the
+pattern matches the whole name. A name that no row matches is an error: nothing is dropped in silence.
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ def _vae_upsamples(levels: int, resnets: int) -> list[tuple[str, str]]:
     for level in range(levels):
         first = level * (resnets + 1)
         for index in range(resnets):
-            rows += _vae_residual(
-                f"decoder.upsamples.{first + index}", f"decoder.up_blocks.{level}.resnets.{index}"
-            )
+            rows += _vae_residual(f"decoder.upsamples.{first + index}", f"decoder.up_blocks.{level}.resnets.{index}")
         ours = f"decoder.up_blocks.{level}.upsamplers.0"
         flat = f"decoder.upsamples.{first + resnets}"
         rows += _leaves([(f"{flat}.resample.1", f"{ours}.resample.1"), (f"{flat}.time_conv", f"{ours}.time_conv")])

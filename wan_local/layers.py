@@ -1,4 +1,4 @@
-"""The pieces the networks are made of: norms, rotary embedding, attention. Plain PyTorch; the truth that kernels are held to.
+"""The pieces the networks are made of: norms, rotary embedding, attention. Plain PyTorch, the truth for kernels.
 
 Shape legend: B batch, L tokens, H heads, K channels of a head, D channels of a token (H * K).
 """
@@ -37,11 +37,38 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_BLD.float(), (self.dim,), self.weight, self.eps)
 
 
+def conv3d(
+    x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, *, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """Return the 3-D convolution.
+
+    On a CPU always by oneDNN: torch's own choice for narrow inputs (channels x frames x rows up to 20,480) is an im2col
+    loop that is eight times slower.
+    """
+    if x_BCTHW.device.type == "cpu" and x_BCTHW.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        out: Tensor = torch.mkldnn_convolution(x_BCTHW, weight, bias, padding, stride, (1, 1, 1), 1)
+        return out
+    return F.conv3d(x_BCTHW, weight, bias, stride, padding)
+
+
+class Conv3d(nn.Module):
+    """A 3-D convolution by `conv3d`, without padding."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel: tuple[int, int, int], *, stride: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(dim_out, dim_in, *kernel))
+        self.bias = nn.Parameter(torch.empty(dim_out))
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return conv3d(x_BCTHW, self.weight, self.bias, stride=self.stride, padding=(0, 0, 0))
+
+
 def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the rotary angles, each [L, K/2] in float32, for tokens in (time, height, width) order.
 
-    Of the K/2 complex pairs of a head, c - 2*(c//3) turn with time and c//3 each with height and width. Angles are made in
-    float64 on the CPU, as the official table is.
+    Of the K/2 complex pairs of a head, c - 2*(c//3) turn with time and c//3 each with height and width. Angles are
+    made in float64 on the CPU, as the official table is.
     """
     assert head_dim % 2 == 0, f"head_dim {head_dim} is odd"
     pairs = head_dim // 2
@@ -65,11 +92,15 @@ def apply_rotary(x_BLHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def split_heads(x_BLD: Tensor, num_heads: int) -> Tensor:
-    return x_BLD.unflatten(-1, (num_heads, -1))
+    x_BLHK: Tensor = x_BLD.unflatten(-1, (num_heads, -1))
+    return x_BLHK
 
 
 def attention(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(K)) v as [B, L, H*K], in the dtype of `v`. No mask: padded text is attended to, as trained."""
+    """Return softmax(q k^T / sqrt(K)) v as [B, L, H*K], in the dtype of `v`.
+
+    No mask: padded text is attended to, as in training.
+    """
     dtype = v_BMHK.dtype
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

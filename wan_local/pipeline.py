@@ -1,4 +1,4 @@
-"""The story: a request and two images become an mp4. One generator, read downwards; it yields `Step`s and last a `Result`.
+"""The story: a request and two images become an mp4. One generator; it yields `Step`s and last a `Result`.
 
 Stop iterating (`close()` the generator) to cancel: every stage frees its network and no file is left.
 """
@@ -50,8 +50,8 @@ _FEATURES_TO_COME = ("enable_safety_checker", "enable_prompt_expansion")
 def generate(request: Request, *, settings: Settings | None = None, output: Path | str | None = None) -> Result:
     """Make one video and return where it is. Blocks; iterate over `Pipeline.generate` to see the steps.
 
-    Raises InvalidRequest, ModelNotFound, WrongModel, CorruptModel, NotAvailable, DoesNotFit before any weight is read, and
-    NumericalError or OutputError later.
+    Raises InvalidRequest, ModelNotFound, WrongModel, CorruptModel, NotAvailable, DoesNotFit before any weight is
+    read, and NumericalError or OutputError later.
     """
     result: Result | None = None
     for event in Pipeline(settings).generate(request, output=output):
@@ -119,7 +119,9 @@ class Pipeline:
                 transformer,
                 condition,
                 transformer.embed_context(prompt_embeds, image_embeds),
-                None if negative_prompt_embeds is None else transformer.embed_context(negative_prompt_embeds, image_embeds),
+                None
+                if negative_prompt_embeds is None
+                else transformer.embed_context(negative_prompt_embeds, image_embeds),
                 request.guide_scale,
                 torch.float32 if job.settings.precision == "reference" else None,
             )
@@ -182,7 +184,7 @@ def _remarks(job: Job) -> list[str]:
     remarks = []
     if job.request.num_frames > NATIVE_FRAMES:
         remarks.append(
-            f"{job.request.num_frames} frames: the model was trained on {NATIVE_FRAMES}; colours may shift at the start. "
+            f"{job.request.num_frames} frames: the model was trained on {NATIVE_FRAMES}; colours may shift early on. "
             f"{job.geometry.generated_frames} are generated, the first and the last are always kept."
         )
     if torch.equal(*job.images):
@@ -198,7 +200,9 @@ def _embed_prompts(text_encoder: Any, job: Job, report: Report) -> tuple[Tensor,
     for name in ("prompt", "negative_prompt"):
         tokens = tokenize(tokenizer, getattr(job.request, name), limit=length)
         if tokens.cut:
-            report.note(f"{name} is {length + tokens.cut} tokens long; the last {tokens.cut} beyond {length} were left out.")
+            report.note(
+                f"{name} is {length + tokens.cut} tokens long; the last {tokens.cut} beyond {length} were left out."
+            )
         embeds.append(embed_prompt(text_encoder, tokens, length=length))
     return embeds[0], None if job.request.guide_scale == 1 else embeds[1]
 

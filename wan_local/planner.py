@@ -1,7 +1,7 @@
-"""Will it fit, and where does the memory go: a `Plan` from geometry, byte counts and free memory. Arithmetic only, no torch.
+"""Will it fit, and where does the memory go: a `Plan` from geometry, byte counts and free memory. No torch.
 
-Takes the geometry, each part's parameter count from the checkpoint's headers, and the bytes that are free on the device; gives
-the peak by stage, or refuses before a weight is read and names the nearest setting that fits.
+Takes the geometry, each part's parameter count from the checkpoint's headers, and the bytes that are free on the
+device; gives the peak by stage, or refuses before a weight is read and names the nearest setting that fits.
 """
 
 from __future__ import annotations
@@ -85,10 +85,11 @@ def make_plan(
         lesser = _plan(smaller, config, parameters, machine)
         if lesser.peak.peak_bytes <= budget:
             advice = f"{smaller.size} x {smaller.num_frames} frames would fit ({lesser.peak.peak_bytes / GIB:.1f} GiB)."
+    peak = plan.peak
     raise DoesNotFit(
-        f"{geometry.size} x {geometry.num_frames} frames needs {plan.peak.peak_bytes / GIB:.1f} GiB on {machine.device} at "
-        f"its peak ({plan.peak.name}: {plan.peak.weight_bytes / GIB:.1f} GiB of weights); {machine.free_bytes / GIB:.1f} GiB "
-        f"is free, of which {budget / GIB:.1f} GiB may be used. {advice}"
+        f"{geometry.size} x {geometry.num_frames} frames needs {peak.peak_bytes / GIB:.1f} GiB on {machine.device} at "
+        f"its peak ({peak.name}: {peak.weight_bytes / GIB:.1f} GiB of weights); {machine.free_bytes / GIB:.1f} GiB is "
+        f"free, of which {budget / GIB:.1f} GiB may be used. {advice}"
     )
 
 
@@ -120,7 +121,7 @@ def _text_bytes(config: ModelConfig, compute: int) -> int:
 
 
 def _vae_bytes(geometry: Geometry, config: ModelConfig, *, expand: float) -> float:
-    """A four-frame chunk at full resolution and base width, a handful of them alive, and every layer's memory of two frames."""
+    """A handful of four-frame chunks at full resolution and base width, and every layer's memory of two frames."""
     pixels = geometry.size.height * geometry.size.width
     chunk = 4 * pixels * config.vae.base_dim * _FLOAT32_BYTES
     remembered = (2 * config.vae.num_res_blocks + 2) * 2 * pixels * config.vae.base_dim * _FLOAT32_BYTES

@@ -40,7 +40,10 @@ class Scheduler:
         grid = sigma_grid(num_inference_steps, shift, solver=solver)
         self._solver.set_timesteps(num_inference_steps)
         # float32: bf16 sigmas lose the last steps
-        self._set(torch.from_numpy(np.append(grid, 0.0).astype(np.float32)), torch.from_numpy(grid * NUM_TRAIN_TIMESTEPS).long())
+        self._set(
+            torch.from_numpy(np.append(grid, 0.0).astype(np.float32)),
+            torch.from_numpy(grid * NUM_TRAIN_TIMESTEPS).long(),
+        )
         self._solver.set_begin_index(0)
 
     def __len__(self) -> int:

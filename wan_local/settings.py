@@ -1,4 +1,4 @@
-"""Settings of this machine and configurations of the known models; the only reader of the environment and of `configs/`.
+"""Settings of this machine, configurations of known models; the only reader of the environment and of `configs/`.
 
 A request says what the video is; settings say where and how it is made. Both are plain frozen data.
 """
@@ -147,8 +147,8 @@ def load_settings(**overrides: Any) -> Settings:
     """Return the settings: what is passed here, else the environment, else the default.
 
     Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
-    WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA. An override of None counts as not given. Raises ValueError for a name
-    or a value that does not exist.
+    WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA. An override of None counts as not given. Raises ValueError for a
+    name or a value that does not exist.
     """
     known = {field.name for field in fields(Settings)}
     unknown = sorted(set(overrides) - known)
@@ -172,7 +172,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 
 def load_model_config(name: str) -> ModelConfig:
-    """Read `configs/<name>.toml`; an unknown or missing key is a TypeError, raised here and not in the middle of a run."""
+    """Read `configs/<name>.toml`; an unknown or missing key is a TypeError here and not in the middle of a run."""
     table = _read_toml(name)
     return ModelConfig(
         canvases={key: _canvas(value) for key, value in table.pop("canvas").items()},
@@ -195,7 +195,7 @@ def known_models() -> tuple[ModelConfig, ...]:
 
 
 def hub_cache_dir() -> Path:
-    """Return where huggingface_hub keeps its downloads, by its own rules (HF_HUB_CACHE, HF_HOME), without importing it."""
+    """Return where huggingface_hub keeps its downloads, by its own rules and without importing it."""
     if os.environ.get("HF_HUB_CACHE"):
         return Path(os.environ["HF_HUB_CACHE"]).expanduser()
     home = os.environ.get("HF_HOME")

@@ -32,7 +32,7 @@ _BUILDERS: Mapping[Part, Callable[[ModelConfig], nn.Module]] = {
 
 @contextmanager
 def stage(part: Part, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
-    """Hand out `part` of the model on `device`, computing in `dtype` (the VAE always in float32), and free it at the end."""
+    """Hand out `part` of the model on `device`, computing in `dtype` (the VAE: float32), and free it at the end."""
     module = load_part(part, files, device, dtype)
     try:
         yield module
@@ -61,7 +61,10 @@ def load_part(part: Part, files: ModelFiles, device: torch.device, dtype: torch.
 def load_strictly(
     module: nn.Module, part: Part, tensors: Mapping[str, Tensor], place: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Assign every tensor to its parameter. Raises WrongModel that lists what is missing, unexpected or of another shape."""
+    """Assign every tensor to its parameter.
+
+    Raises WrongModel that lists what is missing, unexpected or of another shape.
+    """
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     wanted = {canonical(part, name) for name in expected}
     missing, unexpected = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
@@ -89,9 +92,8 @@ def _dtype_of(part: Part, name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _channels_last(module: nn.Module) -> None:
-    """Lay convolution weights out channels-last: the CPU's convolutions are about twice as fast so."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv3d):
-            layer.to(memory_format=torch.channels_last_3d)
-        elif isinstance(layer, nn.Conv2d):
-            layer.to(memory_format=torch.channels_last)
+    """Lay convolution weights out channels-last: the CPU's convolutions are up to twice as fast so."""
+    formats = {5: torch.channels_last_3d, 4: torch.channels_last}
+    for parameter in module.parameters():
+        if parameter.dim() in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])

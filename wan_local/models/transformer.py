@@ -1,15 +1,17 @@
-"""The denoiser: Wan2.1's FLF2V diffusion transformer. Takes latents with their condition, a timestep, text and images; gives velocity.
+"""The denoiser: Wan2.1's FLF2V diffusion transformer.
 
-Module and tensor names are those of diffusers' `WanTransformer3DModel`, so its checkpoints load without a table.
-Source of the architecture: https://github.com/Wan-Video/Wan2.1 (wan/modules/model.py, Apache-2.0).
+Takes latents with their condition, a timestep, text and images; gives velocity. Module and tensor names are those of
+diffusers' `WanTransformer3DModel`, so its checkpoints load without a table. Source of the architecture:
+https://github.com/Wan-Video/Wan2.1 (wan/modules/model.py, Apache-2.0).
 
-Shape legend: B batch, C channels, T H W latent frames and cells, L latent tokens, M context tokens, D channels of a token,
-N heads, K channels of a head.
+Shape legend: B batch, C channels, T H W latent frames and cells, L latent tokens, M context tokens, D channels of a
+token, N heads, K channels of a head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ _FLOAT32_PARTS = ("time_embedder", "time_proj", "scale_shift_table", "norm", "pr
 
 
 def stays_float32(name: str) -> bool:
-    """Tell whether the parameter `name` is float32 whatever the compute dtype: bf16 here loses the last steps' sigmas."""
+    """Tell whether parameter `name` is float32 whatever the compute dtype: bf16 here loses the last steps' sigmas."""
     return any(part in name for part in _FLOAT32_PARTS)
 
 
@@ -133,7 +135,8 @@ class TransformerBlock(nn.Module):
         x = self.norm2(hidden_BLD).to(compute)
         hidden_BLD = (hidden_BLD.float() + self.attn2(x, context).float()).to(residual)
         x = (self.norm3(hidden_BLD) * (1 + scale_f) + shift_f).to(compute)
-        return (hidden_BLD.float() + self.ffn(x).float() * gate_f).to(residual)
+        out_BLD: Tensor = (hidden_BLD.float() + self.ffn(x).float() * gate_f).to(residual)
+        return out_BLD
 
 
 class _TwoLinears(nn.Module):
@@ -157,7 +160,8 @@ class ImageProjection(nn.Module):
     def forward(self, image_embeds_BMD: Tensor) -> Tensor:
         compute = self.ff.net[2].weight.dtype
         x = self.norm1(image_embeds_BMD + self.pos_embed).to(compute)
-        return self.norm2(self.ff(x)).to(compute)
+        out_BMD: Tensor = self.norm2(self.ff(x)).to(compute)
+        return out_BMD
 
 
 class ConditionEmbedder(nn.Module):
@@ -207,7 +211,9 @@ class Transformer(nn.Module):
         """
         config = self.config
         if prompt_embeds.shape[1:] != (config.text_tokens, config.text_dim):
-            raise ValueError(f"prompt_embeds is {tuple(prompt_embeds.shape)}, not [B, {config.text_tokens}, {config.text_dim}]")
+            raise ValueError(
+                f"prompt_embeds is {tuple(prompt_embeds.shape)}, not [B, {config.text_tokens}, {config.text_dim}]"
+            )
         if image_embeds.shape[1:] != (config.image_tokens, config.image_dim):
             raise ValueError(
                 f"image_embeds is {tuple(image_embeds.shape)}, not [B, {config.image_tokens}, {config.image_dim}]: "
@@ -215,7 +221,8 @@ class Transformer(nn.Module):
             )
         text_BMD = self.condition_embedder.text(prompt_embeds)
         image_BMD = self.condition_embedder.image_embedder(image_embeds)
-        return [block.attn2.project_context(text_BMD, image_BMD) for block in self.blocks]
+        blocks = [cast(TransformerBlock, block) for block in self.blocks]
+        return [block.attn2.project_context(text_BMD, image_BMD) for block in blocks]
 
     def forward(
         self,
@@ -255,6 +262,6 @@ def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
 def unpatchify(tokens_BLD: Tensor, grid: tuple[int, int, int], config: TransformerConfig) -> Tensor:
     """Lay tokens [B, L, p_t*p_h*p_w*C] out as a latent video [B, C, T, H, W]."""
     p_t, p_h, p_w = config.patch_size
-    x = tokens_BLD.unflatten(2, (p_t, p_h, p_w, config.out_channels)).unflatten(1, grid)
+    x: Tensor = tokens_BLD.unflatten(2, (p_t, p_h, p_w, config.out_channels)).unflatten(1, grid)
     # [B, t, h, w, p_t, p_h, p_w, C] -> [B, C, t, p_t, h, p_h, w, p_w]
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

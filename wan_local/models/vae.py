@@ -1,8 +1,8 @@
 """The causal video VAE of Wan2.1, run as a stream: one latent frame in, four pixel frames out, and back.
 
-Every causal layer keeps the last frames it saw in a `Memory`, so a clip of any length needs the memory of one chunk. The
-result is that of the whole clip at once. Module names are those of diffusers' `AutoencoderKLWan`.
-Source of the architecture: https://github.com/Wan-Video/Wan2.1 (wan/modules/vae.py, Apache-2.0).
+Every causal layer keeps the last frames it saw in a `Memory`, so a clip of any length needs the memory of one chunk.
+The result is that of the whole clip at once. Module names are those of diffusers' `AutoencoderKLWan`. Source of the
+architecture: https://github.com/Wan-Video/Wan2.1 (wan/modules/vae.py, Apache-2.0).
 
 Shape legend: B batch, C channels, T frames of a chunk, H W rows and columns.
 """
@@ -10,28 +10,33 @@ Shape legend: B batch, C channels, T frames of a chunk, H W rows and columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_local.geometry import TEMPORAL_STRIDE
+from wan_local.layers import Conv3d, conv3d
 from wan_local.settings import VaeConfig
 
 Memory = dict[nn.Module, Tensor]  # what each causal layer remembers of one stream
 
 
-class CausalConv3d(nn.Conv3d):
+class CausalConv3d(nn.Module):
     """3-D convolution that sees this frame and earlier ones only; zeros stand before the first."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, *, padding: int = 0) -> None:
-        super().__init__(dim_in, dim_out, kernel, padding=(0, padding, padding))
+        super().__init__()
+        self.past = kernel - 1
+        self.padding = (0, padding, padding)
+        self.weight = nn.Parameter(torch.empty(dim_out, dim_in, kernel, kernel, kernel))
+        self.bias = nn.Parameter(torch.empty(dim_out))
 
     def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
-        past = self.kernel_size[0] - 1
-        if past:
-            x_BCTHW = _with_past(self, x_BCTHW, memory, past)
-        return super().forward(x_BCTHW)
+        if self.past:
+            x_BCTHW = _with_past(self, x_BCTHW, memory, self.past)
+        return conv3d(x_BCTHW, self.weight, self.bias, stride=(1, 1, 1), padding=self.padding)
 
 
 def _with_past(layer: nn.Module, x_BCTHW: Tensor, memory: Memory, past: int) -> Tensor:
@@ -54,7 +59,8 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.empty(dim, *[1] * spatial_dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * self.scale * self.gamma
+        out: Tensor = F.normalize(x, dim=1) * self.scale * self.gamma
+        return out
 
 
 class ResidualBlock(nn.Module):
@@ -68,8 +74,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
         shortcut = x_BCTHW if self.conv_shortcut is None else self.conv_shortcut(x_BCTHW, memory)
         x_BCTHW = self.conv1(F.silu(self.norm1(x_BCTHW)), memory)
-        x_BCTHW = self.conv2(F.silu(self.norm2(x_BCTHW)), memory)
-        return x_BCTHW + shortcut
+        out: Tensor = self.conv2(F.silu(self.norm2(x_BCTHW)), memory) + shortcut
+        return out
 
 
 class FrameAttention(nn.Module):
@@ -87,7 +93,8 @@ class FrameAttention(nn.Module):
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)
         q, k, v = qkv.chunk(3, dim=-1)
         x = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, (h, w))
-        return x_BCTHW + self.proj(x).unflatten(0, (b, t)).transpose(1, 2)
+        out: Tensor = self.proj(x).unflatten(0, (b, t)).transpose(1, 2) + x_BCTHW
+        return out
 
 
 class MidBlock(nn.Module):
@@ -108,7 +115,7 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, *, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        self.time_conv = Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
         x_BCTHW = _each_frame(self.resample, x_BCTHW)
@@ -130,28 +137,28 @@ class Upsample(nn.Module):
         self.resample = nn.Sequential(
             nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1)
         )
-        self.time_conv = nn.Conv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+        self.time_conv = Conv3d(dim, 2 * dim, (3, 1, 1), stride=(1, 1, 1)) if temporal else None
 
     def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
         if self.time_conv is not None:
             x_BCTHW = self._double_frames(x_BCTHW, self.time_conv, memory)
         return _each_frame(self.resample, x_BCTHW)
 
-    def _double_frames(self, x_BCTHW: Tensor, time_conv: nn.Conv3d, memory: Memory) -> Tensor:
+    def _double_frames(self, x_BCTHW: Tensor, time_conv: Conv3d, memory: Memory) -> Tensor:
         if self not in memory:  # the first frame is neither doubled nor seen by the frames after it
             b, c, _, h, w = x_BCTHW.shape
             memory[self] = x_BCTHW.new_zeros((b, c, 2, h, w))
             return x_BCTHW
-        y = time_conv(_with_past(self, x_BCTHW, memory, 2))
-        # [B, (2 C), T, H, W] -> [B, C, (T 2), H, W]
-        return y.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        y: Tensor = time_conv(_with_past(self, x_BCTHW, memory, 2)).unflatten(1, (2, -1))
+        # [B, 2, C, T, H, W] -> [B, C, (T 2), H, W]
+        return y.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
 
 
 def _each_frame(layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
     """Apply a 2-D layer to every frame."""
     b, _, t, _, _ = x_BCTHW.shape
-    y: Tensor = layer(x_BCTHW.transpose(1, 2).flatten(0, 1))
-    return y.unflatten(0, (b, t)).transpose(1, 2)
+    y: Tensor = layer(x_BCTHW.transpose(1, 2).flatten(0, 1)).unflatten(0, (b, t))
+    return y.transpose(1, 2)
 
 
 class Encoder(nn.Module):
@@ -160,9 +167,9 @@ class Encoder(nn.Module):
         dims = [config.base_dim * factor for factor in (1, *config.dim_mult)]
         self.conv_in = CausalConv3d(3, dims[0], 3, padding=1)
         layers: list[nn.Module] = []
-        for level, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
-            for index in range(config.num_res_blocks):
-                layers.append(ResidualBlock(dim_in if index == 0 else dim_out, dim_out))
+        for level, (dim_in, dim_out) in enumerate(pairwise(dims)):
+            widths = [dim_in] + [dim_out] * config.num_res_blocks
+            layers += [ResidualBlock(*pair) for pair in pairwise(widths)]
             if level < len(config.dim_mult) - 1:
                 layers.append(Downsample(dim_out, temporal=config.temporal_downsample[level]))
         self.down_blocks = nn.ModuleList(layers)
@@ -202,7 +209,7 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(config.z_dim, dims[0], 3, padding=1)
         self.mid_block = MidBlock(dims[0])
         blocks = []
-        for level, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (dim_in, dim_out) in enumerate(pairwise(dims)):
             upsample = Upsample(dim_out, temporal=temporal[level]) if level < levels - 1 else None
             dim_in = dim_in // 2 if level else dim_in  # the upsampling before has halved them
             blocks.append(UpBlock(dim_in, dim_out, num_resnets=config.num_res_blocks + 1, upsample=upsample))

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wan_local.checkpoint import PartTensors, find_model, open_model, read_header, read_part
+from wan_local.errors import CorruptModel, ModelNotFound, WrongModel
+from wan_local.settings import load_settings
+
+TINY = Path(str(resources.files("wan_local"))) / "tiny_model"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may spoil."""
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    file = tmp_path / "weights.safetensors"
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}, file, {"format": "pt"})
+    return file
+
+
+def test_header_tells_shapes_dtypes_and_bytes(weights: Path) -> None:
+    infos = read_header(weights)
+    assert (infos["a"].dtype, infos["a"].shape, infos["a"].nbytes) == ("F32", (2, 3), 24)
+    assert (infos["b"].dtype, infos["b"].shape, infos["b"].nbytes) == ("BF16", (5,), 10)
+
+
+def cut(at: Callable[[int, int], int]) -> Callable[[bytes], bytes]:
+    def damage(content: bytes) -> bytes:
+        header = int.from_bytes(content[:8], "little")
+        return content[: at(len(content), header)]
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut(lambda size, header: 0),
+        cut(lambda size, header: 4),
+        cut(lambda size, header: 8),
+        cut(lambda size, header: 8 + header // 2),
+        cut(lambda size, header: 8 + header),
+        cut(lambda size, header: size - 7),
+        cut(lambda size, header: size - 1),
+        lambda content: content + b"\0",
+        lambda content: (2**63).to_bytes(8, "little") + content[8:],
+        lambda content: content.replace(b"[0,24]", b"[0,25]"),
+        lambda content: content.replace(b"[24,34]", b"[20,34]"),
+        lambda content: content.replace(b"[2,3]", b"[3,3]"),
+        lambda content: content.replace(b'"F32"', b'"F99"'),
+        lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n",
+        lambda content: b"<!DOCTYPE html><html><body>401 Unauthorized</body></html>",
+        lambda content: b"\x10\0\0\0\0\0\0\0not json at all!",
+    ],
+)
+def test_a_damaged_file_is_one_clear_error_and_fast(weights: Path, damage: Callable[[bytes], bytes]) -> None:
+    content = weights.read_bytes()
+    spoilt = damage(content)
+    assert spoilt != content
+    weights.write_bytes(spoilt)
+    started = time.monotonic()
+    with pytest.raises(CorruptModel, match=r"weights\.safetensors"):
+        read_header(weights)
+    assert time.monotonic() - started < 2
+
+
+def test_without_weights_the_error_says_what_to_download_how_much_and_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("WAN_LOCAL_MODEL", raising=False)
+    with pytest.raises(ModelNotFound) as caught:
+        find_model(load_settings(models_dir=tmp_path))
+    message = str(caught.value)
+    for part in ("Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", "80 GB", "hf download", 'model="tiny"', str(tmp_path)):
+        assert part in message
+
+
+def test_a_downloaded_model_is_found_in_the_models_folder_and_in_the_hub_cache(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny files stand in for the large ones; where they lie is what matters."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("WAN_LOCAL_MODEL", raising=False)
+    snapshot = tmp_path / "hub" / "models--Wan-AI--Wan2.1-FLF2V-14B-720P-diffusers" / "snapshots" / "0a1b"
+    shutil.copytree(model, snapshot)
+    assert find_model(load_settings(models_dir=tmp_path / "none")).folder == snapshot
+    shutil.copytree(model, tmp_path / "Wan2.1-FLF2V-14B-720P-diffusers")
+    assert find_model(load_settings(models_dir=tmp_path)).folder == tmp_path / "Wan2.1-FLF2V-14B-720P-diffusers"
+
+
+def test_a_folder_that_is_none_is_an_error_that_names_it() -> None:
+    with pytest.raises(ModelNotFound, match="nowhere"):
+        find_model(load_settings(model="/nowhere"))
+
+
+def test_a_folder_with_parts_missing_names_them(model: Path) -> None:
+    shutil.rmtree(model / "image_encoder")
+    shutil.rmtree(model / "tokenizer")
+    with pytest.raises(ModelNotFound, match="image_encoder, tokenizer"):
+        open_model(model)
+
+
+def rewrite(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+
+
+def test_an_image_to_video_transformer_is_named_and_refused(model: Path) -> None:
+    rewrite(model, lambda state: state.pop("condition_embedder.image_embedder.pos_embed"))
+    with pytest.raises(WrongModel, match=r"image-to-video.*no image position embedding"):
+        open_model(model)
+
+
+def test_a_text_to_video_transformer_is_named_and_refused(model: Path) -> None:
+    def to_t2v(state: dict[str, torch.Tensor]) -> None:
+        state["patch_embedding.weight"] = state["patch_embedding.weight"][:, :16].clone()
+
+    rewrite(model, to_t2v)
+    with pytest.raises(WrongModel, match="text-to-video"):
+        open_model(model)
+
+
+def test_a_file_that_is_no_transformer_is_refused(model: Path) -> None:
+    shutil.copy(
+        model / "vae" / "diffusion_pytorch_model.safetensors",
+        model / "transformer" / "diffusion_pytorch_model.safetensors",
+    )
+    with pytest.raises(WrongModel, match="no Wan transformer"):
+        open_model(model)
+
+
+def test_an_flf2v_transformer_of_unknown_size_is_refused(model: Path) -> None:
+    def without_the_last_block(state: dict[str, torch.Tensor]) -> None:
+        last = max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        for name in [name for name in state if name.startswith(f"blocks.{last}.")]:
+            del state[name]
+
+    rewrite(model, without_the_last_block)
+    with pytest.raises(WrongModel, match="no known size"):
+        open_model(model)
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Split a part's one file into two shards with an index, as large models come."""
+    file = next(folder.glob("*.safetensors"))
+    state = load_file(file)
+    file.unlink()
+    names = sorted(state)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for name, keys in halves.items():
+        save_file({key: state[key] for key in keys}, folder / name)
+    weight_map = {key: name for name, keys in halves.items() for key in keys}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def test_shards_read_as_one(model: Path) -> None:
+    whole = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
+    shard(model / "vae")
+    tensors = PartTensors(open_model(model), "vae")
+    assert set(tensors) == set(whole)
+    assert all(torch.equal(tensors[name], whole[name]) for name in whole)
+
+
+def test_a_missing_shard_is_named(model: Path) -> None:
+    shard(model / "vae")
+    (model / "vae" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CorruptModel, match=r"model-00002-of-00002\.safetensors"):
+        read_part(model / "vae")
+
+
+def test_a_tensor_in_two_shards_is_named(model: Path) -> None:
+    weight_map = shard(model / "vae")
+    first = model / "vae" / "model-00001-of-00002.safetensors"
+    state = load_file(first)
+    stray = next(name for name, file in weight_map.items() if file != first.name)
+    save_file({**state, stray: torch.zeros(1)}, first)
+    with pytest.raises(CorruptModel, match="in two files"):
+        read_part(model / "vae")
+
+
+def test_an_index_that_disagrees_with_its_files_is_refused(model: Path) -> None:
+    weight_map = shard(model / "vae")
+    weight_map["never.stored"] = "model-00001-of-00002.safetensors"
+    (model / "vae" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CorruptModel, match=r"never\.stored"):
+        read_part(model / "vae")

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests import parity
+from wan_local.acceleration import EveryStep
+from wan_local.decode import decode_frames, without_excess
+from wan_local.denoise import Guided, denoise
+from wan_local.errors import NumericalError
+from wan_local.geometry import Geometry, Size
+from wan_local.models.transformer import ContextKV
+from wan_local.preview import fit_latent_to_rgb, to_uint8
+from wan_local.scheduler import Scheduler
+
+LATENTS = (1, 16, 3, 4, 6)
+
+
+def make_guided(guide_scale: float, *, negative: bool) -> Guided:
+    net = parity.official_transformer()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 20, 48, generator=generator)
+
+    def context() -> list[ContextKV]:
+        return net.embed_context(torch.randn(1, 512, 32, generator=generator), images)
+
+    condition = torch.randn(1, 20, *LATENTS[2:], generator=generator)
+    return Guided(net, condition, context(), context() if negative else None, guide_scale)
+
+
+def test_guidance_is_unconditional_plus_scale_times_difference() -> None:
+    guided = make_guided(3.0, negative=True)
+    assert guided.negative_context is not None
+    latents, timestep = torch.randn(LATENTS), torch.tensor(500)
+    noise_pred, conditional = guided.predict(latents, timestep)
+    inputs = torch.cat((latents, guided.condition), dim=1)
+    v_u = guided.transformer(inputs, timestep.reshape(1), guided.negative_context)
+    v_c = guided.transformer(inputs, timestep.reshape(1), guided.context)
+    assert torch.equal(conditional, v_c)
+    assert torch.equal(noise_pred, v_u + 3.0 * (v_c - v_u))
+
+
+def test_without_a_negative_context_the_transformer_runs_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    guided = make_guided(1.0, negative=False)
+    calls = []
+    forward = guided.transformer.forward
+    monkeypatch.setattr(guided.transformer, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1])
+    states = list(denoise(guided, Scheduler(4, 5.0), torch.randn(LATENTS), EveryStep()))
+    assert len(calls) == len(states) == 4
+    assert [state.calls for state in states] == [1, 2, 3, 4]
+
+
+def test_merged_steps_count_as_done_and_not_as_calls() -> None:
+    class EveryOther:
+        def points_to_merge(self, noise_pred: Tensor, sigmas: Tensor, index: int) -> int:
+            return int(index + 2 < len(sigmas) - 1)
+
+    states = list(denoise(make_guided(1.0, negative=False), Scheduler(9, 5.0), torch.randn(LATENTS), EveryOther()))
+    assert [state.done for state in states] == [2, 4, 6, 8, 9]
+    assert states[-1].calls == 5 and states[-1].total == 9
+
+
+def test_the_last_steps_clean_prediction_is_the_result() -> None:
+    states = list(denoise(make_guided(1.0, negative=False), Scheduler(3, 5.0), torch.randn(LATENTS), EveryStep()))
+    assert parity.relative_error(states[-1].clean, states[-1].latents) < 1e-5
+
+
+def test_nan_ends_the_run_with_the_step_it_came_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    guided = make_guided(1.0, negative=False)
+    forward, calls = guided.transformer.forward, []
+
+    def broken(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return forward(*args, **kwargs) * (math.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(guided.transformer, "forward", broken)
+    with pytest.raises(NumericalError, match="step 3 of 5"):
+        list(denoise(guided, Scheduler(5, 5.0), torch.randn(LATENTS), EveryStep()))
+
+
+@pytest.mark.parametrize(("num_frames", "latent_frames"), [(81, 21), (82, 22), (84, 22), (100, 26)])
+def test_decoding_gives_exactly_the_frames_asked_for_and_keeps_both_ends(num_frames: int, latent_frames: int) -> None:
+    geometry = Geometry(Size(32, 48), num_frames)
+    latents = torch.randn(1, 16, latent_frames, 4, 6, generator=torch.Generator().manual_seed(1))
+    vae = parity.official_vae()
+    frames = np.concatenate([decoded.frames for decoded in decode_frames(vae, latents, geometry)])
+    whole = to_uint8(torch.cat(list(vae.decode(latents)), dim=2)[0])
+    assert frames.shape == (num_frames, 32, 48, 3) and len(whole) == geometry.generated_frames
+    assert np.array_equal(frames[0], whole[0]) and np.array_equal(frames[-1], whole[-1])
+
+
+def test_the_frame_dropped_is_the_one_whose_neighbours_agree() -> None:
+    frames = np.zeros((85, 2, 2, 3), np.uint8)
+    for index in range(85):
+        frames[index] = (index * 2) % 256
+    frames[31:] -= 4  # frames 29 and 31 now look alike
+    assert np.array_equal(without_excess(frames, 84), np.delete(frames, 30, axis=0))
+
+
+def test_nan_while_decoding_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = torch.full((1, 16, 2, 4, 6), math.nan)
+    with pytest.raises(NumericalError, match="decoding"):
+        list(decode_frames(parity.official_vae(), latents, Geometry(Size(32, 48), 5)))
+
+
+def test_preview_maps_the_two_known_frames_back_to_themselves() -> None:
+    generator = torch.Generator().manual_seed(3)
+    colours = torch.rand(3, 2, 12, 16, generator=generator) * 2 - 1
+    images = tuple(colours[:, index].repeat_interleave(8, 1).repeat_interleave(8, 2) for index in (0, 1))
+    mixing = torch.randn(16, 3, generator=generator)
+    ends = torch.einsum("cr,rthw->cthw", mixing, colours)
+    latents = torch.cat((ends[:, :1], ends.mean(1, keepdim=True), ends[:, 1:]), dim=1).unsqueeze(0)
+    picture = fit_latent_to_rgb(latents, images).picture(latents)
+    expected = to_uint8(colours.mean(1).repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(1))[0]
+    assert picture.shape == expected.shape == (96, 128, 3) and picture.dtype == np.uint8
+    centres = (slice(4, None, 8), slice(4, None, 8))
+    assert np.abs(picture[centres].astype(int) - expected[centres]).mean() < 12
+
+
+def test_pixels_are_clamped_and_rounded() -> None:
+    video = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]).view(1, 6, 1, 1).expand(3, -1, -1, -1)
+    assert to_uint8(video)[:, 0, 0, 0].tolist() == [0, 0, 128, 191, 255, 255]

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from wan_local.checkpoint import ModelFiles, PartTensors, find_model
+from wan_local.errors import WrongModel
+from wan_local.key_map import Part, canonical
+from wan_local.models.transformer import stays_float32
+from wan_local.settings import load_settings
+from wan_local.stage import load_part, load_strictly, stage
+
+CPU = torch.device("cpu")
+PARTS: list[Part] = ["transformer", "vae", "text_encoder", "image_encoder"]
+
+
+@pytest.fixture(scope="module")
+def files() -> ModelFiles:
+    return find_model(load_settings(model="tiny"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_parameter_is_loaded_and_none_stays_on_meta(files: ModelFiles, part: Part) -> None:
+    module = load_part(part, files, CPU, torch.float32)
+    stored = PartTensors(files, part)
+    assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    state = {canonical(part, name): tensor for name, tensor in module.state_dict().items()}
+    assert set(state) == set(stored)
+    assert all(torch.equal(state[name], stored[name].float()) for name in stored)
+
+
+def test_parts_that_need_float32_keep_it_when_computing_in_bfloat16(files: ModelFiles) -> None:
+    module = load_part("transformer", files, CPU, torch.bfloat16)
+    for name, parameter in module.named_parameters():
+        assert parameter.dtype == (torch.float32 if stays_float32(name) else torch.bfloat16), name
+    assert module.get_parameter("condition_embedder.time_embedder.linear_1.weight").dtype == torch.float32
+    assert module.get_parameter("blocks.0.attn1.to_q.weight").dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in load_part("vae", files, CPU, torch.bfloat16).parameters())
+
+
+def held_elements(kept: list[nn.Module]) -> int:
+    gc.collect()
+    return sum(p.numel() for module in kept for p in module.parameters() if not p.is_meta)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_are_gone_after_the_block_even_if_the_module_is_still_held(files: ModelFiles, part: Part) -> None:
+    with stage(part, files, CPU, torch.float32) as module:
+        assert held_elements([module]) > 1000
+    assert held_elements([module]) == 0
+
+
+def test_weights_are_gone_after_an_error_and_after_a_closed_generator(files: ModelFiles) -> None:
+    kept: list[nn.Module] = []
+
+    def story() -> Iterator[int]:
+        with stage("vae", files, CPU, torch.float32) as vae:
+            kept.append(vae)
+            yield 1
+            yield 2
+
+    running = story()
+    assert next(running) == 1 and held_elements(kept) > 1000
+    running.close()
+    assert held_elements(kept) == 0
+
+    def failing() -> None:
+        with stage("vae", files, CPU, torch.float32) as vae:
+            kept.append(vae)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    assert held_elements(kept) == 0
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_listed() -> None:
+    with torch.device("meta"):
+        module = nn.Linear(3, 2)
+    whole = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+    with pytest.raises(WrongModel, match=r"1 tensors missing \['bias'\], 1 unexpected \['extra'\]"):
+        load_strictly(module, "vae", {"weight": whole["weight"], "extra": torch.zeros(1)}, lambda _, t: t)
+    with pytest.raises(WrongModel, match=r"'weight' of the vae is \[3, 2\]; \[2, 3\] is needed"):
+        load_strictly(module, "vae", {**whole, "weight": torch.zeros(3, 2)}, lambda _, t: t)
