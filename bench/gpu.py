@@ -1,0 +1,267 @@
+"""Everything that needs a card: correctness first, then 14B-size timings and memory beside diffusers in the same run.
+
+python -m bench.gpu [--list] [--stage NAME ...] [--device cuda:0] [--size full|small] [--runs 3]
+
+Weights are random where the real ones would be 33 GB; time and memory do not depend on their values. A stage whose
+check fails is reported, is not timed, and makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.world import append_row, describe, measure
+from tests import parity
+from wan_local.denoise import Guided
+from wan_local.geometry import Geometry, Size
+from wan_local.models.transformer import Transformer, stays_float32
+from wan_local.models.vae import Vae
+from wan_local.pipeline import generate
+from wan_local.request import Request
+from wan_local.settings import ModelConfig, load_model_config, load_settings
+from wan_local.video import read_video
+
+IMAGES = Path(__file__).parents[1] / "tests" / "images"
+SIZES = {"full": (Size(480, 832), Size(720, 1280)), "small": (Size(64, 112),)}
+GPU_TOLERANCE = 10  # times the CPU's, as golden.json says for float32 with TF32 off
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every stage is given."""
+
+    device: torch.device
+    size: str
+    runs: int
+
+    @property
+    def config(self) -> ModelConfig:
+        return load_model_config("flf2v_14b" if self.size == "full" else "flf2v_tiny")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def report(self, stage: str, **row: Any) -> None:
+        file = "gpu" if self.device.type == "cuda" else "gpu_script_on_cpu"
+        append_row(file, {"stage": stage, "world": describe(self.device), **row})
+
+
+def correctness(bench: Bench) -> None:
+    """Golden cases on the card in float32, and in the compute dtype as relative rms."""
+    data, device = parity.tensors("dit_cases"), bench.device
+    net = parity.official_transformer().to(device)
+    text = torch.zeros(1, 512, data["A.context"].shape[1])
+    text[0, : len(data["A.context"])] = data["A.context"]
+    latents = torch.cat((data["A.x"], data["A.y"])).unsqueeze(0).to(device)
+    images = data["A.clip_fea"].flatten(0, 1).unsqueeze(0).to(device)
+    expected = data["A.out.t999"].unsqueeze(0)
+    timestep = torch.tensor([999], device=device)
+    got = net(latents, timestep, net.embed_context(text.to(device), images)).cpu()
+    error = parity.relative_error(got, expected)
+    _check("transformer float32", error, GPU_TOLERANCE * parity.golden()["tolerances"]["dit"])
+    _cast(net, bench.dtype)
+    got = net(latents, timestep, net.embed_context(text.to(device), images)).cpu()
+    rms = float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    _check(f"transformer {bench.dtype}", rms, 0.02)
+    vae_data, vae = parity.tensors("vae_cases"), parity.official_vae().to(device)
+    decoded = torch.cat(list(vae.decode(vae_data["dec0.latent"].unsqueeze(0).to(device))), dim=2)[0].cpu()
+    vae_error = parity.relative_error(decoded, vae_data["dec0.raw"])
+    _check("vae decode float32", vae_error, GPU_TOLERANCE * parity.golden()["tolerances"]["vae"])
+    bench.report("correctness", transformer_max=error, transformer_rms_compute_dtype=rms, vae_max=vae_error)
+
+
+def tiny(bench: Bench) -> None:
+    """The embedded model from two real images to an mp4, on the card and on the CPU: nearly the same video."""
+    request = Request(
+        prompt="a small blue bird takes off",
+        start_image_url=IMAGES / "first_frame.png",
+        end_image_url=IMAGES / "last_frame.png",
+        resolution="480p",
+        acceleration="none",
+        seed=42,
+    )
+    videos, seconds = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for device in ("cpu", str(bench.device)):
+            settings = load_settings(model="tiny", device=device, precision="reference")
+            started = time.perf_counter()
+            generate(request, settings=settings, output=Path(folder) / f"{device.replace(':', '_')}.mp4")
+            seconds.append(round(time.perf_counter() - started, 2))
+            videos.append(read_video(Path(folder) / f"{device.replace(':', '_')}.mp4").astype(np.float64))
+    mse = float(np.mean((videos[0] - videos[1]) ** 2))
+    psnr = 99.0 if mse == 0 else float(10 * np.log10(255**2 / mse))
+    _check("dB below 30 between card and CPU", max(0.0, 30.0 - psnr), 0.0)
+    bench.report("tiny", psnr_to_cpu=round(psnr, 2), seconds_cpu=seconds[0], seconds_device=seconds[1])
+
+
+def transformer(bench: Bench) -> None:
+    """One guided prediction of a whole transformer, ours and diffusers', on the same random weights."""
+    from diffusers import WanTransformer3DModel
+
+    config = bench.config.transformer
+    with torch.device("meta"):
+        ours = Transformer(config)
+        peer = WanTransformer3DModel(
+            num_attention_heads=config.num_attention_heads, attention_head_dim=config.attention_head_dim,
+            in_channels=config.in_channels, out_channels=config.out_channels, text_dim=config.text_dim,
+            freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers, image_dim=config.image_dim,
+            added_kv_proj_dim=config.dim, pos_embed_seq_len=config.image_tokens,
+        )  # fmt: skip
+    state = _random_state(ours, bench)
+    ours.load_state_dict(state, assign=True)
+    kept = peer._keep_in_fp32_modules
+    peer_state = {k: v.float() if any(part in k for part in kept) else v.to(bench.dtype) for k, v in state.items()}
+    peer.load_state_dict(peer_state, assign=True)
+    peer.rope.to_empty(device=bench.device)
+    peer.rope.__init__(config.attention_head_dim, config.patch_size, 1024)  # its tables are no parameters
+    peer.rope.to(bench.device)
+    for size in SIZES[bench.size]:
+        _one_size_of_transformer(bench, ours.eval(), peer.eval(), Geometry(size, 81))
+
+
+def _one_size_of_transformer(bench: Bench, ours: Transformer, peer: Any, geometry: Geometry) -> None:
+    config, device = ours.config, bench.device
+    grid = (geometry.latent_frames, geometry.latent_size.height, geometry.latent_size.width)
+    latents = torch.randn(1, config.out_channels, *grid, device=device)
+    condition = torch.randn(1, config.in_channels - config.out_channels, *grid, device=device)
+    text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=bench.dtype)
+    images = torch.randn(1, config.image_tokens, config.image_dim, device=device, dtype=bench.dtype)
+    context, timestep = ours.embed_context(text, images), torch.tensor(700, device=device)
+    guided = Guided(ours, condition, context, context, 5.0)
+    inputs = torch.cat((latents, condition), dim=1).to(bench.dtype)
+    two_rows = images.reshape(2, -1, config.image_dim)
+
+    def peer_prediction() -> Tensor:
+        both = [peer(inputs, timestep.reshape(1), text, two_rows, return_dict=False)[0].float() for _ in range(2)]
+        return both[1] + 5.0 * (both[0] - both[1])
+
+    got, expected = guided.predict(latents, timestep)[0], peer_prediction()
+    rms = float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    _check("transformer against diffusers", rms, 0.03 if bench.dtype == torch.bfloat16 else 1e-3)
+    works: dict[str, Callable[[], Any]] = {
+        "wan_local": lambda: guided.predict(latents, timestep),
+        "diffusers": peer_prediction,
+    }
+    for name, work in works.items():
+        measured = measure(work, device, runs=bench.runs)
+        bench.report(
+            "transformer", who=name, size=str(geometry.size), tokens=geometry.tokens, rms=rms, **measured.row()
+        )
+
+
+def vae(bench: Bench) -> None:
+    """Decode 81 frames in float32: ours streamed in time, diffusers' with its spatial tiling."""
+    from diffusers import AutoencoderKLWan
+
+    config = bench.config.vae
+    with torch.device("meta"):
+        ours = Vae(config)
+    ours.load_state_dict(_random_state(ours, bench, dtype=torch.float32), assign=True)
+    peer = AutoencoderKLWan(base_dim=config.base_dim, num_res_blocks=config.num_res_blocks).to(bench.device).eval()
+    peer.load_state_dict(ours.state_dict())
+    for size in SIZES[bench.size]:
+        geometry = Geometry(size, 81)
+        shape = (1, config.z_dim, geometry.latent_frames, geometry.latent_size.height, geometry.latent_size.width)
+        latents = torch.randn(shape, device=bench.device) * 0.1
+
+        def stream(latents: Tensor = latents) -> Tensor:
+            return torch.cat([chunk[..., :8, :8].clamp(-1, 1) for chunk in ours.decode(latents)], dim=2)
+
+        def whole(latents: Tensor = latents) -> Tensor:
+            return peer.decode(ours.denormalize(latents)).sample
+
+        peer.disable_tiling()
+        short = latents[:, :, :3]
+        _check("vae against diffusers", parity.relative_error(stream(short), whole(short)[..., :8, :8]), 1e-3)
+        peer.enable_tiling()
+        for name, work in (("wan_local", stream), ("diffusers tiled", whole)):
+            measured = measure(work, bench.device, runs=bench.runs)
+            bench.report("vae", who=name, size=str(size), frames=81, **measured.row())
+
+
+def _random_state(module: nn.Module, bench: Bench, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return random weights of a sane size for every parameter of a module on meta, made on the device."""
+    state = {}
+    for name, parameter in module.state_dict().items():
+        wanted = dtype or (torch.float32 if stays_float32(name) else bench.dtype)
+        fan_in = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 1
+        noise = torch.randn(parameter.shape, device=bench.device, dtype=wanted)
+        is_scale = name.endswith(("gamma",)) or ("norm" in name and name.endswith("weight"))
+        state[name] = noise.mul_(0.05).add_(1.0) if is_scale else noise.mul_(0.5 / fan_in**0.5)
+    return state
+
+
+def _cast(net: Transformer, dtype: torch.dtype) -> None:
+    for name, parameter in net.named_parameters():
+        if not stays_float32(name):
+            parameter.data = parameter.data.to(dtype)
+
+
+class CheckFailed(Exception):
+    """A result is wrong, so its time is worth nothing."""
+
+
+def _check(what: str, value: float, limit: float) -> None:
+    print(f"  {what}: {value:.3g} (limit {limit:.3g})", flush=True)
+    if not value <= limit:
+        raise CheckFailed(f"{what}: {value:.4g} is over {limit:.4g}")
+
+
+STAGES: dict[str, Callable[[Bench], None]] = {
+    "correctness": correctness,
+    "tiny": tiny,
+    "transformer": transformer,
+    "vae": vae,
+}
+
+
+@contextmanager
+def _fresh_memory(device: torch.device) -> Iterator[None]:
+    yield
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", action="append", choices=list(STAGES))
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--size", choices=list(SIZES), default="full")
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(f"{name:12} {(work.__doc__ or '').splitlines()[0]}" for name, work in STAGES.items()))
+        return 0
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_grad_enabled(False)
+    bench = Bench(torch.device(options.device), options.size, options.runs)
+    failed = []
+    for name in options.stage or STAGES:
+        print(f"== {name}", flush=True)
+        with _fresh_memory(bench.device):
+            try:
+                STAGES[name](bench)
+            except (CheckFailed, torch.cuda.OutOfMemoryError) as error:
+                failed.append(name)
+                bench.report(name, failed=str(error)[:300])
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
