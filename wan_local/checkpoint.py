@@ -24,6 +24,7 @@ from wan_local.settings import TINY, ModelConfig, Settings, TransformerConfig, h
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1}
+_NO_WEIGHTS = ("embeddings.position_ids",)  # a table of 0, 1, 2, ... that older versions of transformers stored
 _PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "image_encoder")
 
 
@@ -58,7 +59,8 @@ class PartTensors(Mapping[str, torch.Tensor]):
     """The tensors of one part under our names; each is read from its file when it is asked for."""
 
     def __init__(self, files: ModelFiles, part: Part) -> None:
-        self._infos = {canonical(part, name): (name, info) for name, info in files.tensors[part].items()}
+        stored = files.tensors[part].items()
+        self._infos = {canonical(part, name): (name, info) for name, info in stored if not name.endswith(_NO_WEIGHTS)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored_name, info = self._infos[name]

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from wan_local import device
+from wan_local.device import compute_dtype, free_bytes, free_ram_bytes, peak_bytes, reset_peak, resolve_device
+from wan_local.errors import NotAvailable
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_the_first_card_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cuda:0")
+
+
+def test_a_card_named_is_that_card_and_one_beyond_the_last_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda") == torch.device("cuda:0")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(NotAvailable, match="torch sees 2 CUDA cards"):
+        resolve_device("cuda:2")
+
+
+def test_a_cpu_computes_in_float32_and_a_card_in_bfloat16() -> None:
+    assert compute_dtype(CPU) == torch.float32
+    assert compute_dtype(torch.device("cuda:0")) == torch.bfloat16
+
+
+def test_a_cgroup_limit_counts_as_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "max", tmp_path / "current"
+    limit.write_text(str(300 * 2**20))
+    used.write_text(str(100 * 2**20))
+    monkeypatch.setattr(device, "_CGROUP_LIMITS", (str(limit),))
+    monkeypatch.setattr(device, "_CGROUP_USED", (str(used),))
+    monkeypatch.setattr(device, "_cgroup_cache_bytes", lambda: 50 * 2**20)
+    assert free_ram_bytes() == free_bytes(CPU) == 250 * 2**20
+    limit.write_text("max\n")
+    assert free_ram_bytes() > 250 * 2**20
+
+
+def test_peak_counts_what_was_held_and_given_back() -> None:
+    reset_peak(CPU)
+    before = peak_bytes(CPU)
+    if before is None:
+        pytest.skip("this system does not tell a process's peak")
+    block = torch.ones(200 * 2**20, dtype=torch.uint8)
+    del block
+    after = peak_bytes(CPU)
+    assert after is not None and after - before > 150 * 2**20
