@@ -49,7 +49,11 @@ def build_vae() -> AutoencoderKLWan:
 
 
 def _forget_the_past(vae: nn.Module) -> None:
-    """Zero the taps on older frames and make the time convolutions copies: a 2-D autoencoder in 3-D clothes."""
+    """Zero the taps on older frames and make the time convolutions copies: a 2-D autoencoder in 3-D clothes.
+
+    Going down, the newest frame is copied, so that a latent starts as the last of its four frames and the clip's last
+    frame, all that the condition's last latent knows, is kept.
+    """
     for module in vae.modules():
         if isinstance(module, WanCausalConv3d) and module.kernel_size == (3, 3, 3):
             module.weight[:, :, :-1] = 0
@@ -57,10 +61,9 @@ def _forget_the_past(vae: nn.Module) -> None:
             weight = module.time_conv.weight
             weight.zero_()
             module.time_conv.bias.zero_()
-            tap = 2 if module.mode == "upsample3d" else 1
             channels = torch.arange(weight.shape[1])
             for copy in range(weight.shape[0] // weight.shape[1]):
-                weight[copy * weight.shape[1] + channels, channels, tap, 0, 0] = 1.0
+                weight[copy * weight.shape[1] + channels, channels, -1, 0, 0] = 1.0
 
 
 def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
