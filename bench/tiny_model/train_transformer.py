@@ -228,6 +228,8 @@ class Trainer:
 
 def _split(model: WanTransformer3DModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Separate the blocks' matrices for Muon from everything else."""
-    matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and name.startswith("blocks.")]
-    chosen = {id(w) for w in matrices}
-    return matrices, [w for w in model.parameters() if id(w) not in chosen]
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            (matrices if weight.ndim == 2 and name.startswith("blocks.") else others).append(weight)
+    return matrices, others

@@ -38,8 +38,10 @@ CONFIG = {
     "pos_embed_seq_len": 2 * IMAGE_TOKENS,
 }
 BRANCH_SCALE = 0.3
-CROSS_GAIN = 1.5
-"""Initial gain of the text queries and keys: with less, hundreds of padded keys drown the prompt."""
+QUERY_GAIN = 1.5
+KEY_GAIN = 3.0
+"""Initial gains in cross-attention: with less, hundreds of padded keys drown the prompt."""
+TEXT_BIASES = ("condition_embedder.text_embedder.linear_1.bias", "condition_embedder.text_embedder.linear_2.bias")
 
 
 def build_transformer() -> WanTransformer3DModel:
@@ -51,9 +53,21 @@ def build_transformer() -> WanTransformer3DModel:
         for block in model.blocks:
             for projection in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2]):
                 projection.weight.mul_(BRANCH_SCALE)
-            block.attn2.norm_q.weight.fill_(CROSS_GAIN)
-            block.attn2.norm_k.weight.fill_(CROSS_GAIN)
+            block.attn2.norm_q.weight.fill_(QUERY_GAIN)
+            block.attn2.norm_k.weight.fill_(KEY_GAIN)
+    keep_padding_neutral(model)
     return model
+
+
+def keep_padding_neutral(model: WanTransformer3DModel) -> None:
+    """Fix the biases on the way to the text keys at zero, so that a padded token's key is zero.
+
+    Left to learn, the first hundred steps turn the padding into a sink that takes all attention, and no gradient ever
+    reaches the text again.
+    """
+    for name, weight in model.named_parameters():
+        if name in TEXT_BIASES or name.endswith("attn2.to_k.bias"):
+            weight.requires_grad_(False).zero_()
 
 
 @dataclass
