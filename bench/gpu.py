@@ -27,9 +27,10 @@ from bench.world import append_row, describe, measure
 from tests import parity
 from wan_local.denoise import Guided
 from wan_local.geometry import Geometry, Size
-from wan_local.models.transformer import Transformer, stays_float32
+from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
 from wan_local.models.vae import Vae
 from wan_local.pipeline import generate
+from wan_local.planner import chunk_tokens
 from wan_local.request import Request
 from wan_local.settings import ModelConfig, load_model_config, load_settings
 from wan_local.video import read_video
@@ -63,18 +64,20 @@ class Bench:
 def correctness(bench: Bench) -> None:
     """Golden cases on the card in float32, and in the compute dtype as relative rms."""
     data, device = parity.tensors("dit_cases"), bench.device
-    net = parity.official_transformer().to(device)
+    net = parity.official_transformer()
+    net.context_embedder.to(device)
+    net.transformer.to(device)
     text = torch.zeros(1, 512, data["A.context"].shape[1])
     text[0, : len(data["A.context"])] = data["A.context"]
     latents = torch.cat((data["A.x"], data["A.y"])).unsqueeze(0).to(device)
     images = data["A.clip_fea"].flatten(0, 1).unsqueeze(0).to(device)
     expected = data["A.out.t999"].unsqueeze(0)
-    timestep = torch.tensor([999], device=device)
-    got = net(latents, timestep, net.embed_context(text.to(device), images)).cpu()
+    got = net(latents, 999, text.to(device), images).cpu()
     error = parity.relative_error(got, expected)
     _check("transformer float32", error, GPU_TOLERANCE * parity.golden()["tolerances"]["dit"])
-    _cast(net, bench.dtype)
-    got = net(latents, timestep, net.embed_context(text.to(device), images)).cpu()
+    for half in (net.context_embedder, net.transformer):
+        _cast(half, bench.dtype)
+    got = net(latents, 999, text.to(device), images).cpu()
     rms = float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     _check(f"transformer {bench.dtype}", rms, 0.02)
     vae_data, vae = parity.tensors("vae_cases"), parity.official_vae().to(device)
@@ -114,15 +117,16 @@ def transformer(bench: Bench) -> None:
 
     config = bench.config.transformer
     with torch.device("meta"):
-        ours = Transformer(config)
+        once, ours = ContextEmbedder(config), Transformer(config)
         peer = WanTransformer3DModel(
             num_attention_heads=config.num_attention_heads, attention_head_dim=config.attention_head_dim,
             in_channels=config.in_channels, out_channels=config.out_channels, text_dim=config.text_dim,
             freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers, image_dim=config.image_dim,
             added_kv_proj_dim=config.dim, pos_embed_seq_len=config.image_tokens,
         )  # fmt: skip
-    state = _random_state(ours, bench)
-    ours.load_state_dict(state, assign=True)
+    state = _random_state(peer, bench)
+    once.load_state_dict({name: tensor for name, tensor in state.items() if in_context(name)}, assign=True)
+    ours.load_state_dict({name: tensor for name, tensor in state.items() if not in_context(name)}, assign=True)
     kept = peer._keep_in_fp32_modules
     peer_state = {k: v.float() if any(part in k for part in kept) else v.to(bench.dtype) for k, v in state.items()}
     peer.load_state_dict(peer_state, assign=True)
@@ -130,30 +134,34 @@ def transformer(bench: Bench) -> None:
     peer.rope.__init__(config.attention_head_dim, config.patch_size, 1024)  # its tables are no parameters
     peer.rope.to(bench.device)
     for size in SIZES[bench.size]:
-        _one_size_of_transformer(bench, ours.eval(), peer.eval(), Geometry(size, 81))
+        _one_size_of_transformer(bench, (once.eval(), ours.eval()), peer.eval(), Geometry(size, 81))
 
 
-def _one_size_of_transformer(bench: Bench, ours: Transformer, peer: Any, geometry: Geometry) -> None:
+def _one_size_of_transformer(
+    bench: Bench, halves: tuple[ContextEmbedder, Transformer], peer: Any, geometry: Geometry
+) -> None:
+    once, ours = halves
     config, device = ours.config, bench.device
     grid = (geometry.latent_frames, geometry.latent_size.height, geometry.latent_size.width)
     latents = torch.randn(1, config.out_channels, *grid, device=device)
     condition = torch.randn(1, config.in_channels - config.out_channels, *grid, device=device)
     text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=bench.dtype)
     images = torch.randn(1, config.image_tokens, config.image_dim, device=device, dtype=bench.dtype)
-    context, timestep = ours.embed_context(text, images), torch.tensor(700, device=device)
-    guided = Guided(ours, condition, context, context, 5.0)
+    timestep = torch.tensor([700], device=device)
+    context, chunk = once(text, images), chunk_tokens(config, geometry.tokens, bench.dtype.itemsize)
+    guided = Guided(ours, condition, once.modulations(timestep), context, context, 5.0, chunk_tokens=chunk)
     inputs = torch.cat((latents, condition), dim=1).to(bench.dtype)
     two_rows = images.reshape(2, -1, config.image_dim)
 
     def peer_prediction() -> Tensor:
-        both = [peer(inputs, timestep.reshape(1), text, two_rows, return_dict=False)[0].float() for _ in range(2)]
+        both = [peer(inputs, timestep, text, two_rows, return_dict=False)[0].float() for _ in range(2)]
         return both[1] + 5.0 * (both[0] - both[1])
 
-    got, expected = guided.predict(latents, timestep)[0], peer_prediction()
+    got, expected = guided.predict(latents, 700)[0], peer_prediction()
     rms = float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     _check("transformer against diffusers", rms, 0.03 if bench.dtype == torch.bfloat16 else 1e-3)
     works: dict[str, Callable[[], Any]] = {
-        "wan_local": lambda: guided.predict(latents, timestep),
+        "wan_local": lambda: guided.predict(latents, 700),
         "diffusers": peer_prediction,
     }
     for name, work in works.items():
@@ -205,7 +213,7 @@ def _random_state(module: nn.Module, bench: Bench, *, dtype: torch.dtype | None 
     return state
 
 
-def _cast(net: Transformer, dtype: torch.dtype) -> None:
+def _cast(net: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in net.named_parameters():
         if not stays_float32(name):
             parameter.data = parameter.data.to(dtype)

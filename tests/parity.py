@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from wan_local.key_map import Part, convert_official
 from wan_local.models.image_encoder import build_image_encoder
 from wan_local.models.text_encoder import build_text_encoder
-from wan_local.models.transformer import Transformer
+from wan_local.models.transformer import ContextEmbedder, Transformer, in_context
 from wan_local.models.vae import Vae
 from wan_local.settings import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from wan_local.stage import load_strictly
@@ -106,20 +107,41 @@ def image_encoder_config() -> ImageEncoderConfig:
     )
 
 
-@cache
-def official_transformer() -> Transformer:
-    module: Transformer = _loaded("transformer", Transformer(transformer_config("dit")), weights("dit_official"))
-    return module
+@dataclass(frozen=True)
+class Denoiser:
+    """The whole transformer: what runs once a prompt, and what runs at every step."""
+
+    context_embedder: ContextEmbedder
+    transformer: Transformer
+
+    def __call__(self, latents: Tensor, timestep: int, text: Tensor, images: Tensor, **how: Any) -> Tensor:
+        modulation = self.context_embedder.modulations(torch.tensor([timestep]))[timestep]
+        velocity: Tensor = self.transformer(latents, modulation, self.context_embedder(text, images), **how)
+        return velocity
+
+
+def _denoiser(config: TransformerConfig, official: dict[str, Tensor]) -> Denoiser:
+    ours = convert_official("transformer", official)
+    halves: list[Any] = []
+    for module, wanted in ((ContextEmbedder(config), True), (Transformer(config), False)):
+        half = {name: tensor for name, tensor in ours.items() if in_context(name) is wanted}
+        load_strictly(module, "transformer", half, lambda _, tensor: tensor)
+        halves.append(module.eval().requires_grad_(False))
+    return Denoiser(*halves)
 
 
 @cache
-def official_transformer_1280() -> Transformer:
+def official_transformer() -> Denoiser:
+    return _denoiser(transformer_config("dit"), weights("dit_official"))
+
+
+@cache
+def official_transformer_1280() -> Denoiser:
     """The untouched official image width and token count; its largest tensors come from a formula."""
     table = golden()["dit1280"]["formula_tensors"]
     formula = {key: formula_tensor(row) for key, row in table.items() if row["where"] == "state dict"}
     state = {**weights("dit1280_official_partial"), **formula}
-    module: Transformer = _loaded("transformer", Transformer(transformer_config("dit1280")), state)
-    return module
+    return _denoiser(transformer_config("dit1280"), state)
 
 
 @cache

@@ -27,20 +27,21 @@ def make_guided(guide_scale: float, *, negative: bool) -> Guided:
     images = torch.randn(1, 20, 48, generator=generator)
 
     def context() -> list[ContextKV]:
-        return net.embed_context(torch.randn(1, 512, 32, generator=generator), images)
+        return net.context_embedder(torch.randn(1, 512, 32, generator=generator), images)
 
     condition = torch.randn(1, 20, *LATENTS[2:], generator=generator)
-    return Guided(net, condition, context(), context() if negative else None, guide_scale)
+    modulations = net.context_embedder.modulations(torch.arange(1001))
+    return Guided(net.transformer, condition, modulations, context(), context() if negative else None, guide_scale)
 
 
 def test_guidance_is_unconditional_plus_scale_times_difference() -> None:
     guided = make_guided(3.0, negative=True)
     assert guided.negative_context is not None
-    latents, timestep = torch.randn(LATENTS), torch.tensor(500)
-    noise_pred, conditional = guided.predict(latents, timestep)
+    latents, modulation = torch.randn(LATENTS), guided.modulations[500]
+    noise_pred, conditional = guided.predict(latents, 500)
     inputs = torch.cat((latents, guided.condition), dim=1)
-    v_u = guided.transformer(inputs, timestep.reshape(1), guided.negative_context)
-    v_c = guided.transformer(inputs, timestep.reshape(1), guided.context)
+    v_u = guided.transformer(inputs, modulation, guided.negative_context)
+    v_c = guided.transformer(inputs, modulation, guided.context)
     assert torch.equal(conditional, v_c)
     assert torch.equal(noise_pred, v_u + 3.0 * (v_c - v_u))
 

@@ -25,6 +25,7 @@ from wan_local.denoise import Denoised, Guided, denoise
 from wan_local.geometry import Geometry, Size
 from wan_local.models.image_encoder import clip_pixels, encode_pixels
 from wan_local.models.text_encoder import encode_tokens
+from wan_local.models.transformer import ContextEmbedder, Modulation
 from wan_local.preview import to_uint8
 from wan_local.scheduler import Scheduler
 
@@ -44,15 +45,21 @@ def clip_chunks(video_CTHW: Tensor) -> list[Tensor]:
     return [video[:, :, :1], *(video[:, :, 1:].split(4, dim=2) if video.shape[2] > 1 else ())]
 
 
+def modulation_of(net: ContextEmbedder, timesteps: list[int]) -> Modulation:
+    rows = [net.modulations(torch.tensor(timesteps))[timestep] for timestep in timesteps]
+    return Modulation(torch.cat([row.embedding for row in rows]), torch.cat([row.projection for row in rows]))
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 7], ids=["whole", "chunks"])
 @pytest.mark.parametrize("case", golden()["dit"]["cases"], ids=lambda case: case["output"])
-def test_transformer_gives_the_official_output(case: dict[str, Any]) -> None:
-    data = tensors("dit_cases")
+def test_transformer_gives_the_official_output(case: dict[str, Any], chunk_tokens: int | None) -> None:
+    data, net = tensors("dit_cases"), parity.official_transformer()
     samples = [case["inputs"]] if isinstance(case["inputs"], str) else case["inputs"]
     latents = torch.stack([torch.cat((data[f"{name}.x"], data[f"{name}.y"])) for name in samples])
     text = torch.cat([padded(data[case.get("context", f"{name}.context")]) for name in samples])
     images = torch.stack([data[f"{name}.clip_fea"].flatten(0, 1) for name in samples])
-    net = parity.official_transformer()
-    got = net(latents, torch.tensor(case["t"]), net.embed_context(text, images))
+    modulation = modulation_of(net.context_embedder, case["t"])
+    got = net.transformer(latents, modulation, net.context_embedder(text, images), chunk_tokens=chunk_tokens)
     expected = data[case["output"]]
     assert relative_error(got, expected if expected.dim() == 5 else expected.unsqueeze(0)) <= TOLERANCE["dit"]
 
@@ -64,22 +71,23 @@ def test_transformer_of_the_official_image_width_and_token_count_gives_the_offic
         assert made.flatten()[:4].tolist() == check["first4"]
         assert math.isclose(float(made.double().sum()), check["sum_float64"], rel_tol=1e-9)
     images = parity.formula_tensor(section["formula_tensors"]["clip_fea"]).flatten(0, 1).unsqueeze(0)
-    net = parity.official_transformer_1280()
-    context = net.embed_context(padded(data["context"]), images)
-    got = net(torch.cat((data["x"], data["y"])).unsqueeze(0), torch.tensor(section["case"]["t"]), context)
+    latents = torch.cat((data["x"], data["y"])).unsqueeze(0)
+    [timestep] = section["case"]["t"]
+    got = parity.official_transformer_1280()(latents, timestep, padded(data["context"]), images)
     assert relative_error(got[0], data[section["case"]["output"]]) <= TOLERANCE["dit1280"]
 
 
 def test_intermediates_of_the_first_case_are_the_official_ones() -> None:
     data, net = tensors("dit_cases"), parity.official_transformer()
-    embedding, modulation = net.condition_embedder.time(torch.tensor([999]))
-    assert relative_error(embedding, data["dbg.time_embedding"]) <= TOLERANCE["dit"]
-    assert relative_error(modulation.flatten(1), data["dbg.time_projection"]) <= TOLERANCE["dit"]
-    text = net.condition_embedder.text(padded(data["A.context"]))
+    embedder = net.context_embedder.condition_embedder
+    modulation = embedder.time(torch.tensor([999]))
+    assert relative_error(modulation.embedding, data["dbg.time_embedding"]) <= TOLERANCE["dit"]
+    assert relative_error(modulation.projection.flatten(1), data["dbg.time_projection"]) <= TOLERANCE["dit"]
+    text = embedder.text(padded(data["A.context"]))
     assert relative_error(text[:, :8], data["dbg.text_embedding"]) <= TOLERANCE["dit"]
-    images = net.condition_embedder.image_embedder(data["A.clip_fea"].flatten(0, 1).unsqueeze(0))
+    images = embedder.image_embedder(data["A.clip_fea"].flatten(0, 1).unsqueeze(0))
     assert relative_error(images, data["dbg.img_emb"]) <= TOLERANCE["dit"]
-    patches = net.patch_embedding(torch.cat((data["A.x"], data["A.y"])).unsqueeze(0))
+    patches = net.transformer.patch_embedding(torch.cat((data["A.x"], data["A.y"])).unsqueeze(0))
     assert relative_error(patches, data["dbg.patch_embedding"]) <= TOLERANCE["dit"]
 
 
@@ -87,15 +95,42 @@ def test_the_last_frames_image_tokens_do_not_go_through_the_text_projections() -
     """Peers split the 514 tokens at 257, so that the second image is read as text; that must miss the data by far."""
     data, net = tensors("dit_cases"), parity.official_transformer()
     latents = torch.cat((data["A.x"], data["A.y"])).unsqueeze(0)
-    text = net.condition_embedder.text(padded(data["A.context"]))
-    images = net.condition_embedder.image_embedder(data["A.clip_fea"].flatten(0, 1).unsqueeze(0))
-    half = images.shape[1] // 2
-    wrong_text = torch.cat((images[:, half:], text), dim=1)
-    right = [block.attn2.project_context(text, images) for block in net.blocks]
-    wrong = [block.attn2.project_context(wrong_text, images[:, :half]) for block in net.blocks]
+    text, images = padded(data["A.context"]), data["A.clip_fea"].flatten(0, 1).unsqueeze(0)
     expected = data["A.out.t999"].unsqueeze(0)
-    assert relative_error(net(latents, torch.tensor([999]), right), expected) <= TOLERANCE["dit"]
-    assert relative_error(net(latents, torch.tensor([999]), wrong), expected) > 1000 * TOLERANCE["dit"]
+    assert relative_error(net(latents, 999, text, images), expected) <= TOLERANCE["dit"]
+    embedder = net.context_embedder.condition_embedder
+    text_BMD, image_BMD = embedder.text(text), embedder.image_embedder(images)
+    half = image_BMD.shape[1] // 2
+    as_text = torch.cat((image_BMD[:, half:], text_BMD), dim=1)
+    wrong = [block.attn2(as_text, image_BMD[:, :half], None) for block in net.context_embedder.blocks]
+    got = net.transformer(latents, modulation_of(net.context_embedder, [999]), wrong)
+    assert relative_error(got, expected) > 1000 * TOLERANCE["dit"]
+
+
+def test_folding_the_padded_text_changes_nothing() -> None:
+    """Against the plain sum over all 512 keys, whose padding rows are equal."""
+    data, net = tensors("dit_cases"), parity.official_transformer()
+    text, images = padded(data["A.context"]), data["A.clip_fea"].flatten(0, 1).unsqueeze(0)
+    latents = torch.cat((data["A.x"], data["A.y"])).unsqueeze(0)
+    folded = net.context_embedder(text, images)
+    assert folded[0].k.shape[1] == len(data["A.context"]) + 1
+    embedder = net.context_embedder.condition_embedder
+    text_BMD, image_BMD = embedder.text(text), embedder.image_embedder(images)
+    plain = [block.attn2(text_BMD, image_BMD, None) for block in net.context_embedder.blocks]
+    assert plain[0].k.shape[1] == TEXT_TOKENS
+    modulation = modulation_of(net.context_embedder, [421])
+    assert (
+        relative_error(net.transformer(latents, modulation, folded), net.transformer(latents, modulation, plain)) < 2e-6
+    )
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 17, 18, 1000])
+def test_working_in_chunks_changes_nothing_beyond_float32_rounding(chunk_tokens: int) -> None:
+    data, net = tensors("dit_cases"), parity.official_transformer()
+    text, images = padded(data["A.context"]), data["A.clip_fea"].flatten(0, 1).unsqueeze(0)
+    latents = torch.cat((data["A.x"], data["A.y"])).unsqueeze(0)
+    whole = net(latents, 999, text, images)
+    assert relative_error(net(latents, 999, text, images, chunk_tokens=chunk_tokens), whole) < 2e-6
 
 
 @pytest.mark.parametrize("case", golden()["vae"]["encode"], ids=lambda case: case["video"])
@@ -216,13 +251,14 @@ def run_end_to_end(case: dict[str, Any]) -> tuple[list[Denoised], Tensor]:
         parity.official_vae(), (source["video_first"], source["video_last"]), case["frame_num"]
     )
     contexts = [
-        net.embed_context(
+        net.context_embedder(
             embed_prompt(text_encoder, Tokens(source[name].unsqueeze(0), cut=0), length=TEXT_TOKENS), image_embeds
         )
         for name in ("prompt_ids", "negative_ids")
     ]
-    guided = Guided(net, condition, contexts[0], contexts[1], case["guide"])
     scheduler = Scheduler(case["steps"], case["shift"], solver=case["solver"])
+    modulations = net.context_embedder.modulations(scheduler.timesteps)
+    guided = Guided(net.transformer, condition, modulations, contexts[0], contexts[1], case["guide"])
     noise = initial_noise(case["seed"], tuple(case["lat_shape"]))
     return list(denoise(guided, scheduler, noise, EveryStep())), condition
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.parity import relative_error
 from wan_local.key_map import to_official, to_ours
-from wan_local.models.transformer import Transformer
+from wan_local.models.transformer import ContextEmbedder, Transformer, in_context
 from wan_local.models.vae import Vae
 from wan_local.settings import TransformerConfig, VaeConfig, load_model_config
 
@@ -53,15 +53,16 @@ def test_transformer_equals_diffusers(config: TransformerConfig, grid: tuple[int
     torch.manual_seed(7)
     peer = peer_of(config)
     state = randomized(peer, seed=3)
-    ours = Transformer(config).eval()
-    ours.load_state_dict(state, strict=True)
+    embedder, ours = ContextEmbedder(config).eval(), Transformer(config).eval()
+    embedder.load_state_dict({name: tensor for name, tensor in state.items() if in_context(name)}, strict=True)
+    ours.load_state_dict({name: tensor for name, tensor in state.items() if not in_context(name)}, strict=True)
     latents = torch.randn(2, config.in_channels, *grid)
     text = torch.randn(2, config.text_tokens, config.text_dim)
     text[:, 30:] = 0
     images = torch.randn(2, config.image_tokens, config.image_dim)
     timestep = torch.tensor([999, 37])
     with torch.no_grad():
-        got = ours(latents, timestep, ours.embed_context(text, images))
+        got = ours(latents, embedder.condition_embedder.time(timestep), embedder(text, images), chunk_tokens=10)
         # diffusers takes the two images of one sample as two rows
         two_rows = images.reshape(4, config.image_tokens // 2, config.image_dim)
         expected = peer(latents, timestep, text, two_rows, return_dict=False)[0]
@@ -92,9 +93,9 @@ def test_every_name_of_the_14b_networks_has_an_official_one_and_back() -> None:
     """Built on meta from the 14B configuration: no weights, the real names."""
     config = load_model_config("flf2v_14b")
     with torch.device("meta"):
-        parts = {"transformer": Transformer(config.transformer), "vae": Vae(config.vae)}
-    for part, module in parts.items():
-        names = set(module.state_dict())
+        transformer = Transformer(config.transformer).state_dict() | ContextEmbedder(config.transformer).state_dict()
+        vae = Vae(config.vae).state_dict()
+    for part, names in (("transformer", set(transformer)), ("vae", set(vae))):
         official = to_official(part, names)
         assert len(set(official.values())) == len(names)
         assert to_ours(part, official.values()) == {theirs: ours for ours, theirs in official.items()}
@@ -103,19 +104,25 @@ def test_every_name_of_the_14b_networks_has_an_official_one_and_back() -> None:
 def test_14b_configuration_has_the_published_parameter_count() -> None:
     config = load_model_config("flf2v_14b")
     with torch.device("meta"):
-        transformer, vae = Transformer(config.transformer), Vae(config.vae)
-    assert sum(p.numel() for p in transformer.blocks.parameters()) == pytest.approx(16.15e9, rel=2e-3)
+        loop, once = Transformer(config.transformer), ContextEmbedder(config.transformer)
+        vae = Vae(config.vae)
+    in_loop, in_context_only = (sum(p.numel() for p in half.blocks.parameters()) for half in (loop, once))
+    assert in_loop + in_context_only == pytest.approx(16.15e9, rel=2e-3)
+    assert in_loop == pytest.approx(11.95e9, rel=2e-3)
     assert len(vae.state_dict()) == 194
 
 
 def test_14b_names_and_shapes_are_those_of_diffusers() -> None:
     config = load_model_config("flf2v_14b")
     with torch.device("meta"):
-        ours, peer = Transformer(config.transformer), peer_of(config.transformer)
+        loop, once, peer = (
+            Transformer(config.transformer),
+            ContextEmbedder(config.transformer),
+            peer_of(config.transformer),
+        )
         vae, peer_vae = Vae(config.vae), AutoencoderKLWan()
-    for mine, theirs in ((ours, peer), (vae, peer_vae)):
-        assert {k: v.shape for k, v in mine.state_dict().items()} == {
-            k: v.shape for k, v in theirs.state_dict().items()
-        }
+    assert not loop.state_dict().keys() & once.state_dict().keys()
+    for mine, theirs in (({**loop.state_dict(), **once.state_dict()}, peer), (vae.state_dict(), peer_vae)):
+        assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert tuple(peer_vae.config.latents_mean) == config.vae.latents_mean
     assert tuple(peer_vae.config.latents_std) == config.vae.latents_std

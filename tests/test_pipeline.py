@@ -81,7 +81,9 @@ def test_two_images_become_a_video_that_begins_and_ends_with_them(tmp_path: Path
         "seed": 42,
     }
     assert result.report["model"] == "wan_local-flf2v-tiny"
-    assert set(result.report["seconds"]) == {"text", "image", "condition", "denoise", "decode", "total"}
+    assert set(result.report["seconds"]) == {
+        "text", "image", "condition", "context", "denoise", "decode", "total",
+    }  # fmt: skip
     assert left_over(tmp_path) == ["bird.mp4", "bird.mp4.json"]
     sidecar = json.loads((tmp_path / "bird.mp4.json").read_text(encoding="utf-8"))
     assert sidecar["model"] == "wan_local-flf2v-tiny" and sidecar["seed"] == 42
@@ -129,7 +131,7 @@ def test_steps_tell_every_stage_in_order_with_previews_and_an_eta(settings: Sett
     steps, result = [event for event in events if isinstance(event, Step)], events[-1]
     assert isinstance(result, Result) and len(steps) == len(events) - 1
     order = list(dict.fromkeys(step.stage for step in steps))
-    assert order == ["plan", "text", "image", "condition", "denoise", "decode"]
+    assert order == ["plan", "text", "image", "condition", "context", "denoise", "decode"]
     denoising = [step for step in steps if step.stage == "denoise"]
     assert [(step.index, step.total) for step in denoising] == [(1, 3), (2, 3), (3, 3)]
     assert all(step.preview.shape == (32, 32, 3) and step.eta_seconds is not None for step in denoising)
@@ -169,7 +171,7 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def fail(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("wan_local.stage.load_part", fail)
+    monkeypatch.setattr("wan_local.stage.load_network", fail)
     return
 
 

@@ -9,13 +9,13 @@ from torch import nn
 
 from wan_local.checkpoint import ModelFiles, PartTensors, find_model
 from wan_local.errors import WrongModel
-from wan_local.key_map import Part, canonical
-from wan_local.models.transformer import stays_float32
+from wan_local.key_map import canonical
+from wan_local.models.transformer import in_context, stays_float32
 from wan_local.settings import load_settings
-from wan_local.stage import load_part, load_strictly, stage
+from wan_local.stage import Network, count_parameters, load_network, load_strictly, stage
 
 CPU = torch.device("cpu")
-PARTS: list[Part] = ["transformer", "vae", "text_encoder", "image_encoder"]
+NETWORKS: list[Network] = ["text_encoder", "image_encoder", "vae", "context_embedder", "transformer"]
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,13 @@ def files() -> ModelFiles:
     return find_model(load_settings(model="tiny"))
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_every_parameter_is_loaded_and_none_stays_on_meta(files: ModelFiles, part: Part) -> None:
-    module = load_part(part, files, CPU, torch.float32)
-    stored = PartTensors(files, part)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_parameter_is_loaded_and_none_stays_on_meta(files: ModelFiles, network: Network) -> None:
+    module = load_network(network, files, CPU, torch.float32)
+    part, wanted = {"context_embedder": ("transformer", True), "transformer": ("transformer", False)}.get(
+        network, (network, None)
+    )
+    stored = PartTensors(files, part, lambda name: wanted is None or in_context(name) is wanted)
     assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
     assert not any(parameter.requires_grad for parameter in module.parameters())
     state = {canonical(part, name): tensor for name, tensor in module.state_dict().items()}
@@ -35,12 +38,19 @@ def test_every_parameter_is_loaded_and_none_stays_on_meta(files: ModelFiles, par
 
 
 def test_parts_that_need_float32_keep_it_when_computing_in_bfloat16(files: ModelFiles) -> None:
-    module = load_part("transformer", files, CPU, torch.bfloat16)
-    for name, parameter in module.named_parameters():
+    loop = load_network("transformer", files, CPU, torch.bfloat16)
+    once = load_network("context_embedder", files, CPU, torch.bfloat16)
+    for name, parameter in (*loop.named_parameters(), *once.named_parameters()):
         assert parameter.dtype == (torch.float32 if stays_float32(name) else torch.bfloat16), name
-    assert module.get_parameter("condition_embedder.time_embedder.linear_1.weight").dtype == torch.float32
-    assert module.get_parameter("blocks.0.attn1.to_q.weight").dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in load_part("vae", files, CPU, torch.bfloat16).parameters())
+    assert once.get_parameter("condition_embedder.time_embedder.linear_1.weight").dtype == torch.float32
+    assert loop.get_parameter("blocks.0.attn1.to_q.weight").dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in load_network("vae", files, CPU, torch.bfloat16).parameters())
+
+
+def test_loop_and_context_share_the_transformers_tensors_without_one_left_over(files: ModelFiles) -> None:
+    counted = count_parameters(files)
+    assert set(counted) == set(NETWORKS)
+    assert counted["transformer"] + counted["context_embedder"] == files.parameters("transformer")
 
 
 def held_elements(kept: list[nn.Module]) -> int:
@@ -48,9 +58,9 @@ def held_elements(kept: list[nn.Module]) -> int:
     return sum(p.numel() for module in kept for p in module.parameters() if not p.is_meta)
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_weights_are_gone_after_the_block_even_if_the_module_is_still_held(files: ModelFiles, part: Part) -> None:
-    with stage(part, files, CPU, torch.float32) as module:
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_are_gone_after_the_block_even_if_the_module_is_held(files: ModelFiles, network: Network) -> None:
+    with stage(network, files, CPU, torch.float32) as module:
         assert held_elements([module]) > 1000
     assert held_elements([module]) == 0
 

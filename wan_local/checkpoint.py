@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -50,17 +50,19 @@ class ModelFiles:
     def embedded(self) -> bool:
         return self.config.embedded is not None
 
-    def parameters(self, part: Part) -> int:
-        """Return how many numbers the part is made of."""
-        return sum(math.prod(info.shape) for info in self.tensors[part].values())
+    def parameters(self, part: Part, where: Callable[[str], bool] = lambda _: True) -> int:
+        """Return how many numbers the tensors of `part` hold whose names satisfy `where`."""
+        return sum(math.prod(info.shape) for name, info in self.tensors[part].items() if where(name))
 
 
 class PartTensors(Mapping[str, torch.Tensor]):
-    """The tensors of one part under our names; each is read from its file when it is asked for."""
+    """The tensors of one part whose names satisfy `where`, under our names; each is read when it is asked for."""
 
-    def __init__(self, files: ModelFiles, part: Part) -> None:
-        stored = files.tensors[part].items()
-        self._infos = {canonical(part, name): (name, info) for name, info in stored if not name.endswith(_NO_WEIGHTS)}
+    def __init__(self, files: ModelFiles, part: Part, where: Callable[[str], bool] = lambda _: True) -> None:
+        named = ((canonical(part, name), name, info) for name, info in files.tensors[part].items())
+        self._infos = {
+            ours: (name, info) for ours, name, info in named if where(ours) and not name.endswith(_NO_WEIGHTS)
+        }
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored_name, info = self._infos[name]

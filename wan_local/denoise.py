@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wan_local.acceleration import Policy
 from wan_local.errors import NumericalError
-from wan_local.models.transformer import ContextKV, Transformer
+from wan_local.models.transformer import ContextKV, Modulation, Transformer
 from wan_local.scheduler import Scheduler
 
 
@@ -18,28 +18,37 @@ from wan_local.scheduler import Scheduler
 class Guided:
     """The transformer with everything that stays the same during a run.
 
-    condition: [1, 20, T, H, W]. context: of the prompt. negative_context: of the negative prompt, or None for a
-    `guide_scale` of 1, which needs no second pass.
+    condition: [1, 20, T, H, W]. modulations: by timestep. context: of the prompt. negative_context: of the negative
+    prompt, or None for a `guide_scale` of 1, which needs no second pass. The last two are as in `Transformer.forward`.
     """
 
     transformer: Transformer
     condition: Tensor
+    modulations: Mapping[int, Modulation]
     context: list[ContextKV]
     negative_context: list[ContextKV] | None
     guide_scale: float
+    chunk_tokens: int | None = None
     residual_dtype: torch.dtype | None = None
 
-    def predict(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, latents: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         """Return the guided velocity v_u + w (v_c - v_u) and v_c itself, both [1, 16, T, H, W] float32."""
         inputs = torch.cat((latents, self.condition), dim=1)
-        timestep_B = timestep.reshape(1).to(latents.device)
-        conditional = self.transformer(inputs, timestep_B, self.context, residual_dtype=self.residual_dtype).float()
+        conditional = self._velocity(inputs, timestep, self.context)
         if self.negative_context is None:
             return conditional, conditional
-        unconditional = self.transformer(
-            inputs, timestep_B, self.negative_context, residual_dtype=self.residual_dtype
-        ).float()
+        unconditional = self._velocity(inputs, timestep, self.negative_context)
         return unconditional + self.guide_scale * (conditional - unconditional), conditional
+
+    def _velocity(self, inputs: Tensor, timestep: int, context: list[ContextKV]) -> Tensor:
+        velocity: Tensor = self.transformer(
+            inputs,
+            self.modulations[timestep],
+            context,
+            chunk_tokens=self.chunk_tokens,
+            residual_dtype=self.residual_dtype,
+        )
+        return velocity
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,7 @@ def denoise(guided: Guided, scheduler: Scheduler, latents: Tensor, policy: Polic
     """
     total, done, index = len(scheduler), 0, 0
     while index < len(scheduler):
-        noise_pred, conditional = guided.predict(latents, scheduler.timesteps[index])
+        noise_pred, conditional = guided.predict(latents, int(scheduler.timesteps[index]))
         _check_finite(noise_pred, done + 1, total)
         clean = latents - float(scheduler.sigmas[index]) * noise_pred
         merged = policy.points_to_merge(conditional, scheduler.sigmas, index)

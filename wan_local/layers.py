@@ -5,6 +5,8 @@ Shape legend: B batch, L tokens, H heads, K channels of a head, D channels of a 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,8 +66,19 @@ class Conv3d(nn.Module):
         return conv3d(x_BCTHW, self.weight, self.bias, stride=self.stride, padding=(0, 0, 0))
 
 
-def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles, each [L, K/2] in float32, for tokens in (time, height, width) order.
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Cos and sin of the rotary angles, each [L, K/2] in float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def tokens(self, span: slice) -> Rotary:
+        return Rotary(self.cos[span], self.sin[span])
+
+
+def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Rotary:
+    """Return the rotary table of tokens in (time, height, width) order.
 
     Of the K/2 complex pairs of a head, c - 2*(c//3) turn with time and c//3 each with height and width. Angles are
     made in float64 on the CPU, as the official table is.
@@ -81,12 +94,12 @@ def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.de
         shape[axis] = length
         angles.append(angle.view(shape).expand(*grid, count))
     angles_LK = torch.cat(angles, dim=-1).reshape(-1, pairs)
-    return angles_LK.cos().float().to(device), angles_LK.sin().float().to(device)
+    return Rotary(angles_LK.cos().float().to(device), angles_LK.sin().float().to(device))
 
 
-def apply_rotary(x_BLHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rotary(x_BLHK: Tensor, rotary: Rotary) -> Tensor:
     """Turn each neighbouring pair of channels by its angle, in float32; the result is float32."""
-    cos_L1K, sin_L1K = rotary[0].unsqueeze(-2), rotary[1].unsqueeze(-2)
+    cos_L1K, sin_L1K = rotary.cos.unsqueeze(-2), rotary.sin.unsqueeze(-2)
     even, odd = x_BLHK.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos_L1K - odd * sin_L1K, even * sin_L1K + odd * cos_L1K), dim=-1).flatten(-2)
 
@@ -96,11 +109,12 @@ def split_heads(x_BLD: Tensor, num_heads: int) -> Tensor:
     return x_BLHK
 
 
-def attention(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(K)) v as [B, L, H*K], in the dtype of `v`.
+def attention(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, *, bias_M: Tensor | None = None) -> Tensor:
+    """Return softmax(q k^T / sqrt(K) + bias) v as [B, L, H*K], in the dtype of `v`.
 
-    No mask: padded text is attended to, as in training.
+    bias_M: added to the logits of each key, float32.
     """
     dtype = v_BMHK.dtype
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    mask = None if bias_M is None else bias_M.to(dtype).view(1, 1, 1, -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -39,7 +39,7 @@ from wan_local.report import Report
 from wan_local.request import File, Request, Result, Step, as_json
 from wan_local.scheduler import Scheduler
 from wan_local.settings import Settings, load_settings
-from wan_local.stage import stage
+from wan_local.stage import count_parameters, stage
 from wan_local.video import VideoReport, VideoWriter, check_output, largest_bytes
 
 _RANDOM_SEEDS = 2**31  # JavaScript clients lose integers beyond 2^53
@@ -99,7 +99,7 @@ class Pipeline:
         yield report.step(1, 1, f"{files.config.title}: {job.plan.describe()}")
 
         with report.stage("text"), stage("text_encoder", files, job.device, job.dtype) as text_encoder:
-            prompt_embeds, negative_prompt_embeds = _embed_prompts(text_encoder, job, report)
+            prompt_embeds, negative_embeds = _embed_prompts(text_encoder, job, report)
         yield report.step(1, 1, "prompts encoded")
 
         with report.stage("image"), stage("image_encoder", files, job.device, job.dtype) as image_encoder:
@@ -114,16 +114,22 @@ class Pipeline:
         scheduler = Scheduler(request.num_inference_steps, request.shift)
         policy = make_policy(request.acceleration, request.num_inference_steps)
         latents = initial_noise(job.seed, _latent_shape(job)).to(job.device)
+        with report.stage("context"), stage("context_embedder", files, job.device, job.dtype) as context_embedder:
+            modulations = context_embedder.modulations(scheduler.timesteps)
+            context = context_embedder(prompt_embeds, image_embeds)
+            negative = None if negative_embeds is None else context_embedder(negative_embeds, image_embeds)
+        yield report.step(1, 1, "context embedded")
+
         with report.stage("denoise"), stage("transformer", files, job.device, job.dtype) as transformer:
             guided = Guided(
                 transformer,
                 condition,
-                transformer.embed_context(prompt_embeds, image_embeds),
-                None
-                if negative_prompt_embeds is None
-                else transformer.embed_context(negative_prompt_embeds, image_embeds),
+                modulations,
+                context,
+                negative,
                 request.guide_scale,
-                torch.float32 if job.settings.precision == "reference" else None,
+                chunk_tokens=job.plan.chunk_tokens,
+                residual_dtype=torch.float32 if job.settings.precision == "reference" else None,
             )
             for state in denoise(guided, scheduler, latents, policy):
                 latents, calls = state.latents, state.calls
@@ -154,7 +160,7 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
     plan = make_plan(
         geometry,
         files.config,
-        {part: files.parameters(part) for part in files.tensors},
+        count_parameters(files),
         Machine(str(device), free_bytes(device), dtype.itemsize),
         smaller=small if small.tokens < geometry.tokens else None,
     )

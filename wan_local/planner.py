@@ -1,6 +1,6 @@
 """Will it fit, and where does the memory go: a `Plan` from geometry, byte counts and free memory. No torch.
 
-Takes the geometry, each part's parameter count from the checkpoint's headers, and the bytes that are free on the
+Takes the geometry, each network's parameter count from the checkpoint's headers, and the bytes that are free on the
 device; gives the peak by stage, or refuses before a weight is read and names the nearest setting that fits.
 """
 
@@ -10,12 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wan_local.errors import DoesNotFit
-from wan_local.geometry import Geometry
-from wan_local.settings import ModelConfig
+from wan_local.geometry import PATCH, Geometry
+from wan_local.settings import ModelConfig, TransformerConfig
 
 GIB = 2**30
 _HEADROOM = 0.1  # of what is free; the allocator's fragments and the other programs live there
 _FLOAT32_BYTES = 4
+_CHUNK_BYTES = GIB  # temporaries of the tokens in flight
+_MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
+_IMAGE_BYTES = 64 * 2**20
+# What the VAE holds at its peak, counted in frames of base width at full resolution by tests/test_planner.py
+_ENCODE_FRAMES, _DECODE_FRAMES, _FRAMES_A_RES_BLOCK = 27.0, 37.0, 7.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class Plan:
     geometry: Geometry
     device: str
     compute_bytes: int
+    chunk_tokens: int
     stages: tuple[StagePlan, ...]
     free_bytes: int
 
@@ -71,9 +77,9 @@ def make_plan(
     *,
     smaller: Geometry | None = None,
 ) -> Plan:
-    """Return the plan, every part whole on the device while its stage lasts.
+    """Return the plan, every network whole on the device while its stage lasts.
 
-    parameters: number of parameters of each part. smaller: the geometry to suggest where this one does not fit.
+    parameters: number of parameters of each network. smaller: the geometry to suggest where this one does not fit.
     Raises DoesNotFit.
     """
     plan = _plan(geometry, config, parameters, machine)
@@ -95,24 +101,30 @@ def make_plan(
 
 def _plan(geometry: Geometry, config: ModelConfig, parameters: Mapping[str, int], machine: Machine) -> Plan:
     compute = machine.compute_bytes
-    activations = {
-        "text": _text_bytes(config, compute),
-        "image": 64 * 2**20,
-        "condition": _vae_bytes(geometry, config, expand=1.5),
-        "denoise": _denoise_bytes(geometry, config, compute),
-        "decode": _vae_bytes(geometry, config, expand=2.0),
-    }
-    parts = {
-        "text": ("text_encoder", compute),
-        "image": ("image_encoder", compute),
-        "condition": ("vae", _FLOAT32_BYTES),
-        "denoise": ("transformer", compute),
-        "decode": ("vae", _FLOAT32_BYTES),
-    }
-    stages = tuple(
-        StagePlan(name, parameters[part] * item, int(activations[name])) for name, (part, item) in parts.items()
-    )
-    return Plan(geometry, machine.device, compute, stages, machine.free_bytes)
+    chunk = chunk_tokens(config.transformer, geometry.tokens, compute)
+    contexts = _contexts_bytes(config, compute)
+    rows = [
+        ("text", "text_encoder", compute, _text_bytes(config, compute)),
+        ("image", "image_encoder", compute, _IMAGE_BYTES),
+        ("condition", "vae", _FLOAT32_BYTES, _vae_bytes(geometry, config, frames=_ENCODE_FRAMES)),
+        ("context", "context_embedder", compute, contexts),
+        ("denoise", "transformer", compute, contexts + _loop_bytes(geometry, config, chunk, compute)),
+        ("decode", "vae", _FLOAT32_BYTES, _vae_bytes(geometry, config, frames=_DECODE_FRAMES)),
+    ]
+    stages = tuple(StagePlan(name, parameters[network] * item, int(extra)) for name, network, item, extra in rows)
+    return Plan(geometry, machine.device, compute, chunk, stages, machine.free_bytes)
+
+
+def chunk_tokens(transformer: TransformerConfig, tokens: int, compute_bytes: int) -> int:
+    """Return how many tokens the blocks work on at a time, so that the temporaries stay within `_CHUNK_BYTES`."""
+    return min(tokens, max(_MIN_CHUNK, _CHUNK_BYTES // _temporaries(transformer, compute_bytes)))
+
+
+def _temporaries(transformer: TransformerConfig, compute_bytes: int) -> int:
+    """Bytes that a token in flight takes: turning q in float32, or the feed-forward's middle, whichever is more."""
+    turning = transformer.dim * (4 * _FLOAT32_BYTES + 4 * compute_bytes)
+    feeding = transformer.dim * (2 * _FLOAT32_BYTES + compute_bytes) + 2 * transformer.ffn_dim * compute_bytes
+    return max(turning, feeding)
 
 
 def _text_bytes(config: ModelConfig, compute: int) -> int:
@@ -120,19 +132,24 @@ def _text_bytes(config: ModelConfig, compute: int) -> int:
     return tokens * compute * (8 * encoder.d_model + 3 * encoder.d_ff) + encoder.num_heads * tokens * tokens * 8
 
 
-def _vae_bytes(geometry: Geometry, config: ModelConfig, *, expand: float) -> float:
-    """A handful of four-frame chunks at full resolution and base width, and every layer's memory of two frames."""
-    pixels = geometry.size.height * geometry.size.width
-    chunk = 4 * pixels * config.vae.base_dim * _FLOAT32_BYTES
-    remembered = (2 * config.vae.num_res_blocks + 2) * 2 * pixels * config.vae.base_dim * _FLOAT32_BYTES
-    return expand * (6 * chunk + 2 * remembered)
+def _vae_bytes(geometry: Geometry, config: ModelConfig, *, frames: float) -> int:
+    """`frames` at full resolution and base width, and two more for each causal layer that remembers there."""
+    held = frames + _FRAMES_A_RES_BLOCK * config.vae.num_res_blocks
+    frame = geometry.size.height * geometry.size.width * config.vae.base_dim * _FLOAT32_BYTES
+    return int(held * frame)
 
 
-def _denoise_bytes(geometry: Geometry, config: ModelConfig, compute: int) -> int:
-    """The hidden state, its float32 temporaries, q, k, v and the feed-forward's middle, and both contexts' K and V."""
-    transformer, tokens = config.transformer, geometry.tokens
-    hidden = tokens * transformer.dim * (compute + 6 * _FLOAT32_BYTES + 5 * compute)
-    middle = 2 * tokens * transformer.ffn_dim * compute
+def _contexts_bytes(config: ModelConfig, compute: int) -> int:
+    """Keys and values of text and images in every block, with and without the prompt."""
+    transformer = config.transformer
     context_tokens = transformer.text_tokens + transformer.image_tokens
-    contexts = 2 * transformer.num_layers * 2 * context_tokens * transformer.dim * compute
-    return hidden + middle + contexts
+    return 2 * 2 * transformer.num_layers * context_tokens * transformer.dim * compute
+
+
+def _loop_bytes(geometry: Geometry, config: ModelConfig, chunk: int, compute: int) -> int:
+    """The hidden state, whole keys and values, one chunk's temporaries, the rotary table and the latents."""
+    transformer, tokens = config.transformer, geometry.tokens
+    whole = 3 * tokens * transformer.dim * compute
+    rotary = tokens * transformer.attention_head_dim * _FLOAT32_BYTES
+    latents = 4 * tokens * transformer.in_channels * PATCH * PATCH * _FLOAT32_BYTES
+    return whole + chunk * _temporaries(transformer, compute) + rotary + latents

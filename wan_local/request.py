@@ -38,7 +38,7 @@ DEFAULT_NEGATIVE_PROMPT = (
     "background, three legs, many people in the background, walking backwards"
 )
 
-Stage = Literal["plan", "text", "image", "condition", "denoise", "decode"]
+Stage = Literal["plan", "text", "image", "condition", "context", "denoise", "decode"]
 
 _DEFAULT_FRAMES = 81
 _DEFAULT_RATE = 16

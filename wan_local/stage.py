@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +19,37 @@ from wan_local.errors import WrongModel
 from wan_local.key_map import Part, canonical
 from wan_local.models.image_encoder import build_image_encoder
 from wan_local.models.text_encoder import build_text_encoder
-from wan_local.models.transformer import Transformer, stays_float32
+from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
 from wan_local.models.vae import Vae
 from wan_local.settings import ModelConfig
 
-_BUILDERS: Mapping[Part, Callable[[ModelConfig], nn.Module]] = {
-    "transformer": lambda config: Transformer(config.transformer),
-    "vae": lambda config: Vae(config.vae),
-    "text_encoder": lambda config: build_text_encoder(config.text_encoder),
-    "image_encoder": lambda config: build_image_encoder(config.image_encoder),
+Network = Literal["text_encoder", "image_encoder", "vae", "context_embedder", "transformer"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """How a network is built, and which tensors of which part it takes."""
+
+    build: Callable[[ModelConfig], nn.Module]
+    part: Part
+    where: Callable[[str], bool] = lambda _: True
+
+
+_RECIPES: Mapping[Network, _Recipe] = {
+    "text_encoder": _Recipe(lambda config: build_text_encoder(config.text_encoder), "text_encoder"),
+    "image_encoder": _Recipe(lambda config: build_image_encoder(config.image_encoder), "image_encoder"),
+    "vae": _Recipe(lambda config: Vae(config.vae), "vae"),
+    "context_embedder": _Recipe(lambda config: ContextEmbedder(config.transformer), "transformer", in_context),
+    "transformer": _Recipe(
+        lambda config: Transformer(config.transformer), "transformer", lambda name: not in_context(name)
+    ),
 }
 
 
 @contextmanager
-def stage(part: Part, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
-    """Hand out `part` of the model on `device`, computing in `dtype` (the VAE: float32), and free it at the end."""
-    module = load_part(part, files, device, dtype)
+def stage(network: Network, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
+    """Hand out `network` on `device`, computing in `dtype` (the VAE: float32), and free it at the end."""
+    module = load_network(network, files, device, dtype)
     try:
         yield module
     finally:
@@ -43,17 +59,23 @@ def stage(part: Part, files: ModelFiles, device: torch.device, dtype: torch.dtyp
             torch.cuda.empty_cache()
 
 
-def load_part(part: Part, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Build `part` on `meta` and give it its weights, read one tensor at a time straight to `device`."""
+def count_parameters(files: ModelFiles) -> dict[str, int]:
+    """Return how many numbers each network holds, from the headers."""
+    return {network: files.parameters(recipe.part, recipe.where) for network, recipe in _RECIPES.items()}
+
+
+def load_network(network: Network, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Build `network` on `meta` and give it its weights, read one tensor at a time straight to `device`."""
+    recipe = _RECIPES[network]
     with torch.device("meta"):
-        module = _BUILDERS[part](files.config)
+        module = recipe.build(files.config)
 
     def place(name: str, tensor: Tensor) -> Tensor:
-        return tensor.to(device, _dtype_of(part, name, dtype))
+        return tensor.to(device, _dtype_of(recipe.part, name, dtype))
 
-    load_strictly(module, part, PartTensors(files, part), place)
+    load_strictly(module, recipe.part, PartTensors(files, recipe.part, recipe.where), place)
     module.to(device).eval().requires_grad_(False)
-    if part == "vae" and device.type == "cpu":
+    if network == "vae" and device.type == "cpu":
         _channels_last(module)
     return module
 

@@ -10,6 +10,7 @@ token, N heads, K channels of a head.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan_local.layers import LayerNorm, RMSNorm, apply_rotary, attention, rotary_embedding, split_heads
+from wan_local.layers import LayerNorm, RMSNorm, Rotary, apply_rotary, attention, rotary_embedding, split_heads
 from wan_local.settings import TransformerConfig
 
 _IMAGE_NORM_EPS = 1e-5
+_CONTEXT_LEAVES = ("to_k.", "to_v.", "add_k_proj.", "add_v_proj.", "norm_k.", "norm_added_k.")
 _FLOAT32_PARTS = ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out")
 
 
@@ -31,58 +33,24 @@ def stays_float32(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ContextKV:
-    """Keys and values of one block's cross-attention, [B, M, N, K] each. They do not change during a run."""
+    """Keys and values of one block's cross-attention, [B, M, N, K] each. They do not change during a run.
+
+    `text_bias` [M] is added to the logits of the text: ln(count) where one key stands for `count` equal ones.
+    """
 
     k: Tensor
     v: Tensor
     k_image: Tensor
     v_image: Tensor
+    text_bias: Tensor | None
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.num_heads = config.num_attention_heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """One timestep's embedding [B, D] and its projection [B, 6, D], both float32."""
 
-    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q_BLNK = apply_rotary(split_heads(self.norm_q(self.to_q(x_BLD)), self.num_heads), rotary)
-        k_BLNK = apply_rotary(split_heads(self.norm_k(self.to_k(x_BLD)), self.num_heads), rotary)
-        v_BLNK = split_heads(self.to_v(x_BLD), self.num_heads)
-        out_BLD: Tensor = self.to_out[0](attention(q_BLNK, k_BLNK, v_BLNK))
-        return out_BLD
-
-
-class CrossAttention(nn.Module):
-    """Two attentions from the same queries, over text and over both images, summed before the output projection."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.num_heads = config.num_attention_heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.add_k_proj, self.add_v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k, self.norm_added_k = (RMSNorm(dim, eps=config.eps) for _ in range(3))
-
-    def project_context(self, text_BMD: Tensor, image_BMD: Tensor) -> ContextKV:
-        dtype = self.to_v.weight.dtype
-        return ContextKV(
-            k=split_heads(self.norm_k(self.to_k(text_BMD)), self.num_heads).to(dtype),
-            v=split_heads(self.to_v(text_BMD), self.num_heads),
-            k_image=split_heads(self.norm_added_k(self.add_k_proj(image_BMD)), self.num_heads).to(dtype),
-            v_image=split_heads(self.add_v_proj(image_BMD), self.num_heads),
-        )
-
-    def forward(self, x_BLD: Tensor, context: ContextKV) -> Tensor:
-        q_BLNK = split_heads(self.norm_q(self.to_q(x_BLD)), self.num_heads)
-        from_text = attention(q_BLNK, context.k, context.v)
-        from_image = attention(q_BLNK, context.k_image, context.v_image)
-        out_BLD: Tensor = self.to_out[0](from_text + from_image)
-        return out_BLD
+    embedding: Tensor
+    projection: Tensor
 
 
 class _Gelu(nn.Module):
@@ -111,34 +79,6 @@ class FeedForward(nn.Module):
         return x
 
 
-class TransformerBlock(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(config.dim, eps=config.eps, affine=False)
-        self.attn1 = SelfAttention(config)
-        self.norm2 = LayerNorm(config.dim, eps=config.eps, affine=True)
-        self.attn2 = CrossAttention(config)
-        self.norm3 = LayerNorm(config.dim, eps=config.eps, affine=False)
-        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim, approximate="tanh")
-        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.dim))
-
-    def forward(
-        self, hidden_BLD: Tensor, modulation_B6D: Tensor, context: ContextKV, rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Return the block's output in the dtype of `hidden_BLD`; sums and norms are done in float32."""
-        residual, compute = hidden_BLD.dtype, self.attn1.to_q.weight.dtype
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
-            (self.scale_shift_table + modulation_B6D).unsqueeze(2).unbind(1)
-        )
-        x = (self.norm1(hidden_BLD) * (1 + scale_a) + shift_a).to(compute)
-        hidden_BLD = (hidden_BLD.float() + self.attn1(x, rotary).float() * gate_a).to(residual)
-        x = self.norm2(hidden_BLD).to(compute)
-        hidden_BLD = (hidden_BLD.float() + self.attn2(x, context).float()).to(residual)
-        x = (self.norm3(hidden_BLD) * (1 + scale_f) + shift_f).to(compute)
-        out_BLD: Tensor = (hidden_BLD.float() + self.ffn(x).float() * gate_f).to(residual)
-        return out_BLD
-
-
 class _TwoLinears(nn.Module):
     """linear_1, an activation, linear_2: the text projection (tanh GELU) and the time embedder (SiLU)."""
 
@@ -165,6 +105,8 @@ class ImageProjection(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
+    """What becomes of timestep, text and images before the first block."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.freq_dim = config.freq_dim
@@ -173,11 +115,10 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = _TwoLinears(config.text_dim, config.dim)
         self.image_embedder = ImageProjection(config)
 
-    def time(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the time embedding [B, D] and its projection [B, 6, D], both float32."""
+    def time(self, timestep_B: Tensor) -> Modulation:
         mlp = self.time_embedder
-        embedding_BD = mlp.linear_2(F.silu(mlp.linear_1(sinusoid(timestep_B, self.freq_dim))))
-        return embedding_BD, self.time_proj(F.silu(embedding_BD)).unflatten(1, (6, -1))
+        embedding_BD: Tensor = mlp.linear_2(F.silu(mlp.linear_1(sinusoid(timestep_B, self.freq_dim))))
+        return Modulation(embedding_BD, self.time_proj(F.silu(embedding_BD)).unflatten(1, (6, -1)))
 
     def text(self, prompt_embeds_BMD: Tensor) -> Tensor:
         mlp = self.text_embedder
@@ -186,68 +127,228 @@ class ConditionEmbedder(nn.Module):
         return text_BMD
 
 
-class Transformer(nn.Module):
-    """FLF2V transformer.
+class _ContextAttention(nn.Module):
+    """The half of a block's cross-attention that sees the context only."""
 
-    Call `embed_context` once a prompt, then `forward` once a step.
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_attention_heads
+        self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.add_k_proj, self.add_v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_k, self.norm_added_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
+
+    def forward(self, text_BMD: Tensor, image_BMD: Tensor, text_bias: Tensor | None) -> ContextKV:
+        dtype = self.to_v.weight.dtype
+        return ContextKV(
+            k=split_heads(self.norm_k(self.to_k(text_BMD)), self.num_heads).to(dtype),
+            v=split_heads(self.to_v(text_BMD), self.num_heads),
+            k_image=split_heads(self.norm_added_k(self.add_k_proj(image_BMD)), self.num_heads).to(dtype),
+            v_image=split_heads(self.add_v_proj(image_BMD), self.num_heads),
+            text_bias=text_bias,
+        )
+
+
+class _ContextBlock(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attn2 = _ContextAttention(config)
+
+
+class ContextEmbedder(nn.Module):
+    """The quarter of the transformer's weights that depends on prompt, images and schedule alone.
+
+    It runs once before the first step; during the loop its weights are not needed. Its parameters' names are those they
+    have in the whole transformer: see `in_context`.
     """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList([_ContextBlock(config) for _ in range(config.num_layers)])
+
+    def forward(self, prompt_embeds: Tensor, image_embeds: Tensor) -> list[ContextKV]:
+        """Return every block's cross-attention keys and values.
+
+        prompt_embeds: [B, text_tokens, text_dim], zero beyond the prompt's true length. Those padding rows are attended
+        to, as in training; being equal, they are folded into one key that counts for all.
+        image_embeds: [B, image_tokens, image_dim], the start image's tokens and then the end image's.
+        """
+        config = self.config
+        _check_shape("prompt_embeds", prompt_embeds, config.text_tokens, config.text_dim)
+        _check_shape("image_embeds", image_embeds, config.image_tokens, config.image_dim)
+        folded, text_bias = fold_padding(prompt_embeds)
+        text_BMD = self.condition_embedder.text(folded)
+        image_BMD = self.condition_embedder.image_embedder(image_embeds)
+        return [cast(_ContextBlock, block).attn2(text_BMD, image_BMD, text_bias) for block in self.blocks]
+
+    def modulations(self, timesteps: Tensor) -> dict[int, Modulation]:
+        """Return every timestep's modulation, each computed alone so that its bits depend on nothing else."""
+        device = self.condition_embedder.time_proj.weight.device
+        return {int(t): self.condition_embedder.time(t.reshape(1).to(device)) for t in timesteps}
+
+
+def in_context(name: str) -> bool:
+    """Tell whether parameter `name` of the whole transformer belongs to the `ContextEmbedder`."""
+    _, in_cross_attention, leaf = name.partition(".attn2.")
+    return name.startswith("condition_embedder.") or (bool(in_cross_attention) and leaf.startswith(_CONTEXT_LEAVES))
+
+
+def fold_padding(prompt_embeds: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the embeddings up to the longest true length and one zero row for the rest, and each row's logit bias.
+
+    softmax over `count` equal keys is softmax over one with ln(count) added to its logit.
+    """
+    used = prompt_embeds.abs().sum(dim=(0, 2)).nonzero()
+    length = int(used.max()) + 1 if len(used) else 0
+    padding = prompt_embeds.shape[1] - length
+    if padding < 2:
+        return prompt_embeds, None
+    bias = prompt_embeds.new_zeros(length + 1, dtype=torch.float32)
+    bias[length] = math.log(padding)
+    return prompt_embeds[:, : length + 1], bias
+
+
+def _check_shape(name: str, embeds: Tensor, tokens: int, width: int) -> None:
+    if embeds.shape[1:] != (tokens, width):
+        raise ValueError(f"{name} is {tuple(embeds.shape)}, not [B, {tokens}, {width}]")
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q, self.norm_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
+
+    def keys_and_values(self, x_BLD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        k_BLNK = apply_rotary(split_heads(self.norm_k(self.to_k(x_BLD)), self.num_heads), rotary)
+        return k_BLNK, split_heads(self.to_v(x_BLD), self.num_heads)
+
+    def forward(self, x_BLD: Tensor, rotary: Rotary, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
+        q_BLNK = apply_rotary(split_heads(self.norm_q(self.to_q(x_BLD)), self.num_heads), rotary)
+        out_BLD: Tensor = self.to_out[0](attention(q_BLNK, k_BMNK, v_BMNK))
+        return out_BLD
+
+
+class CrossAttention(nn.Module):
+    """Two attentions from the same queries, over text and over both images, summed before the output projection."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_attention_heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = RMSNorm(dim, eps=config.eps)
+
+    def forward(self, x_BLD: Tensor, context: ContextKV) -> Tensor:
+        q_BLNK = split_heads(self.norm_q(self.to_q(x_BLD)), self.num_heads)
+        from_text = attention(q_BLNK, context.k, context.v, bias_M=context.text_bias)
+        from_image = attention(q_BLNK, context.k_image, context.v_image)
+        out_BLD: Tensor = self.to_out[0](from_text + from_image)
+        return out_BLD
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(config.dim, eps=config.eps, affine=False)
+        self.attn1 = SelfAttention(config)
+        self.norm2 = LayerNorm(config.dim, eps=config.eps, affine=True)
+        self.attn2 = CrossAttention(config)
+        self.norm3 = LayerNorm(config.dim, eps=config.eps, affine=False)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim, approximate="tanh")
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.dim))
+
+    def forward(
+        self, hidden_BLD: Tensor, projection_B6D: Tensor, context: ContextKV, rotary: Rotary, chunk_tokens: int
+    ) -> None:
+        """Advance `hidden_BLD` in place, `chunk_tokens` tokens at a time; only keys and values are whole.
+
+        Sums and norms are done in float32 and stored in the dtype of `hidden_BLD`.
+        """
+        modulation = (self.scale_shift_table + projection_B6D).unsqueeze(2).unbind(1)
+        shift, scale = modulation[0], modulation[1]
+        spans = [slice(i, i + chunk_tokens) for i in range(0, hidden_BLD.shape[1], chunk_tokens)]
+        compute, shape = self.attn1.to_q.weight.dtype, (*hidden_BLD.shape[:2], self.attn1.num_heads, -1)
+        k_BLNK = torch.empty_like(hidden_BLD, dtype=compute).view(shape)
+        v_BLNK = torch.empty_like(k_BLNK)
+        for span in spans:
+            x = (self.norm1(hidden_BLD[:, span]) * (1 + scale) + shift).to(compute)
+            k_BLNK[:, span], v_BLNK[:, span] = self.attn1.keys_and_values(x, rotary.tokens(span))
+        for span in spans:
+            hidden_BLD[:, span] = self._advance(
+                hidden_BLD[:, span], modulation, context, (rotary.tokens(span), k_BLNK, v_BLNK)
+            )
+
+    def _advance(
+        self,
+        hidden_BLD: Tensor,
+        modulation: tuple[Tensor, ...],
+        context: ContextKV,
+        attended: tuple[Rotary, Tensor, Tensor],
+    ) -> Tensor:
+        """Return the block's output for some of the tokens, given all tokens' keys and values."""
+        residual, compute = hidden_BLD.dtype, self.attn1.to_q.weight.dtype
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation
+        x = (self.norm1(hidden_BLD) * (1 + scale_a) + shift_a).to(compute)
+        hidden_BLD = (hidden_BLD.float() + self.attn1(x, *attended).float() * gate_a).to(residual)
+        x = self.norm2(hidden_BLD).to(compute)
+        hidden_BLD = (hidden_BLD.float() + self.attn2(x, context).float()).to(residual)
+        x = (self.norm3(hidden_BLD) * (1 + scale_f) + shift_f).to(compute)
+        out_BLD: Tensor = (hidden_BLD.float() + self.ffn(x).float() * gate_f).to(residual)
+        return out_BLD
+
+
+class Transformer(nn.Module):
+    """The part of the FLF2V transformer that runs at every step; `ContextEmbedder` has the rest."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         patch = config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, kernel_size=patch, stride=patch)
-        self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.num_layers)])
         self.norm_out = LayerNorm(config.dim, eps=config.eps, affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_channels * patch[0] * patch[1] * patch[2])
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.dim))
 
-    def embed_context(self, prompt_embeds: Tensor, image_embeds: Tensor) -> list[ContextKV]:
-        """Return every block's cross-attention keys and values.
-
-        prompt_embeds: [B, text_tokens, text_dim], zero beyond the prompt's true length.
-        image_embeds: [B, image_tokens, image_dim], the start image's tokens and then the end image's.
-        """
-        config = self.config
-        if prompt_embeds.shape[1:] != (config.text_tokens, config.text_dim):
-            raise ValueError(
-                f"prompt_embeds is {tuple(prompt_embeds.shape)}, not [B, {config.text_tokens}, {config.text_dim}]"
-            )
-        if image_embeds.shape[1:] != (config.image_tokens, config.image_dim):
-            raise ValueError(
-                f"image_embeds is {tuple(image_embeds.shape)}, not [B, {config.image_tokens}, {config.image_dim}]: "
-                "FLF2V takes the tokens of two images"
-            )
-        text_BMD = self.condition_embedder.text(prompt_embeds)
-        image_BMD = self.condition_embedder.image_embedder(image_embeds)
-        blocks = [cast(TransformerBlock, block) for block in self.blocks]
-        return [block.attn2.project_context(text_BMD, image_BMD) for block in blocks]
-
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor,
+        modulation: Modulation,
         context: list[ContextKV],
         *,
+        chunk_tokens: int | None = None,
         residual_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Return the predicted velocity [B, out_channels, T, H, W] in float32.
 
         latents: [B, in_channels, T, H, W], noisy latents and then the condition; H and W even.
-        timestep: [B], integers 0..1000. context: of `embed_context`, with the same B.
+        modulation, context: of `ContextEmbedder`. chunk_tokens: tokens worked on at a time, all unless given.
         residual_dtype: of the hidden state between blocks; the compute dtype unless given.
         """
         compute = self.patch_embedding.weight.dtype
         grid_BDTHW = self.patch_embedding(latents.to(compute))
         grid = (grid_BDTHW.shape[2], grid_BDTHW.shape[3], grid_BDTHW.shape[4])
-        hidden_BLD = grid_BDTHW.flatten(2).transpose(1, 2).to(residual_dtype or compute)
+        hidden_BLD = grid_BDTHW.flatten(2).transpose(1, 2).to(residual_dtype or compute).contiguous()
+        del grid_BDTHW
+        chunk_tokens = chunk_tokens or hidden_BLD.shape[1]
         rotary = rotary_embedding(grid, self.config.attention_head_dim, latents.device)
-        embedding_BD, modulation_B6D = self.condition_embedder.time(timestep)
         for block, block_context in zip(self.blocks, context, strict=True):
-            hidden_BLD = block(hidden_BLD, modulation_B6D, block_context, rotary)
-        shift_B1D, scale_B1D = (self.scale_shift_table + embedding_BD.unsqueeze(1)).unsqueeze(2).unbind(1)
-        out = self.proj_out(self.norm_out(hidden_BLD) * (1 + scale_B1D) + shift_B1D)
+            block(hidden_BLD, modulation.projection, block_context, rotary, chunk_tokens)
+        shift_B1D, scale_B1D = (self.scale_shift_table + modulation.embedding.unsqueeze(1)).unsqueeze(2).unbind(1)
+        out = torch.cat(
+            [
+                self.proj_out(self.norm_out(chunk) * (1 + scale_B1D) + shift_B1D)
+                for chunk in hidden_BLD.split(chunk_tokens, dim=1)
+            ],
+            dim=1,
+        )
         return unpatchify(out, grid, self.config)
 
 

@@ -10,6 +10,7 @@ Shape legend: B batch, C channels, T frames of a chunk, H W rows and columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -59,8 +60,14 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.empty(dim, *[1] * spatial_dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = F.normalize(x, dim=1) * self.scale * self.gamma
+        # in place: at full resolution each copy is as large as four frames of features
+        out: Tensor = F.normalize(x, dim=1).mul_(self.scale).mul_(self.gamma)
         return out
+
+
+def _activate(norm: ChannelNorm, x_BCTHW: Tensor) -> Tensor:
+    """Return SiLU of the normed features, in one buffer."""
+    return F.silu(norm(x_BCTHW), inplace=True)
 
 
 class ResidualBlock(nn.Module):
@@ -73,9 +80,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
         shortcut = x_BCTHW if self.conv_shortcut is None else self.conv_shortcut(x_BCTHW, memory)
-        x_BCTHW = self.conv1(F.silu(self.norm1(x_BCTHW)), memory)
-        out: Tensor = self.conv2(F.silu(self.norm2(x_BCTHW)), memory) + shortcut
-        return out
+        x_BCTHW = self.conv1(_activate(self.norm1, x_BCTHW), memory)
+        out: Tensor = self.conv2(_activate(self.norm2, x_BCTHW), memory)
+        return out.add_(shortcut)
 
 
 class FrameAttention(nn.Module):
@@ -177,13 +184,41 @@ class Encoder(nn.Module):
         self.norm_out = ChannelNorm(dims[-1], spatial_dims=3)
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, 3, padding=1)
 
-    def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
-        x_BCTHW = self.conv_in(x_BCTHW, memory)
-        for layer in self.down_blocks:
-            x_BCTHW = layer(x_BCTHW, memory)
-        x_BCTHW = self.mid_block(x_BCTHW, memory)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x_BCTHW)), memory)
+    def forward(self, x_BCTHW: Tensor, memory: Memory, steady: Steady | None = None) -> Tensor:
+        """Return the moments of a chunk, from the layer on that `steady` says, and tell it how far the clip repeats."""
+        layers = (self.conv_in, *self.down_blocks, self.mid_block, self._head)
+        first = 0
+        if steady and steady.output is not None:
+            first, x_BCTHW = steady.depth, steady.output
+        for depth in range(first, len(layers)):
+            before = dict(memory) if steady and steady.depth == depth else None
+            x_BCTHW = layers[depth](x_BCTHW, memory)
+            if steady and before is not None and _unchanged(memory, before):
+                steady.depth, steady.output = depth + 1, x_BCTHW
+        return x_BCTHW
+
+    def _head(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+        out: Tensor = self.conv_out(_activate(self.norm_out, x_BCTHW), memory)
         return out
+
+
+@dataclass
+class Steady:
+    """How deep the encoder has become periodic while a clip repeats one chunk.
+
+    A layer whose input repeats and whose memory a chunk left as it was gives the same output for the next chunk, bit
+    for bit. `output` is that of the last such layer, `depth` how many there are.
+    """
+
+    depth: int = 0
+    output: Tensor | None = None
+
+
+def _unchanged(memory: Memory, before: Memory) -> bool:
+    """Tell whether a layer left every frame it remembers as it was."""
+    return memory.keys() == before.keys() and all(
+        frames is before[layer] or torch.equal(frames, before[layer]) for layer, frames in memory.items()
+    )
 
 
 class UpBlock(nn.Module):
@@ -221,7 +256,7 @@ class Decoder(nn.Module):
         x_BCTHW = self.mid_block(self.conv_in(x_BCTHW, memory), memory)
         for block in self.up_blocks:
             x_BCTHW = block(x_BCTHW, memory)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x_BCTHW)), memory)
+        out: Tensor = self.conv_out(_activate(self.norm_out, x_BCTHW), memory)
         return out
 
 
@@ -238,14 +273,21 @@ class Vae(nn.Module):
     def encode(self, chunks: Iterable[Tensor]) -> Tensor:
         """Return normalised latents [B, z_dim, T, H/8, W/8] of a video that comes as chunks of frames.
 
-        chunks: [B, 3, t, H, W] in [-1, 1], the first with one frame and every other with four. The posterior's mean is
-        taken, never a sample.
+        chunks: [B, 3, t, H, W] in [-1, 1], the first with one frame and every other with four. Where the same tensor
+        comes again and again, as the blank middle of FLF2V's condition does, what repeats is not computed again; the
+        result is the same bit for bit. The posterior's mean is taken, never a sample.
         """
         memory: Memory = {}
-        means = []
+        means: list[Tensor] = []
+        previous: Tensor | None = None
+        steady: Steady | None = None
         for index, chunk in enumerate(chunks):
             assert chunk.shape[2] == (TEMPORAL_STRIDE if index else 1), f"chunk {index} has {chunk.shape[2]} frames"
-            moments = self.quant_conv(self.encoder(chunk, memory), memory)
+            if chunk is not previous:
+                previous, steady = chunk, None
+            elif steady is None:
+                steady = Steady()
+            moments = self.quant_conv(self.encoder(chunk, memory, steady), memory)
             means.append(moments[:, : self.config.z_dim])
         return self.normalize(torch.cat(means, dim=2))
 
