@@ -10,7 +10,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -145,9 +145,7 @@ def _run(request: Request, settings: Settings, given: dict[str, Any], show: Call
     from wan_local.pipeline import Pipeline
     from wan_local.request import Result
 
-    steps = Pipeline(settings).generate(request, output=given.get("output"))
-    assert isinstance(steps, Generator)
-    with closing(steps):
+    with closing(Pipeline(settings).generate(request, output=given.get("output"))) as steps:
         for event in steps:
             if isinstance(event, Result):
                 return event

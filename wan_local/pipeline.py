@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Pipeline:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or load_settings()
 
-    def generate(self, request: Request, *, output: Path | str | None = None) -> Iterator[Step | Result]:
+    def generate(self, request: Request, *, output: Path | str | None = None) -> Generator[Step | Result]:
         """Yield a `Step` after each piece of work and last the `Result`.
 
         output: the mp4 to write; a new name in the settings' `output_dir` unless given. Raises as `generate` does.
