@@ -37,6 +37,7 @@ class Settings:
     sigma_shift: float = 3.0
     drop_share: float = 0.12
     noise_share: float = 0.10
+    text_weight: float = 0.1
     average_decay: float = 0.99
     report_seconds: float = 120.0
     warmup_steps: int = 60
@@ -173,7 +174,12 @@ class Trainer:
         shift = self.settings.sigma_shift
         sigma = torch.from_numpy(shift * u / (1 + (shift - 1) * u)).float()
         noise = torch.randn(batch.x_BCTHW.shape, generator=torch.Generator().manual_seed(step))
-        return self.error(batch, prompts, sigma, noise).mean()
+        # while motion is still unlearnt a prompt is only noise: left alone, attention leaves the text for good
+        starved: list[Tensor] = []
+        self.processor.starved = starved
+        loss = self.error(batch, prompts, sigma, noise).mean()
+        self.processor.starved = None
+        return loss + self.settings.text_weight * torch.stack(starved).mean()
 
     def error(self, batch: Batch, prompts: list[str], sigma_B: Tensor, noise: Tensor) -> Tensor:
         """Return the squared error of the predicted velocity for each clip."""

@@ -41,6 +41,7 @@ BRANCH_SCALE = 0.3
 QUERY_GAIN = 1.5
 KEY_GAIN = 3.0
 """Initial gains in cross-attention: with less, hundreds of padded keys drown the prompt."""
+LEAST_TEXT_SHARE = 0.3
 TEXT_BIASES = ("condition_embedder.text_embedder.linear_1.bias", "condition_embedder.text_embedder.linear_2.bias")
 
 
@@ -62,8 +63,7 @@ def build_transformer() -> WanTransformer3DModel:
 def keep_padding_neutral(model: WanTransformer3DModel) -> None:
     """Fix the biases on the way to the text keys at zero, so that a padded token's key is zero.
 
-    Left to learn, the first hundred steps turn the padding into a sink that takes all attention, and no gradient ever
-    reaches the text again.
+    Learnt, they turn the padding into a sink that takes all attention. Not enough alone: see `ShortCrossAttention`.
     """
     for name, weight in model.named_parameters():
         if name in TEXT_BIASES or name.endswith("attn2.to_k.bias"):
@@ -95,6 +95,8 @@ class ShortCrossAttention:
 
     def __init__(self) -> None:
         self.bias: Tensor | None = None
+        self.starved: list[Tensor] | None = None
+        """When a list: each block adds how far, in nats, the text's share of attention is below `LEAST_TEXT_SHARE`."""
 
     def __call__(
         self,
@@ -112,10 +114,13 @@ class ShortCrossAttention:
         result = F.scaled_dot_product_attention(
             query, _heads(attn, attn.norm_added_k(attn.add_k_proj(images))), _heads(attn, attn.add_v_proj(images))
         )
-        bias = None if self.bias is None else self.bias.to(query)
-        result = result + F.scaled_dot_product_attention(
-            query, _heads(attn, attn.norm_k(attn.to_k(text))), _heads(attn, attn.to_v(text)), attn_mask=bias
-        )
+        logits = query @ _heads(attn, attn.norm_k(attn.to_k(text))).mT / math.sqrt(query.shape[-1])
+        if self.bias is not None:
+            logits = logits + self.bias.to(query)
+        if self.starved is not None:
+            share = logits[..., :-1].logsumexp(-1) - logits.logsumexp(-1)
+            self.starved.append(F.relu(math.log(LEAST_TEXT_SHARE) - share).mean())
+        result = result + logits.softmax(-1) @ _heads(attn, attn.to_v(text))
         return attn.to_out[0](result.transpose(1, 2).flatten(2))
 
 
