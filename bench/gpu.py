@@ -13,7 +13,7 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,17 @@ from torch import Tensor, nn
 
 from bench.world import append_row, describe, measure
 from tests import parity
+from wan_local.checkpoint import ModelFiles, find_model
 from wan_local.denoise import Guided
 from wan_local.geometry import Geometry, Size
 from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
 from wan_local.models.vae import Vae
+from wan_local.offload import FlatBlock, Residency, StreamedBlocks, spread
 from wan_local.pipeline import generate
-from wan_local.planner import chunk_tokens
+from wan_local.planner import StagePlan, chunk_tokens
 from wan_local.request import Request
 from wan_local.settings import ModelConfig, load_model_config, load_settings
+from wan_local.stage import stage
 from wan_local.video import read_video
 
 IMAGES = Path(__file__).parents[1] / "tests" / "images"
@@ -171,6 +174,72 @@ def _one_size_of_transformer(
         )
 
 
+def streaming(bench: Bench) -> None:
+    """Streamed blocks against resident ones: bit-equal on the tiny model, step time and peak at full size."""
+    files = find_model(load_settings(model="tiny"))
+    expected = _tiny_velocities(bench, files, None)
+    for resident in range(files.config.transformer.num_layers - 1):
+        for source in ("ram", "file"):
+            plan = StagePlan("denoise", 0, 0, resident_blocks=resident, source=source)
+            for _ in range(5):
+                got = _tiny_velocities(bench, files, plan)
+                unequal = sum(not torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+                _check(f"unequal tensors, {resident} resident, from {source}", unequal, 0)
+    bench.report("streaming", who="tiny model, every resident count, from RAM and from file", bit_equal=True)
+    for size in SIZES[bench.size]:
+        for resident in (None, 0):
+            _streamed_step(bench, Geometry(size, 81), resident)
+
+
+def _tiny_velocities(bench: Bench, files: ModelFiles, plan: StagePlan | None) -> list[Tensor]:
+    config = files.config.transformer
+    generator = torch.Generator().manual_seed(4)
+    latents = torch.randn(1, config.in_channels, 21, 10, 10, generator=generator).to(bench.device)
+    text = torch.randn(2, 1, config.text_tokens, config.text_dim, generator=generator).to(bench.device)
+    images = torch.randn(1, config.image_tokens, config.image_dim, generator=generator).to(bench.device)
+    with stage("context_embedder", files, bench.device, bench.dtype, plan=plan) as embedder:
+        contexts = [embedder(prompt, images) for prompt in text]
+        modulations = embedder.modulations(torch.tensor([500, 900]))
+    with stage("transformer", files, bench.device, bench.dtype, plan=plan) as network:
+        return [v for modulation in modulations.values() for v in network(latents, modulation, contexts)]
+
+
+def _streamed_step(bench: Bench, geometry: Geometry, resident: int | None) -> None:
+    """One guided prediction with random weights; `resident` None keeps every block on the card."""
+    config, device = bench.config.transformer, bench.device
+    with torch.device("meta"):
+        network, once = Transformer(config), ContextEmbedder(config)
+    blocks = list(network.blocks)
+    layout = FlatBlock(blocks[0], lambda name: torch.float32 if stays_float32(name) else bench.dtype)
+    example = {name: tensor.cpu() for name, tensor in _random_state(blocks[0], bench).items()}
+
+    def fill(_: int, views: Mapping[str, Tensor]) -> None:
+        for name, view in views.items():
+            view.copy_(example[name])
+
+    keep = spread(len(blocks), len(blocks) if resident is None else resident)
+    for index in keep:
+        layout.onto(blocks[index], torch.empty(layout.nbytes, dtype=torch.uint8, device=device))
+        fill(index, dict(blocks[index].named_parameters()))
+    network.blocks = StreamedBlocks(blocks, layout, fill, Residency(keep, "ram"), device)
+    rest = {name: tensor for name, tensor in _random_state(network, bench).items() if not name.startswith("blocks.")}
+    network.load_state_dict(rest, strict=False, assign=True)
+    once.load_state_dict(_random_state(once, bench), assign=True)
+    grid = (geometry.latent_frames, geometry.latent_size.height, geometry.latent_size.width)
+    text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=bench.dtype)
+    images = torch.randn(1, config.image_tokens, config.image_dim, device=device, dtype=bench.dtype)
+    context, modulations = once(text, images), once.modulations(torch.tensor([700]))
+    condition = torch.randn(1, config.in_channels - config.out_channels, *grid, device=device)
+    chunk = chunk_tokens(config, geometry.tokens, bench.dtype.itemsize)
+    guided = Guided(network, condition, modulations, context, context, 5.0, together=True, chunk_tokens=chunk)
+    del once
+    latents = torch.randn(1, config.out_channels, *grid, device=device)
+    measured = measure(lambda: guided.predict(latents, 700), device, runs=bench.runs)
+    who = "all blocks resident" if resident is None else f"{resident} blocks resident, the others from RAM"
+    bench.report("streaming", who=who, size=str(geometry.size), tokens=geometry.tokens, **measured.row())
+    network.blocks.close()
+
+
 def vae(bench: Bench) -> None:
     """Decode 81 frames in float32: ours streamed in time, diffusers' with its spatial tiling."""
     from diffusers import AutoencoderKLWan
@@ -233,6 +302,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "correctness": correctness,
     "tiny": tiny,
     "transformer": transformer,
+    "streaming": streaming,
     "vae": vae,
 }
 

@@ -116,7 +116,8 @@ class Denoiser:
 
     def __call__(self, latents: Tensor, timestep: int, text: Tensor, images: Tensor, **how: Any) -> Tensor:
         modulation = self.context_embedder.modulations(torch.tensor([timestep]))[timestep]
-        velocity: Tensor = self.transformer(latents, modulation, self.context_embedder(text, images), **how)
+        [velocity] = self.transformer(latents, modulation, [self.context_embedder(text, images)], **how)
+        assert isinstance(velocity, Tensor)
         return velocity
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,12 @@ def test_guidance_is_unconditional_plus_scale_times_difference() -> None:
     latents, modulation = torch.randn(LATENTS), guided.modulations[500]
     noise_pred, conditional = guided.predict(latents, 500)
     inputs = torch.cat((latents, guided.condition), dim=1)
-    v_u = guided.transformer(inputs, modulation, guided.negative_context)
-    v_c = guided.transformer(inputs, modulation, guided.context)
+    [v_u] = guided.transformer(inputs, modulation, [guided.negative_context])
+    [v_c] = guided.transformer(inputs, modulation, [guided.context])
     assert torch.equal(conditional, v_c)
     assert torch.equal(noise_pred, v_u + 3.0 * (v_c - v_u))
+    together, _ = replace(guided, together=True).predict(latents, 500)
+    assert torch.equal(together, noise_pred)
 
 
 def test_without_a_negative_context_the_transformer_runs_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +78,9 @@ def test_nan_ends_the_run_with_the_step_it_came_in(monkeypatch: pytest.MonkeyPat
     guided = make_guided(1.0, negative=False)
     forward, calls = guided.transformer.forward, []
 
-    def broken(*args: Any, **kwargs: Any) -> Tensor:
+    def broken(*args: Any, **kwargs: Any) -> list[Tensor]:
         calls.append(1)
-        return forward(*args, **kwargs) * (math.nan if len(calls) == 3 else 1.0)
+        return [velocity * (math.nan if len(calls) == 3 else 1.0) for velocity in forward(*args, **kwargs)]
 
     monkeypatch.setattr(guided.transformer, "forward", broken)
     with pytest.raises(NumericalError, match="step 3 of 5"):

@@ -59,7 +59,7 @@ def test_transformer_gives_the_official_output(case: dict[str, Any], chunk_token
     text = torch.cat([padded(data[case.get("context", f"{name}.context")]) for name in samples])
     images = torch.stack([data[f"{name}.clip_fea"].flatten(0, 1) for name in samples])
     modulation = modulation_of(net.context_embedder, case["t"])
-    got = net.transformer(latents, modulation, net.context_embedder(text, images), chunk_tokens=chunk_tokens)
+    [got] = net.transformer(latents, modulation, [net.context_embedder(text, images)], chunk_tokens=chunk_tokens)
     expected = data[case["output"]]
     assert relative_error(got, expected if expected.dim() == 5 else expected.unsqueeze(0)) <= TOLERANCE["dit"]
 
@@ -103,7 +103,7 @@ def test_the_last_frames_image_tokens_do_not_go_through_the_text_projections() -
     half = image_BMD.shape[1] // 2
     as_text = torch.cat((image_BMD[:, half:], text_BMD), dim=1)
     wrong = [block.attn2(as_text, image_BMD[:, :half], None) for block in net.context_embedder.blocks]
-    got = net.transformer(latents, modulation_of(net.context_embedder, [999]), wrong)
+    [got] = net.transformer(latents, modulation_of(net.context_embedder, [999]), [wrong])
     assert relative_error(got, expected) > 1000 * TOLERANCE["dit"]
 
 
@@ -118,10 +118,8 @@ def test_folding_the_padded_text_changes_nothing() -> None:
     text_BMD, image_BMD = embedder.text(text), embedder.image_embedder(images)
     plain = [block.attn2(text_BMD, image_BMD, None) for block in net.context_embedder.blocks]
     assert plain[0].k.shape[1] == TEXT_TOKENS
-    modulation = modulation_of(net.context_embedder, [421])
-    assert (
-        relative_error(net.transformer(latents, modulation, folded), net.transformer(latents, modulation, plain)) < 2e-6
-    )
+    got, expected = net.transformer(latents, modulation_of(net.context_embedder, [421]), [folded, plain])
+    assert relative_error(got, expected) < 2e-6
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 17, 18, 1000])

@@ -62,7 +62,7 @@ def test_transformer_equals_diffusers(config: TransformerConfig, grid: tuple[int
     images = torch.randn(2, config.image_tokens, config.image_dim)
     timestep = torch.tensor([999, 37])
     with torch.no_grad():
-        got = ours(latents, embedder.condition_embedder.time(timestep), embedder(text, images), chunk_tokens=10)
+        [got] = ours(latents, embedder.condition_embedder.time(timestep), [embedder(text, images)], chunk_tokens=10)
         # diffusers takes the two images of one sample as two rows
         two_rows = images.reshape(4, config.image_tokens // 2, config.image_dim)
         expected = peer(latents, timestep, text, two_rows, return_dict=False)[0]

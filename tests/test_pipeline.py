@@ -17,6 +17,7 @@ from wan_local.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotAvail
 from wan_local.geometry import Canvas, Size
 from wan_local.image import fit
 from wan_local.pipeline import Pipeline, generate
+from wan_local.planner import Plan
 from wan_local.request import Request, Result, Step
 from wan_local.settings import Settings, known_models, load_settings
 from wan_local.video import read_video
@@ -147,6 +148,28 @@ def test_closing_the_generator_in_any_stage_leaves_nothing(settings: Settings, t
             running.close()
             break
     assert left_over(tmp_path) == []
+
+
+def test_a_run_that_streams_all_its_weights_gives_the_same_video(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = generate(make_request(), settings=settings).video.path
+    make_plan, streamed_stages = pipeline.make_plan, []
+
+    def plan_that_streams(*args: Any, **kwargs: Any) -> Plan:
+        plan = make_plan(*args, **kwargs)
+        stages = [
+            replace(stage, resident_blocks=0, source="file") if stage.name in ("text", "context", "denoise") else stage
+            for stage in plan.stages
+        ]
+        streamed_stages.extend(stage for stage in stages if stage.source)
+        return replace(plan, stages=tuple(stages))
+
+    monkeypatch.setattr(pipeline, "make_plan", plan_that_streams)
+    streamed = generate(make_request(), settings=settings).video.path
+    assert len(streamed_stages) == 3
+    assert whole is not None and streamed is not None
+    assert np.array_equal(read_video(streamed), read_video(whole))
 
 
 def test_nan_in_the_latents_writes_no_video(

@@ -50,7 +50,9 @@ def test_parts_that_need_float32_keep_it_when_computing_in_bfloat16(files: Model
 def test_loop_and_context_share_the_transformers_tensors_without_one_left_over(files: ModelFiles) -> None:
     counted = count_parameters(files)
     assert set(counted) == set(NETWORKS)
-    assert counted["transformer"] + counted["context_embedder"] == files.parameters("transformer")
+    assert counted["transformer"].total + counted["context_embedder"].total == files.parameters("transformer")
+    assert counted["transformer"].num_blocks == files.config.transformer.num_layers
+    assert counted["text_encoder"].table == files.config.text_encoder.vocab_size * files.config.text_encoder.d_model
 
 
 def held_elements(kept: list[nn.Module]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -69,6 +69,13 @@ class PartTensors(Mapping[str, torch.Tensor]):
         with safe_open(info.file, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(stored_name)
         return tensor
+
+    def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
+        """Return some rows of a table without reading the others."""
+        stored_name, info = self._infos[name]
+        with safe_open(info.file, framework="pt") as file:
+            table = file.get_slice(stored_name)
+            return torch.cat([table[index : index + 1] for index in indices])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)

@@ -70,7 +70,7 @@ def embed_prompt(text_encoder: UMT5EncoderModel, tokens: Tokens, *, length: int)
 
     Only the true tokens go through the encoder: with padding masked, the result is the same.
     """
-    device = text_encoder.get_input_embeddings().weight.device
+    device = text_encoder.encoder.final_layer_norm.weight.device
     input_ids = tokens.input_ids.to(device)
     hidden = encode_tokens(text_encoder, input_ids, torch.ones_like(input_ids))
     padded = hidden.new_zeros((1, length, hidden.shape[2]))

@@ -19,7 +19,8 @@ class Guided:
     """The transformer with everything that stays the same during a run.
 
     condition: [1, 20, T, H, W]. modulations: by timestep. context: of the prompt. negative_context: of the negative
-    prompt, or None for a `guide_scale` of 1, which needs no second pass. The last two are as in `Transformer.forward`.
+    prompt, or None for a `guide_scale` of 1, which needs no second pass. together: both passes go block by block, as
+    streamed weights want it, instead of one after the other, which holds less. The rest is as in `Transformer.forward`.
     """
 
     transformer: Transformer
@@ -28,27 +29,32 @@ class Guided:
     context: list[ContextKV]
     negative_context: list[ContextKV] | None
     guide_scale: float
+    together: bool = False
     chunk_tokens: int | None = None
     residual_dtype: torch.dtype | None = None
 
     def predict(self, latents: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         """Return the guided velocity v_u + w (v_c - v_u) and v_c itself, both [1, 16, T, H, W] float32."""
         inputs = torch.cat((latents, self.condition), dim=1)
-        conditional = self._velocity(inputs, timestep, self.context)
         if self.negative_context is None:
+            [conditional] = self._velocities(inputs, timestep, self.context)
             return conditional, conditional
-        unconditional = self._velocity(inputs, timestep, self.negative_context)
+        if self.together:
+            conditional, unconditional = self._velocities(inputs, timestep, self.context, self.negative_context)
+        else:
+            [conditional] = self._velocities(inputs, timestep, self.context)
+            [unconditional] = self._velocities(inputs, timestep, self.negative_context)
         return unconditional + self.guide_scale * (conditional - unconditional), conditional
 
-    def _velocity(self, inputs: Tensor, timestep: int, context: list[ContextKV]) -> Tensor:
-        velocity: Tensor = self.transformer(
+    def _velocities(self, inputs: Tensor, timestep: int, *contexts: list[ContextKV]) -> list[Tensor]:
+        velocities: list[Tensor] = self.transformer(
             inputs,
             self.modulations[timestep],
-            context,
+            contexts,
             chunk_tokens=self.chunk_tokens,
             residual_dtype=self.residual_dtype,
         )
-        return velocity
+        return velocities
 
 
 @dataclass(frozen=True, slots=True)

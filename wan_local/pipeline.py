@@ -28,8 +28,8 @@ from wan_local.conditioning import (
     tokenize,
 )
 from wan_local.decode import decode_frames
-from wan_local.denoise import Guided, denoise
-from wan_local.device import compute_dtype, free_bytes, resolve_device
+from wan_local.denoise import Denoised, Guided, denoise
+from wan_local.device import compute_dtype, free_bytes, free_ram_bytes, resolve_device
 from wan_local.errors import InvalidRequest
 from wan_local.geometry import NATIVE_FRAMES, Geometry, Size, output_size
 from wan_local.image import fit, load_image
@@ -92,57 +92,76 @@ class Pipeline:
         output: the mp4 to write; a new name in the settings' `output_dir` unless given. Raises as `generate` does.
         """
         job = prepare(request, self.settings, output)
-        request, files, geometry = job.request, job.files, job.geometry
+        files, geometry = job.files, job.geometry
         report = Report(job.device)
         for text in _remarks(job):
             report.note(text)
         yield report.step(1, 1, f"{files.config.title}: {job.plan.describe()}")
 
-        with report.stage("text"), stage("text_encoder", files, job.device, job.dtype) as text_encoder:
+        placed = (files, job.device, job.dtype)
+        with report.stage("text"), stage("text_encoder", *placed, plan=job.plan.stage("text")) as text_encoder:
             prompt_embeds, negative_embeds = _embed_prompts(text_encoder, job, report)
         yield report.step(1, 1, "prompts encoded")
 
-        with report.stage("image"), stage("image_encoder", files, job.device, job.dtype) as image_encoder:
+        with report.stage("image"), stage("image_encoder", *placed) as image_encoder:
             image_embeds = embed_images(image_encoder, job.images, files.config.image_encoder)
         yield report.step(1, 1, "images encoded")
 
-        with report.stage("condition"), stage("vae", files, job.device, job.dtype) as vae:
+        with report.stage("condition"), stage("vae", *placed) as vae:
             condition = encode_condition(vae, job.images, geometry.generated_frames)
-        to_rgb = fit_latent_to_rgb(condition[:, _MASK_CHANNELS:], job.images)
         yield report.step(1, 1, "first and last frame encoded")
 
-        scheduler = Scheduler(request.num_inference_steps, request.shift)
-        policy = make_policy(request.acceleration, request.num_inference_steps)
-        latents = initial_noise(job.seed, _latent_shape(job)).to(job.device)
-        with report.stage("context"), stage("context_embedder", files, job.device, job.dtype) as context_embedder:
-            modulations = context_embedder.modulations(scheduler.timesteps)
-            context = context_embedder(prompt_embeds, image_embeds)
-            negative = None if negative_embeds is None else context_embedder(negative_embeds, image_embeds)
-        yield report.step(1, 1, "context embedded")
+        embeds = Embeds(prompt_embeds, negative_embeds, image_embeds)
+        state = yield from _sample(job, report, embeds, condition)
 
-        with report.stage("denoise"), stage("transformer", files, job.device, job.dtype) as transformer:
-            guided = Guided(
-                transformer,
-                condition,
-                modulations,
-                context,
-                negative,
-                request.guide_scale,
-                chunk_tokens=job.plan.chunk_tokens,
-                residual_dtype=torch.float32 if job.settings.precision == "reference" else None,
-            )
-            for state in denoise(guided, scheduler, latents, policy):
-                latents, calls = state.latents, state.calls
-                message = f"step {state.done} of {state.total}"
-                yield report.step(state.done, state.total, message, preview=to_rgb.picture(state.clean))
-
-        with report.stage("decode"), stage("vae", files, job.device, job.dtype) as vae, _writer(job, calls) as writer:
-            for decoded in decode_frames(vae, latents, geometry):
+        with report.stage("decode"), stage("vae", *placed) as vae, _writer(job, state.calls) as writer:
+            for decoded in decode_frames(vae, state.latents, geometry):
                 writer.write(decoded.frames)
                 message = f"frame {decoded.done} of {geometry.generated_frames}"
                 yield report.step(decoded.done, geometry.generated_frames, message)
             video = writer.finish()
-        yield _result(job, video, {**report.as_dict(), "model_calls": calls})
+        yield _result(job, video, {**report.as_dict(), "model_calls": state.calls})
+
+
+@dataclass(frozen=True, slots=True)
+class Embeds:
+    """What prompts [1, 512, text_dim] and images [1, 514, image_dim] became; no negative for a guide_scale of 1."""
+
+    prompt: Tensor
+    negative: Tensor | None
+    images: Tensor
+
+
+def _sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Generator[Step, None, Denoised]:
+    """Denoise and return the last state. The context's keys and values go with this frame, before decoding begins."""
+    request, looped = job.request, job.plan.stage("denoise")
+    placed = (job.files, job.device, job.dtype)
+    scheduler = Scheduler(request.num_inference_steps, request.shift)
+    with report.stage("context"), stage("context_embedder", *placed, plan=job.plan.stage("context")) as embedder:
+        modulations = embedder.modulations(scheduler.timesteps)
+        context = embedder(embeds.prompt, embeds.images)
+        negative_context = None if embeds.negative is None else embedder(embeds.negative, embeds.images)
+    yield report.step(1, 1, "context embedded")
+
+    policy = make_policy(request.acceleration, request.num_inference_steps)
+    to_rgb = fit_latent_to_rgb(condition[:, _MASK_CHANNELS:], job.images)
+    noise = initial_noise(job.seed, _latent_shape(job)).to(job.device)
+    with report.stage("denoise"), stage("transformer", *placed, plan=looped) as transformer:
+        guided = Guided(
+            transformer,
+            condition,
+            modulations,
+            context,
+            negative_context,
+            request.guide_scale,
+            together=looped.resident_blocks is not None,
+            chunk_tokens=job.plan.chunk_tokens,
+            residual_dtype=torch.float32 if job.settings.precision == "reference" else None,
+        )
+        for state in denoise(guided, scheduler, noise, policy):
+            preview = to_rgb.picture(state.clean)
+            yield report.step(state.done, state.total, f"step {state.done} of {state.total}", preview=preview)
+    return state
 
 
 def prepare(request: Request, settings: Settings, output: Path | str | None = None) -> Job:
@@ -161,7 +180,7 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
         geometry,
         files.config,
         count_parameters(files),
-        Machine(str(device), free_bytes(device), dtype.itemsize),
+        Machine(str(device), free_bytes(device), free_ram_bytes(), dtype.itemsize),
         smaller=small if small.tokens < geometry.tokens else None,
     )
     seed = secrets.randbelow(_RANDOM_SEEDS) if request.seed is None else request.seed

@@ -8,28 +8,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from wan_local.errors import DoesNotFit
 from wan_local.geometry import PATCH, Geometry
 from wan_local.settings import ModelConfig, TransformerConfig
+
+Source = Literal["ram", "file"]  # where streamed blocks wait
 
 GIB = 2**30
 _HEADROOM = 0.1  # of what is free; the allocator's fragments and the other programs live there
 _FLOAT32_BYTES = 4
 _CHUNK_BYTES = GIB  # temporaries of the tokens in flight
 _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
-_IMAGE_BYTES = 64 * 2**20
+_RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
+SLOTS = 2  # of the ring that streamed blocks pass through
 # What the VAE holds at its peak, counted in frames of base width at full resolution by tests/test_planner.py
 _ENCODE_FRAMES, _DECODE_FRAMES, _FRAMES_A_RES_BLOCK = 27.0, 37.0, 7.25
 
 
 @dataclass(frozen=True, slots=True)
+class NetworkSize:
+    """How many numbers a network holds: in all, in one of its blocks, and in a table of which few rows are needed."""
+
+    total: int
+    block: int = 0
+    num_blocks: int = 0
+    table: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the planner knows: the device, the bytes free on it and in RAM, and the bytes of one computed number."""
+
+    device: str
+    free_bytes: int
+    free_ram_bytes: int
+    compute_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class StagePlan:
-    """What one stage holds at its peak, in bytes."""
+    """What one stage holds at its peak, in bytes.
+
+    `resident_blocks` stay on the device and the others stream from `source`; None: all stay.
+    """
 
     name: str
     weight_bytes: int
     activation_bytes: int
+    resident_blocks: int | None = None
+    source: Source | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -42,7 +71,6 @@ class Plan:
 
     geometry: Geometry
     device: str
-    compute_bytes: int
     chunk_tokens: int
     stages: tuple[StagePlan, ...]
     free_bytes: int
@@ -51,44 +79,40 @@ class Plan:
     def peak(self) -> StagePlan:
         return max(self.stages, key=lambda stage: stage.peak_bytes)
 
+    def stage(self, name: str) -> StagePlan:
+        return next(stage for stage in self.stages if stage.name == name)
+
     def describe(self) -> str:
-        geometry = self.geometry
+        geometry, looped = self.geometry, self.stage("denoise")
+        streaming = ""
+        if looped.resident_blocks is not None:
+            streaming = f"; {looped.resident_blocks} transformer blocks stay, the others stream from {looped.source}"
         return (
             f"{geometry.size}, {geometry.num_frames} frames ({geometry.generated_frames} generated, "
             f"{geometry.tokens} tokens) on {self.device}; peak about {self.peak.peak_bytes / GIB:.2f} GiB "
-            f"({self.peak.name}), {self.free_bytes / GIB:.1f} GiB free"
+            f"({self.peak.name}), {self.free_bytes / GIB:.1f} GiB free{streaming}"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the planner knows of the device: its name, bytes free on it, and bytes of one computed number."""
-
-    device: str
-    free_bytes: int
-    compute_bytes: int
 
 
 def make_plan(
     geometry: Geometry,
     config: ModelConfig,
-    parameters: Mapping[str, int],
+    sizes: Mapping[str, NetworkSize],
     machine: Machine,
     *,
     smaller: Geometry | None = None,
 ) -> Plan:
-    """Return the plan, every network whole on the device while its stage lasts.
+    """Return the plan: every network whole on the device while its stage lasts, or streamed where that is too much.
 
-    parameters: number of parameters of each network. smaller: the geometry to suggest where this one does not fit.
-    Raises DoesNotFit.
+    sizes: of each network. smaller: the geometry to suggest where this one does not fit. Raises DoesNotFit.
     """
-    plan = _plan(geometry, config, parameters, machine)
-    budget = int(machine.free_bytes * (1 - _HEADROOM))
+    plan = _plan(geometry, config, sizes, machine)
+    budget = _budget(machine)
     if plan.peak.peak_bytes <= budget:
         return plan
     advice = "Use a machine with more memory, or a smaller model."
     if smaller is not None:
-        lesser = _plan(smaller, config, parameters, machine)
+        lesser = _plan(smaller, config, sizes, machine)
         if lesser.peak.peak_bytes <= budget:
             advice = f"{smaller.size} x {smaller.num_frames} frames would fit ({lesser.peak.peak_bytes / GIB:.1f} GiB)."
     peak = plan.peak
@@ -99,20 +123,50 @@ def make_plan(
     )
 
 
-def _plan(geometry: Geometry, config: ModelConfig, parameters: Mapping[str, int], machine: Machine) -> Plan:
+def _budget(machine: Machine) -> int:
+    return int(machine.free_bytes * (1 - _HEADROOM))
+
+
+def _plan(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine) -> Plan:
     compute = machine.compute_bytes
     chunk = chunk_tokens(config.transformer, geometry.tokens, compute)
     contexts = _contexts_bytes(config, compute)
+    loop = contexts + _loop_bytes(geometry, config, chunk, compute)
     rows = [
         ("text", "text_encoder", compute, _text_bytes(config, compute)),
-        ("image", "image_encoder", compute, _IMAGE_BYTES),
+        ("image", "image_encoder", compute, _image_bytes(config)),
         ("condition", "vae", _FLOAT32_BYTES, _vae_bytes(geometry, config, frames=_ENCODE_FRAMES)),
         ("context", "context_embedder", compute, contexts),
-        ("denoise", "transformer", compute, contexts + _loop_bytes(geometry, config, chunk, compute)),
+        ("denoise", "transformer", compute, loop),
         ("decode", "vae", _FLOAT32_BYTES, _vae_bytes(geometry, config, frames=_DECODE_FRAMES)),
     ]
-    stages = tuple(StagePlan(name, parameters[network] * item, int(extra)) for name, network, item, extra in rows)
-    return Plan(geometry, machine.device, compute, chunk, stages, machine.free_bytes)
+    stages = [StagePlan(name, sizes[network].total * item, int(extra)) for name, network, item, extra in rows]
+    second_pass = geometry.tokens * config.transformer.dim * compute  # both guidance passes go together
+    more = {"text": 0, "context": 0, "denoise": second_pass}
+    placed = tuple(
+        _streamed_if_needed(stage, sizes[network], machine, more[stage.name]) if stage.name in more else stage
+        for stage, (_, network, _, _) in zip(stages, rows, strict=True)
+    )
+    return Plan(geometry, machine.device, chunk, placed, machine.free_bytes)
+
+
+def _streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, more_bytes: int) -> StagePlan:
+    """Return the stage with as many blocks resident as fit beside the ring, where they do not all fit.
+
+    more_bytes: of activations, where blocks are streamed.
+    """
+    budget, compute = _budget(machine), machine.compute_bytes
+    if stage.peak_bytes <= budget:
+        return stage
+    block = size.block * compute
+    rest = (size.total - size.table) * compute - size.num_blocks * block
+    activation = stage.activation_bytes + more_bytes
+    room = budget - activation - rest - SLOTS * block
+    resident = max(0, min(size.num_blocks - SLOTS, room // block))
+    waiting = (size.num_blocks - resident) * block
+    in_ram = machine.device != "cpu" and waiting <= machine.free_ram_bytes * _RAM_SHARE
+    weights = rest + (resident + SLOTS) * block
+    return StagePlan(stage.name, weights, activation, resident, "ram" if in_ram else "file")
 
 
 def chunk_tokens(transformer: TransformerConfig, tokens: int, compute_bytes: int) -> int:
@@ -130,6 +184,13 @@ def _temporaries(transformer: TransformerConfig, compute_bytes: int) -> int:
 def _text_bytes(config: ModelConfig, compute: int) -> int:
     encoder, tokens = config.text_encoder, config.transformer.text_tokens
     return tokens * compute * (8 * encoder.d_model + 3 * encoder.d_ff) + encoder.num_heads * tokens * tokens * 8
+
+
+def _image_bytes(config: ModelConfig) -> int:
+    """Both images' tokens in float32: the hidden states that are kept, and one block's temporaries."""
+    encoder = config.image_encoder
+    kept = (encoder.num_hidden_layers + 8) * encoder.hidden_size + 2 * encoder.intermediate_size
+    return 2 * encoder.tokens * kept * _FLOAT32_BYTES
 
 
 def _vae_bytes(geometry: Geometry, config: ModelConfig, *, frames: float) -> int:

@@ -9,7 +9,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from wan_local.checkpoint import ModelFiles, PartTensors
 from wan_local.errors import WrongModel
 from wan_local.key_map import Part, canonical
 from wan_local.models.image_encoder import build_image_encoder
-from wan_local.models.text_encoder import build_text_encoder
+from wan_local.models.text_encoder import EmbeddingRows, build_text_encoder
 from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
 from wan_local.models.vae import Vae
+from wan_local.offload import FlatBlock, Residency, StreamedBlocks, spread
+from wan_local.planner import NetworkSize, StagePlan
 from wan_local.settings import ModelConfig
 
 Network = Literal["text_encoder", "image_encoder", "vae", "context_embedder", "transformer"]
@@ -33,57 +35,136 @@ class _Recipe:
     build: Callable[[ModelConfig], nn.Module]
     part: Part
     where: Callable[[str], bool] = lambda _: True
+    blocks: str | None = None  # the path of its list of blocks, where these can be streamed
+    table: str | None = None  # the embedding table of which a prompt needs a few rows
 
 
 _RECIPES: Mapping[Network, _Recipe] = {
-    "text_encoder": _Recipe(lambda config: build_text_encoder(config.text_encoder), "text_encoder"),
+    "text_encoder": _Recipe(
+        lambda config: build_text_encoder(config.text_encoder),
+        "text_encoder",
+        blocks="encoder.block",
+        table="shared.weight",
+    ),
     "image_encoder": _Recipe(lambda config: build_image_encoder(config.image_encoder), "image_encoder"),
     "vae": _Recipe(lambda config: Vae(config.vae), "vae"),
-    "context_embedder": _Recipe(lambda config: ContextEmbedder(config.transformer), "transformer", in_context),
+    "context_embedder": _Recipe(
+        lambda config: ContextEmbedder(config.transformer), "transformer", in_context, blocks="blocks"
+    ),
     "transformer": _Recipe(
-        lambda config: Transformer(config.transformer), "transformer", lambda name: not in_context(name)
+        lambda config: Transformer(config.transformer),
+        "transformer",
+        lambda name: not in_context(name),
+        blocks="blocks",
     ),
 }
 
 
 @contextmanager
-def stage(network: Network, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
-    """Hand out `network` on `device`, computing in `dtype` (the VAE: float32), and free it at the end."""
-    module = load_network(network, files, device, dtype)
+def stage(
+    network: Network, files: ModelFiles, device: torch.device, dtype: torch.dtype, *, plan: StagePlan | None = None
+) -> Iterator[Any]:
+    """Hand out `network` on `device`, computing in `dtype` (the VAE: float32), and free it at the end.
+
+    plan: which of its blocks stay on the device and where the others wait; all stay unless given.
+    """
+    module = load_network(network, files, device, dtype, plan=plan)
     try:
         yield module
     finally:
+        for part in module.modules():
+            if isinstance(part, StreamedBlocks):
+                part.close()
         module.to("meta")  # frees the weights even where a traceback or a frame still holds the module
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def count_parameters(files: ModelFiles) -> dict[str, int]:
-    """Return how many numbers each network holds, from the headers."""
-    return {network: files.parameters(recipe.part, recipe.where) for network, recipe in _RECIPES.items()}
+def count_parameters(files: ModelFiles) -> dict[str, NetworkSize]:
+    """Return how large each network is, from the headers."""
+    return {network: _size_of(files, recipe) for network, recipe in _RECIPES.items()}
 
 
-def load_network(network: Network, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Build `network` on `meta` and give it its weights, read one tensor at a time straight to `device`."""
+def _size_of(files: ModelFiles, recipe: _Recipe) -> NetworkSize:
+    total = files.parameters(recipe.part, recipe.where)
+    if recipe.blocks is None:
+        return NetworkSize(total)
+    prefix = f"{recipe.blocks}.0."
+    block = files.parameters(recipe.part, lambda name: recipe.where(name) and name.startswith(prefix))
+    table = files.parameters(recipe.part, lambda name: canonical(recipe.part, name) == recipe.table)
+    with torch.device("meta"):
+        num_blocks = len(recipe.build(files.config).get_submodule(recipe.blocks)._modules)
+    return NetworkSize(total, block, num_blocks, table)
+
+
+def load_network(
+    network: Network, files: ModelFiles, device: torch.device, dtype: torch.dtype, *, plan: StagePlan | None = None
+) -> nn.Module:
+    """Build `network` on `meta` and give it its weights, read one tensor at a time straight to where they belong."""
     recipe = _RECIPES[network]
     with torch.device("meta"):
         module = recipe.build(files.config)
-
-    def place(name: str, tensor: Tensor) -> Tensor:
-        return tensor.to(device, _dtype_of(recipe.part, name, dtype))
-
-    load_strictly(module, recipe.part, PartTensors(files, recipe.part, recipe.where), place)
-    module.to(device).eval().requires_grad_(False)
+    tensors, place = PartTensors(files, recipe.part, recipe.where), _Place(recipe.part, device, dtype)
+    if plan is None or plan.resident_blocks is None:
+        load_strictly(module, recipe.part, tensors, place)
+    else:
+        _load_streamed(module, recipe, tensors, place, plan)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part.register_buffer(name, buffer.to(device), persistent=False)
+    module.eval().requires_grad_(False)
     if network == "vae" and device.type == "cpu":
         _channels_last(module)
     return module
 
 
+def _load_streamed(module: nn.Module, recipe: _Recipe, tensors: PartTensors, place: _Place, plan: StagePlan) -> None:
+    """Load what stays on the device; other blocks, and rows of the embedding table, come when they are needed."""
+    assert recipe.blocks is not None and plan.resident_blocks is not None and plan.source is not None, plan
+    path, table = recipe.blocks, recipe.table
+    blocks = list(cast(nn.ModuleList, module.get_submodule(path)))
+    resident = spread(len(blocks), plan.resident_blocks)
+    absent = tuple(f"{path}.{index}." for index in range(len(blocks)) if index not in resident)
+    load_strictly(module, recipe.part, tensors, place, leave=lambda name: name == table or name.startswith(absent))
+
+    def fill(index: int, views: Mapping[str, Tensor]) -> None:
+        for name, view in views.items():
+            view.copy_(tensors[f"{path}.{index}.{name}"])
+
+    layout, residency = FlatBlock(blocks[0], place.dtype_of), Residency(resident, plan.source)
+    module.set_submodule(path, StreamedBlocks(blocks, layout, fill, residency, place.device))
+    if table is not None:
+        rows = EmbeddingRows(lambda indices: place(table, tensors.rows(table, indices)))
+        cast(Any, module).set_input_embeddings(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Brings a tensor of the checkpoint to the device and dtype it is wanted in."""
+
+    part: Part
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype_of(name))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        if self.part == "vae" or (self.part == "transformer" and stays_float32(name)):
+            return torch.float32
+        return self.dtype
+
+
 def load_strictly(
-    module: nn.Module, part: Part, tensors: Mapping[str, Tensor], place: Callable[[str, Tensor], Tensor]
+    module: nn.Module,
+    part: Part,
+    tensors: Mapping[str, Tensor],
+    place: Callable[[str, Tensor], Tensor],
+    *,
+    leave: Callable[[str], bool] = lambda _: False,
 ) -> None:
-    """Assign every tensor to its parameter.
+    """Assign every tensor to its parameter, but for those that `leave` names: they are only checked to be there.
 
     Raises WrongModel that lists what is missing, unexpected or of another shape.
     """
@@ -99,18 +180,14 @@ def load_strictly(
     state: dict[str, Tensor] = {}
     for name, shape in expected.items():
         source = canonical(part, name)
+        if leave(source):
+            continue
         if source not in loaded:
             loaded[source] = place(source, tensors[source])
         if tuple(loaded[source].shape) != shape:
             raise WrongModel(f"{source!r} of the {part} is {list(loaded[source].shape)}; {list(shape)} is needed")
         state[name] = loaded[source]
-    module.load_state_dict(state, strict=True, assign=True)
-
-
-def _dtype_of(part: Part, name: str, dtype: torch.dtype) -> torch.dtype:
-    if part == "vae" or (part == "transformer" and stays_float32(name)):
-        return torch.float32
-    return dtype
+    module.load_state_dict(state, strict=False, assign=True)  # strict: the names were compared above
 
 
 def _channels_last(module: nn.Module) -> None:

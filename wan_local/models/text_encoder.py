@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan_local.settings import TextEncoderConfig
 
@@ -30,10 +31,22 @@ def build_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
     )
 
 
+class EmbeddingRows(nn.Module):
+    """Stands for an embedding table of gigabytes of which a prompt needs a few rows: `rows` reads just those."""
+
+    def __init__(self, rows: Callable[[list[int]], Tensor]) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        needed, inverse = input_ids.unique(return_inverse=True)
+        return self._rows(needed.tolist())[inverse]
+
+
 def encode_tokens(text_encoder: UMT5EncoderModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return hidden states [B, L, d_model] in float32, zero where `attention_mask` [B, L] is zero."""
-    table = text_encoder.get_input_embeddings().weight
-    if not torch.count_nonzero(table[input_ids.unique()]):  # transformers 5 can leave the tied table untouched
+    embeds = text_encoder.get_input_embeddings()(input_ids)
+    if not torch.count_nonzero(embeds):  # transformers 5 can leave the tied table untouched
         raise RuntimeError("the text encoder's embedding table is all zero: it was not loaded")
-    hidden: Tensor = text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    hidden: Tensor = text_encoder(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
     return hidden.float() * attention_mask.unsqueeze(-1)

@@ -11,6 +11,7 @@ token, N heads, K channels of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -166,7 +167,7 @@ class ContextEmbedder(nn.Module):
         super().__init__()
         self.config = config
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList([_ContextBlock(config) for _ in range(config.num_layers)])
+        self.blocks: nn.Module = nn.ModuleList([_ContextBlock(config) for _ in range(config.num_layers)])
 
     def forward(self, prompt_embeds: Tensor, image_embeds: Tensor) -> list[ContextKV]:
         """Return every block's cross-attention keys and values.
@@ -181,7 +182,8 @@ class ContextEmbedder(nn.Module):
         folded, text_bias = fold_padding(prompt_embeds)
         text_BMD = self.condition_embedder.text(folded)
         image_BMD = self.condition_embedder.image_embedder(image_embeds)
-        return [cast(_ContextBlock, block).attn2(text_BMD, image_BMD, text_bias) for block in self.blocks]
+        blocks = cast(Iterable[_ContextBlock], self.blocks)  # a list, or blocks that are streamed
+        return [block.attn2(text_BMD, image_BMD, text_bias) for block in blocks]
 
     def modulations(self, timesteps: Tensor) -> dict[int, Modulation]:
         """Return every timestep's modulation, each computed alone so that its bits depend on nothing else."""
@@ -312,7 +314,7 @@ class Transformer(nn.Module):
         self.config = config
         patch = config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, kernel_size=patch, stride=patch)
-        self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.num_layers)])
+        self.blocks: nn.Module = nn.ModuleList([TransformerBlock(config) for _ in range(config.num_layers)])
         self.norm_out = LayerNorm(config.dim, eps=config.eps, affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_channels * patch[0] * patch[1] * patch[2])
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.dim))
@@ -321,15 +323,16 @@ class Transformer(nn.Module):
         self,
         latents: Tensor,
         modulation: Modulation,
-        context: list[ContextKV],
+        contexts: Sequence[list[ContextKV]],
         *,
         chunk_tokens: int | None = None,
         residual_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """Return the predicted velocity [B, out_channels, T, H, W] in float32.
+    ) -> list[Tensor]:
+        """Return the predicted velocity [B, out_channels, T, H, W] in float32, one for each of `contexts`.
 
         latents: [B, in_channels, T, H, W], noisy latents and then the condition; H and W even.
-        modulation, context: of `ContextEmbedder`. chunk_tokens: tokens worked on at a time, all unless given.
+        modulation, contexts: of `ContextEmbedder`. Several contexts go through the blocks together, block by block, so
+        that streamed weights move once. chunk_tokens: tokens worked on at a time, all unless given.
         residual_dtype: of the hidden state between blocks; the compute dtype unless given.
         """
         compute = self.patch_embedding.weight.dtype
@@ -339,17 +342,17 @@ class Transformer(nn.Module):
         del grid_BDTHW
         chunk_tokens = chunk_tokens or hidden_BLD.shape[1]
         rotary = rotary_embedding(grid, self.config.attention_head_dim, latents.device)
-        for block, block_context in zip(self.blocks, context, strict=True):
-            block(hidden_BLD, modulation.projection, block_context, rotary, chunk_tokens)
+        branches = [hidden_BLD, *(hidden_BLD.clone() for _ in contexts[1:])]
+        blocks = cast(Iterable[nn.Module], self.blocks)  # a list, or blocks that are streamed
+        for index, block in enumerate(blocks):
+            for branch, context in zip(branches, contexts, strict=True):
+                block(branch, modulation.projection, context[index], rotary, chunk_tokens)
+        return [unpatchify(self._head(branch, modulation, chunk_tokens), grid, self.config) for branch in branches]
+
+    def _head(self, hidden_BLD: Tensor, modulation: Modulation, chunk_tokens: int) -> Tensor:
         shift_B1D, scale_B1D = (self.scale_shift_table + modulation.embedding.unsqueeze(1)).unsqueeze(2).unbind(1)
-        out = torch.cat(
-            [
-                self.proj_out(self.norm_out(chunk) * (1 + scale_B1D) + shift_B1D)
-                for chunk in hidden_BLD.split(chunk_tokens, dim=1)
-            ],
-            dim=1,
-        )
-        return unpatchify(out, grid, self.config)
+        chunks = hidden_BLD.split(chunk_tokens, dim=1)
+        return torch.cat([self.proj_out(self.norm_out(x) * (1 + scale_B1D) + shift_B1D) for x in chunks], dim=1)
 
 
 def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import parity
+from wan_local.checkpoint import ModelFiles, find_model
+from wan_local.conditioning import Tokens, embed_prompt
+from wan_local.models.transformer import Transformer
+from wan_local.offload import FlatBlock, Residency, StreamedBlocks, spread
+from wan_local.planner import StagePlan
+from wan_local.settings import load_settings
+from wan_local.stage import stage
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def files() -> ModelFiles:
+    return find_model(load_settings(model="tiny"))
+
+
+def streamed(resident: int) -> StagePlan:
+    return StagePlan("denoise", 0, 0, resident_blocks=resident, source="file")
+
+
+def velocities(files: ModelFiles, plan: StagePlan | None, steps: int = 2) -> list[Tensor]:
+    """Run a few steps with two contexts; return every velocity."""
+    config = files.config.transformer
+    generator = torch.Generator().manual_seed(4)
+    latents = torch.randn(1, config.in_channels, 2, 4, 6, generator=generator)
+    text = torch.randn(2, 1, config.text_tokens, config.text_dim, generator=generator)
+    images = torch.randn(1, config.image_tokens, config.image_dim, generator=generator)
+    with stage("context_embedder", files, CPU, torch.float32, plan=plan) as embedder:
+        contexts = [embedder(prompt, images) for prompt in text]
+        modulations = embedder.modulations(torch.arange(100, 100 + steps))
+    with stage("transformer", files, CPU, torch.float32, plan=plan) as transformer:
+        return [v for step in range(steps) for v in transformer(latents, modulations[100 + step], contexts)]
+
+
+@pytest.mark.parametrize("resident", [0, 1, 3, 4])
+def test_streaming_is_bit_equal_to_all_resident(files: ModelFiles, resident: int) -> None:
+    expected = velocities(files, None)
+    got = velocities(files, streamed(resident))
+    assert len(got) == len(expected) == 4
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+class Scale(nn.Module):
+    """A block that multiplies by its weight, after a nap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3))
+        self.bias = nn.Parameter(torch.empty(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
+def make_blocks(count: int, resident: frozenset[int], *, nap: float = 0.0) -> StreamedBlocks:
+    naps = random.Random(7)
+
+    def fill(index: int, views: Mapping[str, Tensor]) -> None:
+        time.sleep(naps.random() * nap)
+        views["weight"].fill_(1 + index / 100)
+        time.sleep(naps.random() * nap)
+        views["bias"].fill_(index)
+
+    with torch.device("meta"):
+        blocks = [Scale() for _ in range(count)]
+    for index in resident:
+        blocks[index].load_state_dict(
+            {"weight": torch.full((3,), 1 + index / 100), "bias": torch.tensor([index], dtype=torch.float64)},
+            assign=True,
+        )
+    layout = FlatBlock(blocks[0], lambda name: torch.float64 if name == "bias" else torch.float32)
+    return StreamedBlocks(blocks, layout, fill, Residency(resident, "file"), CPU)
+
+
+def walk(blocks: StreamedBlocks, nap: float = 0.0) -> Tensor:
+    x, naps = torch.ones(3, dtype=torch.float64), random.Random(3)
+    for block in blocks:
+        time.sleep(naps.random() * nap)
+        x = block(x)
+    return x
+
+
+@pytest.mark.parametrize("num_resident", range(9))
+def test_random_delays_on_either_side_change_nothing(num_resident: int) -> None:
+    x = torch.ones(3, dtype=torch.float64)
+    for index in range(8):
+        x = x * torch.full((3,), 1 + index / 100) + index
+    blocks = make_blocks(8, spread(8, num_resident), nap=0.004)
+    assert len(blocks) == 8
+    for _ in range(4):
+        assert torch.equal(walk(blocks, nap=0.004), x)
+    blocks.close()
+
+
+def test_a_pass_left_half_way_is_begun_anew() -> None:
+    blocks = make_blocks(7, frozenset({2}))
+    expected = walk(blocks)
+    for stop in (1, 2, 4, 6):
+        for index, _ in enumerate(blocks):
+            if index == stop:
+                break
+        assert torch.equal(walk(blocks), expected)
+    blocks.close()
+
+
+def test_only_the_resident_blocks_and_the_ring_hold_memory_and_nothing_after_close() -> None:
+    blocks = make_blocks(40, spread(40, 5))
+    held = [parameter for module in blocks.modules_held() for parameter in module.parameters()]
+    assert len(blocks.modules_held()) == 5 + 2
+    assert not any(parameter.is_meta for parameter in held)
+    blocks.close()
+    blocks.close()
+    assert all(parameter.is_meta for module in blocks.modules_held() for parameter in module.parameters())
+
+
+def test_an_error_while_reading_reaches_the_one_who_computes() -> None:
+    def fill(index: int, views: Mapping[str, Tensor]) -> None:
+        if index == 3:
+            raise OSError("the disk is gone")
+        for view in views.values():
+            view.zero_()
+
+    with torch.device("meta"):
+        modules = [Scale() for _ in range(5)]
+    layout = FlatBlock(modules[0], lambda _: torch.float32)
+    blocks = StreamedBlocks(modules, layout, fill, Residency(frozenset(), "file"), CPU)
+    with pytest.raises(OSError, match="the disk is gone"):
+        walk(blocks)
+    blocks.close()
+
+
+@pytest.mark.parametrize("num_resident", [0, 1, 7, 20, 39])
+def test_resident_blocks_are_spread_evenly_among_the_streamed(num_resident: int) -> None:
+    resident = spread(40, num_resident)
+    gone = [index for index in range(40) if index not in resident]
+    gaps = [after - before for before, after in zip(gone, [*gone[1:], gone[0] + 40], strict=True)]
+    assert len(resident) == num_resident
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_a_flat_block_is_aligned_and_holds_every_tensor_once() -> None:
+    with torch.device("meta"):
+        block = Transformer(parity.transformer_config("dit")).blocks[0]  # type: ignore[index]
+    layout = FlatBlock(block, lambda name: torch.float32 if "norm" in name else torch.bfloat16)
+    flat = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    views = layout.views(flat)
+    assert set(views) == {name for name, _ in block.named_parameters()}
+    for number, view in enumerate(views.values(), start=1):
+        assert view.data_ptr() % 256 == flat.data_ptr() % 256
+        view.fill_(number)
+    assert all((view == number).all() for number, view in enumerate(views.values(), start=1))
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    return Tokens(torch.tensor([[5, 9, 300, 5, 1]]), cut=0)
+
+
+def test_a_streamed_text_encoder_with_gathered_rows_equals_the_whole_one(files: ModelFiles, tokens: Tokens) -> None:
+    with stage("text_encoder", files, CPU, torch.float32) as encoder:
+        whole = embed_prompt(encoder, tokens, length=512)
+    with stage("text_encoder", files, CPU, torch.float32, plan=streamed(0)) as encoder:
+        assert not any(p.shape[0] == files.config.text_encoder.vocab_size for p in encoder.parameters() if p.dim() == 2)
+        got = embed_prompt(encoder, tokens, length=512)
+    assert torch.equal(got, whole)

@@ -1,0 +1,236 @@
+"""Blocks whose weights are not on the device: handed out in order, each brought in while the one before it computes.
+
+A block is one flat buffer and one copy. A ring of slots on the device holds the next few; `StreamedBlocks` stands where
+a network has its list of blocks, so a forward pass is written once. Copies run on a stream of their own and are ordered
+by events alone: the host never waits for the card. The same code streams from a file into RAM where the device is the
+CPU.
+
+    slot n % slots:   copy block n  ->  event `copied`  ->  compute  ->  event `freed`  ->  copy block n + slots
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wan_local.planner import SLOTS, Source
+
+Fill = Callable[[int, Mapping[str, Tensor]], None]  # write block i's tensors into these views, converting dtypes
+
+_ALIGNMENT = 256
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Which blocks stay on the device, and where the others wait: all in RAM, or in their file."""
+
+    resident: frozenset[int]
+    source: Source
+
+
+def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
+    """Return which blocks stay: evenly between the streamed ones, so that each copy can hide behind equal compute."""
+    streamed = num_blocks - num_resident
+    gone = {(2 * index + 1) * num_blocks // (2 * streamed) for index in range(streamed)} if streamed else set()
+    return frozenset(range(num_blocks)) - gone
+
+
+class FlatBlock:
+    """The layout of one block's tensors in a flat buffer of bytes; the same for all blocks of a network."""
+
+    def __init__(self, block: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> None:
+        self._fields: list[tuple[str, torch.dtype, torch.Size, int]] = []
+        offset = 0
+        for name, parameter in block.named_parameters():
+            dtype = dtype_of(name)
+            self._fields.append((name, dtype, parameter.shape, offset))
+            nbytes = parameter.numel() * dtype.itemsize
+            offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.nbytes = offset
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return each tensor of the block as a view of `flat`, uint8 [nbytes]."""
+        return {
+            name: flat[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            for name, dtype, shape, offset in self._fields
+        }
+
+    def onto(self, block: nn.Module, flat: Tensor) -> nn.Module:
+        """Let `block`'s parameters be views of `flat`."""
+        block.load_state_dict(self.views(flat), strict=True, assign=True)
+        return block.eval().requires_grad_(False)
+
+
+class StreamedBlocks(nn.Module):
+    """Stands for a network's list of blocks: iterating gives each block in turn with its weights on the device.
+
+    A block is valid until the next one is asked for. Iterate from start to end, as often as wanted; a pass that was
+    left half way is begun anew. `close` frees everything.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], layout: FlatBlock, fill: Fill, residency: Residency, device: torch.device
+    ) -> None:
+        """Take blocks on `meta`, of which those in `residency.resident` have their weights already."""
+        super().__init__()
+        self._device, self._fill, self._layout = device, fill, layout
+        self._resident = {index: blocks[index] for index in sorted(residency.resident)}
+        self._num_blocks = len(blocks)
+        self._streamed = [index for index in range(len(blocks)) if index not in residency.resident]
+        slots = min(SLOTS, len(self._streamed))
+        self._flat = [torch.empty(layout.nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
+        templates = [blocks[index] for index in self._streamed[:slots]]
+        self._slots = [layout.onto(block, flat) for block, flat in zip(templates, self._flat, strict=True)]
+        on_card = device.type == "cuda"
+        self._host = _HostBlocks(self._streamed, layout, fill, residency.source, device) if on_card else None
+        self._copies = _Copies(device, slots) if on_card else None
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan_local-offload")
+        self._pending: dict[int, Future[None]] = {}
+        self._next = 0
+        self._begin()
+
+    def __len__(self) -> int:
+        return self._num_blocks
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        if self._streamed and self._next % len(self._streamed):
+            self._begin()
+        for index in range(self._num_blocks):
+            if index in self._resident:
+                yield self._resident[index]
+            else:
+                yield from self._streamed_block()
+
+    def modules_held(self) -> list[nn.Module]:
+        """Return every module that holds weights now."""
+        return [*self._resident.values(), *self._slots]
+
+    def close(self) -> None:
+        """Stop copying and free every buffer; idempotent."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+        if self._copies is not None:
+            self._copies.finish()
+        for module in self.modules_held():
+            module.to("meta")
+        if self._host is not None:
+            self._host.close()
+        self._flat, self._host = [], None
+
+    def _streamed_block(self) -> Iterator[nn.Module]:
+        number = self._next
+        slot = number % len(self._flat)
+        self._pending.pop(number).result()  # the copy is under way (on a CPU: done)
+        if self._copies is not None:
+            self._copies.wait_until_copied(slot)
+        self._next = number + 1
+        try:
+            yield self._slots[slot]
+        finally:
+            if self._copies is not None:
+                self._copies.mark_freed(slot)
+            self._submit(number + len(self._flat))
+
+    def _begin(self) -> None:
+        """Ask for the first blocks, after whatever was asked for before has ended."""
+        for future in self._pending.values():
+            future.result()
+        self._pending.clear()
+        self._next = 0
+        for number in range(len(self._flat)):
+            self._submit(number)
+
+    def _submit(self, number: int) -> None:
+        self._pending[number] = self._worker.submit(self._bring, number)
+
+    def _bring(self, number: int) -> None:
+        """Bring the `number`-th block of the endless sequence into its slot; runs on the worker."""
+        slot, position = number % len(self._flat), number % len(self._streamed)
+        if self._host is None or self._copies is None:
+            self._fill(self._streamed[position], self._layout.views(self._flat[slot]))
+            return
+        if self._host.reuses_buffers:
+            self._copies.wait_on_host(slot)
+        self._copies.copy(self._flat[slot], self._host.block(position, slot), slot)
+
+
+class _HostBlocks:
+    """The streamed blocks in host memory: one slab with all of them, or a small ring that is filled from the file."""
+
+    def __init__(
+        self, streamed: Sequence[int], layout: FlatBlock, fill: Fill, source: Source, device: torch.device
+    ) -> None:
+        self._streamed, self._layout, self._fill = streamed, layout, fill
+        self.reuses_buffers = source == "file"
+        count = SLOTS if self.reuses_buffers else len(streamed)
+        self._slab = torch.empty((count, layout.nbytes), dtype=torch.uint8)
+        self._registered = _register(self._slab, device)
+        if not self.reuses_buffers:
+            for position, index in enumerate(streamed):
+                fill(index, layout.views(self._slab[position]))
+
+    def block(self, position: int, slot: int) -> Tensor:
+        """Return the flat bytes of the `position`-th streamed block."""
+        if not self.reuses_buffers:
+            return self._slab[position]
+        self._fill(self._streamed[position], self._layout.views(self._slab[slot]))
+        return self._slab[slot]
+
+    def close(self) -> None:
+        if self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self._slab.data_ptr())
+        self._slab = torch.empty(0, dtype=torch.uint8)
+
+
+def _register(slab: Tensor, device: torch.device) -> bool:
+    """Page-lock the slab in place, so that copies from it are asynchronous; tell whether the system let us.
+
+    torch's own pinning would round the slab up to a power of two. Copies from pageable memory are slower and as right.
+    """
+    with torch.cuda.device(device):
+        refused = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
+    if refused:
+        gigabytes = slab.nbytes / 1e9
+        _log.warning("%.1f GB of RAM could not be page-locked (CUDA error %d): slower copies", gigabytes, refused)
+    return not refused
+
+
+class _Copies:
+    """The copy stream of a card and, for each slot, the events that order copying and computing."""
+
+    def __init__(self, device: torch.device, slots: int) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        # the slots' memory may have been someone's whose kernels are still queued
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._copied = [torch.cuda.Event() for _ in range(slots)]
+        self._freed = [torch.cuda.Event() for _ in range(slots)]
+
+    def copy(self, target: Tensor, source: Tensor, slot: int) -> None:
+        """Enqueue a copy that begins when the slot is free."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._freed[slot])
+            target.copy_(source, non_blocking=True)
+            self._copied[slot].record(self._stream)
+
+    def wait_until_copied(self, slot: int) -> None:
+        """Let what is computed from here on begin after the slot's copy."""
+        torch.cuda.current_stream(self._device).wait_event(self._copied[slot])
+
+    def mark_freed(self, slot: int) -> None:
+        """Let the slot's next copy begin after what has been enqueued so far."""
+        self._freed[slot].record(torch.cuda.current_stream(self._device))
+
+    def finish(self) -> None:
+        """Wait for every copy, so that the buffers can go."""
+        self._stream.synchronize()
+
+    def wait_on_host(self, slot: int) -> None:
+        """Wait until the slot's last copy has ended, so that its host buffer can be filled anew; on the worker only."""
+        self._copied[slot].synchronize()
