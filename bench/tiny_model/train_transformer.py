@@ -34,7 +34,7 @@ class Settings:
     hold: float = 0.45
     weight_decay: float = 0.05
     tokens_per_batch: int = 1700
-    sigma_shift: float = 3.0
+    sigma_shift: float = 5.0
     drop_share: float = 0.12
     noise_share: float = 0.10
     text_weight: float = 0.1
@@ -44,7 +44,7 @@ class Settings:
     device: str = "cpu"
     half: bool = False
     mixture: tuple[tuple[float, tuple[float, float, float, float]], ...] = field(
-        default=((0.0, (0.3, 0.7, 0.0, 0.0)), (0.3, (0.1, 0.4, 0.4, 0.1)), (0.6, (0.05, 0.15, 0.35, 0.45)))
+        default=((0.0, (0.3, 0.7, 0.0, 0.0)), (0.3, (0.1, 0.45, 0.35, 0.1)), (0.6, (0.05, 0.3, 0.35, 0.3)))
     )
 
 
