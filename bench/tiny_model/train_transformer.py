@@ -15,11 +15,12 @@ from bench.tiny_model.log import Log
 from bench.tiny_model.optimizer import Average, build_optimizers, learning_rate
 from bench.tiny_model.sentences import DEFAULT_NEGATIVE_PROMPT, sentence
 from bench.tiny_model.state import TrainingState
-from bench.tiny_model.transformer import ShortCrossAttention, shorten_text, stack_texts
+from bench.tiny_model.transformer import FramesRope, ShortCrossAttention, choose_frames, shorten_text, stack_texts
 
 Group = str
 GROUPS: tuple[Group, ...] = ("short", "small", "480p", "720p")
 STANDARD_LATENT_FRAMES = 21
+INNER_FRAMES = 3
 TIMESTEPS = 1000
 GOLDEN = 0.6180339887498949
 VALIDATION_SIGMAS = (0.95, 0.7, 0.4, 0.15)
@@ -33,7 +34,7 @@ class Settings:
     peak_rate: float = 1e-2
     hold: float = 0.45
     weight_decay: float = 0.05
-    tokens_per_batch: int = 1700
+    tokens_per_batch: int = 1900
     sigma_shift: float = 5.0
     drop_share: float = 0.12
     noise_share: float = 0.10
@@ -44,8 +45,10 @@ class Settings:
     device: str = "cpu"
     half: bool = False
     mixture: tuple[tuple[float, tuple[float, float, float, float]], ...] = field(
-        default=((0.0, (0.3, 0.7, 0.0, 0.0)), (0.3, (0.1, 0.45, 0.35, 0.1)), (0.6, (0.05, 0.3, 0.35, 0.3)))
+        default=((0.0, (0.2, 0.5, 0.2, 0.1)), (0.5, (0.1, 0.4, 0.3, 0.2)), (0.8, (0.05, 0.25, 0.35, 0.35)))
     )
+    sparse: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.55, 0.6), (0.8, 0.3))
+    """From a progress on: the share of steps on only the first, the last and `INNER_FRAMES` other latent frames."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +77,14 @@ class Store:
             self.shards[group_of(shard)].append(shard)
         return sum(len(shard) for shards in self.shards.values() for shard in shards)
 
-    def draw(self, rng: np.random.Generator, shares: tuple[float, ...], tokens: int) -> tuple[Shard, list[int]]:
-        """Draw a shard by group, then clips in it, as many as fit into a batch of `tokens`."""
+    def draw(self, rng: np.random.Generator, shares: tuple[float, ...]) -> Shard:
+        """Draw a shard by group, then by its number of clips."""
         weights = np.array([s if self.shards[g] else 0.0 for g, s in zip(GROUPS, shares, strict=True)])
         if weights.sum() == 0:
             weights = np.array([1.0 if self.shards[g] else 0.0 for g in GROUPS])
         shards = self.shards[GROUPS[int(rng.choice(len(GROUPS), p=weights / weights.sum()))]]
         sizes = np.array([len(shard) for shard in shards], dtype=float)
-        shard = shards[int(rng.choice(len(shards), p=sizes / sizes.sum()))]
-        count = max(1, round(tokens / tokens_of(shard)))
-        return shard, rng.choice(len(shard), min(count, len(shard)), replace=False).tolist()
-
-
-def tokens_of(shard: Shard) -> int:
-    """Return the number of transformer tokens of one clip."""
-    frames, height, width = shard.x_NCTHW.shape[2:]
-    return int(frames * (height // 2) * (width // 2))
+        return shards[int(rng.choice(len(shards), p=sizes / sizes.sum()))]
 
 
 def group_of(shard: Shard) -> Group:
@@ -102,9 +97,21 @@ def group_of(shard: Shard) -> Group:
     return "480p" if height * width < 160 else "720p"
 
 
-def make_batch(shard: Shard, rows: list[int]) -> Batch:
-    """Put the mask channels before the condition's latents and both images' states one after the other."""
-    x, y = shard.x_NCTHW[rows].float(), shard.y_NCTHW[rows].float()
+def pick_frames(latent_frames: int, rng: np.random.Generator) -> Tensor:
+    """Draw the first, the last and a few latent frames between."""
+    inner = rng.choice(np.arange(1, latent_frames - 1), min(INNER_FRAMES, latent_frames - 2), replace=False)
+    return torch.tensor([0, *sorted(inner.tolist()), latent_frames - 1])
+
+
+def make_batch(shard: Shard, rows: list[int], frames: Tensor | None = None) -> Batch:
+    """Put the mask channels before the condition's latents and both images' states one after the other.
+
+    With `frames` only those latent frames are kept; they include the first and the last one.
+    """
+    x, y = shard.x_NCTHW[rows], shard.y_NCTHW[rows]
+    if frames is not None:
+        x, y = x[:, :, frames], y[:, :, frames]
+    x, y = x.float(), y.float()
     mask = torch.zeros(len(rows), 4, *x.shape[2:])
     mask[:, :, 0] = 1
     mask[:, 3, -1] = 1
@@ -126,7 +133,7 @@ def train(
     if partial.exists():
         state.restore(partial)
     log.write(f"transformer {sum(p.numel() for p in model.parameters())} parameters {settings}")
-    trainer = Trainer(model, processor, settings, encoders)
+    trainer = Trainer(model, processor, choose_frames(model), settings, encoders)
     _loop(trainer, state, Store(cache), Store(folder / "validation"), partial, log)
     model.load_state_dict(state.average.weights)
     torch.save(model.state_dict(), done)
@@ -159,6 +166,7 @@ class Trainer:
 
     model: WanTransformer3DModel
     processor: ShortCrossAttention
+    rope: FramesRope
     settings: Settings
     encoders: Encoders
 
@@ -166,8 +174,11 @@ class Trainer:
         """Return the flow-matching loss of one batch drawn by `step`."""
         rng = np.random.default_rng((step, 11))
         shares = [shares for start, shares in self.settings.mixture if progress >= start][-1]
-        shard, rows = store.draw(rng, shares, self.settings.tokens_per_batch)
-        batch = make_batch(shard, rows)
+        shard = store.draw(rng, shares)
+        sparse = [share for start, share in self.settings.sparse if progress >= start][-1]
+        frames = pick_frames(shard.x_NCTHW.shape[2], rng) if rng.random() < sparse else None
+        batch = make_batch(shard, self._rows(shard, frames, rng), frames)
+        rows = batch.prompts
         prompts = [self._corrupt(text, rng) for text in batch.prompts]
         # low-discrepancy sigmas: every step sees the whole range, however small the batch
         u = (rng.random() + np.arange(len(rows)) / len(rows) + step * GOLDEN) % 1.0
@@ -177,8 +188,9 @@ class Trainer:
         # while motion is still unlearnt a prompt is only noise: left alone, attention leaves the text for good
         starved: list[Tensor] = []
         self.processor.starved = starved
+        self.rope.frames = frames
         loss = self.error(batch, prompts, sigma, noise).mean()
-        self.processor.starved = None
+        self.rope.frames = self.processor.starved = None
         return loss + self.settings.text_weight * torch.stack(starved).mean()
 
     def error(self, batch: Batch, prompts: list[str], sigma_B: Tensor, noise: Tensor) -> Tensor:
@@ -198,6 +210,13 @@ class Trainer:
                 return_dict=False,
             )[0].float()
         return (velocity - (noise - batch.x_BCTHW).to(device)).square().mean((1, 2, 3, 4))
+
+    def _rows(self, shard: Shard, frames: Tensor | None, rng: np.random.Generator) -> list[int]:
+        """Draw clips of a shard, as many as fit into a batch."""
+        count, height, width = shard.x_NCTHW.shape[2:]
+        tokens = (count if frames is None else len(frames)) * (height // 2) * (width // 2)
+        fitting = max(1, round(self.settings.tokens_per_batch / tokens))
+        return rng.choice(len(shard), min(fitting, len(shard)), replace=False).tolist()
 
     def _corrupt(self, text: str, rng: np.random.Generator) -> str:
         """Drop the prompt (for the empty or the default negative one) or mix ordinary English into it."""
