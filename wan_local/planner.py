@@ -24,7 +24,8 @@ _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
 _RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
 SLOTS = 2  # of the ring that streamed blocks pass through
 # What the VAE holds at its peak, counted in frames of base width at full resolution by tests/test_planner.py
-_ENCODE_FRAMES, _DECODE_FRAMES, _FRAMES_A_RES_BLOCK = 27.0, 37.0, 7.25
+_ENCODE_FRAMES, _DECODE_FRAMES, _FRAMES_A_RES_BLOCK = 16.0, 21.5, 7.25
+_PIXEL_FRAMES = 12  # of three channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +195,10 @@ def _image_bytes(config: ModelConfig) -> int:
 
 
 def _vae_bytes(geometry: Geometry, config: ModelConfig, *, frames: float) -> int:
-    """`frames` at full resolution and base width, and two more for each causal layer that remembers there."""
-    held = frames + _FRAMES_A_RES_BLOCK * config.vae.num_res_blocks
-    frame = geometry.size.height * geometry.size.width * config.vae.base_dim * _FLOAT32_BYTES
-    return int(held * frame)
+    """`frames` of features at full resolution and base width, those that causal layers remember, and the pixels."""
+    features = (frames + _FRAMES_A_RES_BLOCK * config.vae.num_res_blocks) * config.vae.base_dim
+    pixels = geometry.size.height * geometry.size.width * _FLOAT32_BYTES
+    return int((features + 3 * _PIXEL_FRAMES) * pixels)
 
 
 def _contexts_bytes(config: ModelConfig, compute: int) -> int:

@@ -9,7 +9,7 @@ Shape legend: B batch, C channels, T frames of a chunk, H W rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -180,22 +180,20 @@ class Encoder(nn.Module):
             if level < len(config.dim_mult) - 1:
                 layers.append(Downsample(dim_out, temporal=config.temporal_downsample[level]))
         self.down_blocks = nn.ModuleList(layers)
+        self.fine_blocks = next(
+            index for index, layer in enumerate(layers) if isinstance(layer, Downsample) and layer.time_conv is not None
+        )
         self.mid_block = MidBlock(dims[-1])
         self.norm_out = ChannelNorm(dims[-1], spatial_dims=3)
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, 3, padding=1)
 
-    def forward(self, x_BCTHW: Tensor, memory: Memory, steady: Steady | None = None) -> Tensor:
-        """Return the moments of a chunk, from the layer on that `steady` says, and tell it how far the clip repeats."""
-        layers = (self.conv_in, *self.down_blocks, self.mid_block, self._head)
-        first = 0
-        if steady and steady.output is not None:
-            first, x_BCTHW = steady.depth, steady.output
-        for depth in range(first, len(layers)):
-            before = dict(memory) if steady and steady.depth == depth else None
-            x_BCTHW = layers[depth](x_BCTHW, memory)
-            if steady and before is not None and _unchanged(memory, before):
-                steady.depth, steady.output = depth + 1, x_BCTHW
-        return x_BCTHW
+    def fine(self, frame_BC1HW: Tensor, memory: Memory, steady: Steady | None) -> Tensor:
+        """Return one frame's features before frames are merged: the layers of high resolution, one frame at a time."""
+        return _run((self.conv_in, *self.down_blocks[: self.fine_blocks]), frame_BC1HW, memory, steady)
+
+    def coarse(self, x_BCTHW: Tensor, memory: Memory, steady: Steady | None) -> Tensor:
+        """Return the moments of a chunk's fine features."""
+        return _run((*self.down_blocks[self.fine_blocks :], self.mid_block, self._head), x_BCTHW, memory, steady)
 
     def _head(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
         out: Tensor = self.conv_out(_activate(self.norm_out, x_BCTHW), memory)
@@ -204,14 +202,29 @@ class Encoder(nn.Module):
 
 @dataclass
 class Steady:
-    """How deep the encoder has become periodic while a clip repeats one chunk.
+    """How deep a run of layers has become periodic while its input repeats.
 
-    A layer whose input repeats and whose memory a chunk left as it was gives the same output for the next chunk, bit
-    for bit. `output` is that of the last such layer, `depth` how many there are.
+    A layer whose input repeats and whose memory the input left as it was gives the same output next time, bit for bit.
+    `output` is that of the last such layer, `depth` how many there are.
     """
 
     depth: int = 0
     output: Tensor | None = None
+
+
+def _run(
+    layers: Sequence[Callable[[Tensor, Memory], Tensor]], x_BCTHW: Tensor, memory: Memory, steady: Steady | None
+) -> Tensor:
+    """Apply `layers`, from the one on that `steady` says, and tell it how far the run repeats."""
+    first = 0
+    if steady and steady.output is not None:
+        first, x_BCTHW = steady.depth, steady.output
+    for depth in range(first, len(layers)):
+        before = dict(memory) if steady and steady.depth == depth else None
+        x_BCTHW = layers[depth](x_BCTHW, memory)
+        if steady and before is not None and _unchanged(memory, before):
+            steady.depth, steady.output = depth + 1, x_BCTHW
+    return x_BCTHW
 
 
 def _unchanged(memory: Memory, before: Memory) -> bool:
@@ -219,6 +232,11 @@ def _unchanged(memory: Memory, before: Memory) -> bool:
     return memory.keys() == before.keys() and all(
         frames is before[layer] or torch.equal(frames, before[layer]) for layer, frames in memory.items()
     )
+
+
+def _is_still(chunk: Tensor) -> bool:
+    """Tell whether all frames of a chunk are one and the same."""
+    return chunk.shape[2] > 1 and chunk.stride(2) == 0
 
 
 class UpBlock(nn.Module):
@@ -249,14 +267,21 @@ class Decoder(nn.Module):
             dim_in = dim_in // 2 if level else dim_in  # the upsampling before has halved them
             blocks.append(UpBlock(dim_in, dim_out, num_resnets=config.num_res_blocks + 1, upsample=upsample))
         self.up_blocks = nn.ModuleList(blocks)
+        self.whole_blocks = max(level for level, doubles in enumerate(temporal) if doubles) + 1
         self.norm_out = ChannelNorm(dims[-1], spatial_dims=3)
         self.conv_out = CausalConv3d(dims[-1], 3, 3, padding=1)
 
     def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+        """Return the pixels of a chunk; the layers of high resolution see one frame at a time, to hold as little."""
         x_BCTHW = self.mid_block(self.conv_in(x_BCTHW, memory), memory)
-        for block in self.up_blocks:
+        for block in self.up_blocks[: self.whole_blocks]:
             x_BCTHW = block(x_BCTHW, memory)
-        out: Tensor = self.conv_out(_activate(self.norm_out, x_BCTHW), memory)
+        return torch.cat([self._frame(frame, memory) for frame in x_BCTHW.split(1, dim=2)], dim=2)
+
+    def _frame(self, x_BC1HW: Tensor, memory: Memory) -> Tensor:
+        for block in self.up_blocks[self.whole_blocks :]:
+            x_BC1HW = block(x_BC1HW, memory)
+        out: Tensor = self.conv_out(_activate(self.norm_out, x_BC1HW), memory)
         return out
 
 
@@ -273,22 +298,26 @@ class Vae(nn.Module):
     def encode(self, chunks: Iterable[Tensor]) -> Tensor:
         """Return normalised latents [B, z_dim, T, H/8, W/8] of a video that comes as chunks of frames.
 
-        chunks: [B, 3, t, H, W] in [-1, 1], the first with one frame and every other with four. Where the same tensor
-        comes again and again, as the blank middle of FLF2V's condition does, what repeats is not computed again; the
-        result is the same bit for bit. The posterior's mean is taken, never a sample.
+        chunks: [B, 3, t, H, W] in [-1, 1], the first with one frame and every other with four. Where one tensor that
+        holds a single frame expanded to four comes again and again, as the blank middle of FLF2V's condition does, what
+        repeats is not computed again; the result is the same bit for bit. The posterior's mean is taken, no sample.
         """
         memory: Memory = {}
         means: list[Tensor] = []
         previous: Tensor | None = None
-        steady: Steady | None = None
+        held: Tensor | None = None
+        frames_steady: Steady | None = None
+        chunks_steady: Steady | None = None
         for index, chunk in enumerate(chunks):
             assert chunk.shape[2] == (TEMPORAL_STRIDE if index else 1), f"chunk {index} has {chunk.shape[2]} frames"
             if chunk is not previous:
-                previous, steady = chunk, None
-            elif steady is None:
-                steady = Steady()
-            moments = self.quant_conv(self.encoder(chunk, memory, steady), memory)
-            means.append(moments[:, : self.config.z_dim])
+                previous, frames_steady = chunk, Steady() if _is_still(chunk) else None
+            fine = [self.encoder.fine(frame, memory, frames_steady) for frame in chunk.split(1, dim=2)]
+            repeats = held is not None and all(features is held for features in fine)
+            chunks_steady = (chunks_steady or Steady()) if repeats else None
+            held = fine[-1] if frames_steady else None
+            moments = self.encoder.coarse(torch.cat(fine, dim=2), memory, chunks_steady)
+            means.append(self.quant_conv(moments, memory)[:, : self.config.z_dim])
         return self.normalize(torch.cat(means, dim=2))
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
