@@ -1,0 +1,99 @@
+"""The embedded model is a model: on clips it never saw it does better than a cross-fade, and it keeps both images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from bench.tiny_model.photos import held_out_photos
+from bench.tiny_model.render import clip
+from wan_local.checkpoint import find_model
+from wan_local.conditioning import picture_tensor
+from wan_local.pipeline import generate
+from wan_local.preview import to_uint8
+from wan_local.request import Request
+from wan_local.settings import load_settings
+from wan_local.stage import stage
+from wan_local.video import read_video
+
+Frames = NDArray[np.uint8]
+TINY = load_settings(model="tiny", device="cpu")
+WIDTH, HEIGHT, NUM_FRAMES = 112, 64, 81
+UNSEEN_SEED = 7 * 10**6  # training counts up from 0, the evaluation in bench/ from 5 * 10**6
+
+
+def truth_of(seed: int, kind: str) -> tuple[Frames, str]:
+    """Draw a clip that no training has seen, over photographs that no training has seen, and its caption."""
+    video, caption = clip(seed, held_out_photos(), WIDTH, HEIGHT, torch.linspace(0, 1, NUM_FRAMES), kind)  # type: ignore[arg-type]
+    return to_uint8(video), caption
+
+
+def generated(truth: Frames, prompt: str, folder: Path, **changes: object) -> Frames:
+    arguments = {
+        "prompt": prompt,
+        "start_image_url": Image.fromarray(truth[0]),
+        "end_image_url": Image.fromarray(truth[-1]),
+        "resolution": "480p",
+        "aspect_ratio": "16:9",
+        "num_inference_steps": 10,
+        "guide_scale": 1,
+        "seed": 1,
+    }
+    output = folder / "clip.mp4"
+    generate(Request.from_arguments({**arguments, **changes}), settings=TINY, output=output)
+    return read_video(output)
+
+
+def psnr(a: Frames, b: Frames) -> float:
+    return float(10 * np.log10(255**2 / max(np.mean((a.astype(float) - b.astype(float)) ** 2), 1e-9)))
+
+
+def cross_fade(truth: Frames) -> Frames:
+    weight = np.linspace(0, 1, len(truth)).reshape(-1, 1, 1, 1)
+    return np.rint(truth[0] * (1 - weight) + truth[-1] * weight).astype(np.uint8)
+
+
+def round_trip(picture: Frames) -> Frames:
+    """Return a picture after the VAE alone: what its first frame can be at best."""
+    files = find_model(TINY)
+    with stage("vae", files, torch.device("cpu"), torch.float32) as vae:
+        latents = vae.encode([picture_tensor(Image.fromarray(picture)).unsqueeze(0).unsqueeze(2)])
+        [frame] = vae.decode(latents)
+    return to_uint8(frame[0])[0]
+
+
+@pytest.mark.slow
+def test_it_beats_the_cross_fade_on_unseen_clips_of_moving_shapes(tmp_path: Path) -> None:
+    gains, firsts, lasts = [], [], []
+    for seed in range(UNSEEN_SEED, UNSEEN_SEED + 4):
+        truth, caption = truth_of(seed, "shapes")
+        video = generated(truth, caption, tmp_path)
+        gains.append(psnr(video, truth) - psnr(cross_fade(truth), truth))
+        firsts.append(psnr(video[0], truth[0]) - psnr(round_trip(truth[0]), truth[0]))
+        lasts.append(psnr(video[-1], truth[-1]) - psnr(round_trip(truth[-1]), truth[-1]))
+    assert np.mean(gains) > 0.5, gains
+    assert np.mean(firsts) > -2.5, firsts
+    assert np.mean(lasts) > -3.5, lasts
+
+
+@pytest.mark.slow
+def test_it_follows_the_prompt(tmp_path: Path) -> None:
+    """The same two images, once with what happens between them and once with another clip's caption."""
+    truth, caption = truth_of(UNSEEN_SEED, "shapes")
+    _, wrong = truth_of(UNSEEN_SEED + 1, "shapes")
+    assert caption != wrong
+    right = psnr(generated(truth, caption, tmp_path), truth)
+    assert right > psnr(generated(truth, wrong, tmp_path), truth)
+
+
+def test_its_checkpoint_is_small_and_its_card_says_what_it_is() -> None:
+    folder = find_model(TINY).folder
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 25e6
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for word in ("trained", "photograph", "PSNR", "cross-fade"):
+        assert word in card
