@@ -12,6 +12,7 @@ from PIL import Image
 
 from bench.tiny_model.photos import held_out_photos
 from bench.tiny_model.render import clip
+from bench.tiny_model.scenes import Kind
 from wan_local.checkpoint import find_model
 from wan_local.conditioning import picture_tensor
 from wan_local.pipeline import generate
@@ -27,9 +28,9 @@ WIDTH, HEIGHT, NUM_FRAMES = 112, 64, 81
 UNSEEN_SEED = 7 * 10**6  # training counts up from 0, the evaluation in bench/ from 5 * 10**6
 
 
-def truth_of(seed: int, kind: str) -> tuple[Frames, str]:
+def truth_of(seed: int, kind: Kind) -> tuple[Frames, str]:
     """Draw a clip that no training has seen, over photographs that no training has seen, and its caption."""
-    video, caption = clip(seed, held_out_photos(), WIDTH, HEIGHT, torch.linspace(0, 1, NUM_FRAMES), kind)  # type: ignore[arg-type]
+    video, caption = clip(seed, held_out_photos(), WIDTH, HEIGHT, torch.linspace(0, 1, NUM_FRAMES), kind)
     return to_uint8(video), caption
 
 
@@ -71,7 +72,7 @@ def round_trip(picture: Frames) -> Frames:
 def test_it_beats_the_cross_fade_on_unseen_clips_of_moving_shapes(tmp_path: Path) -> None:
     gains, firsts, lasts = [], [], []
     for seed in range(UNSEEN_SEED, UNSEEN_SEED + 4):
-        truth, caption = truth_of(seed, "shapes")
+        truth, caption = truth_of(seed, "one_shape")
         video = generated(truth, caption, tmp_path)
         gains.append(psnr(video, truth) - psnr(cross_fade(truth), truth))
         firsts.append(psnr(video[0], truth[0]) - psnr(round_trip(truth[0]), truth[0]))
@@ -84,8 +85,8 @@ def test_it_beats_the_cross_fade_on_unseen_clips_of_moving_shapes(tmp_path: Path
 @pytest.mark.slow
 def test_it_follows_the_prompt(tmp_path: Path) -> None:
     """The same two images, once with what happens between them and once with another clip's caption."""
-    truth, caption = truth_of(UNSEEN_SEED, "shapes")
-    _, wrong = truth_of(UNSEEN_SEED + 1, "shapes")
+    truth, caption = truth_of(UNSEEN_SEED, "one_shape")
+    _, wrong = truth_of(UNSEEN_SEED + 1, "one_shape")
     assert caption != wrong
     right = psnr(generated(truth, caption, tmp_path), truth)
     assert right > psnr(generated(truth, wrong, tmp_path), truth)
