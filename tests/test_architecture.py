@@ -25,8 +25,9 @@ LINES = (
     ("stage",),
     ("conditioning", "scheduler", "acceleration", "denoise", "preview", "decode", "video", "report"),
     ("pipeline",),
-    ("jobs",),
-    ("client", "server", "file_server"),
+    ("jobs", "file_server"),
+    ("service",),
+    ("client", "server"),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -38,8 +39,6 @@ NEIGHBOURS = {
     ("denoise", "scheduler"),
     ("denoise", "acceleration"),
     ("decode", "preview"),
-    ("client", "file_server"),
-    ("server", "file_server"),
     ("__main__", "__init__"),
 }
 WITHOUT_TORCH = ("errors", "request", "geometry", "settings", "planner")

@@ -26,11 +26,8 @@ from PIL import Image
 from wan_local import client as face
 from wan_local.client import (
     Completed,
-    FalClientHTTPError,
-    FalClientTimeoutError,
     InProgress,
     Queued,
-    Service,
     Status,
     SyncClient,
     SyncRequestHandle,
@@ -38,6 +35,7 @@ from wan_local.client import (
 from wan_local.errors import DoesNotFit, InvalidRequest, NotAvailable
 from wan_local.image import load_image
 from wan_local.request import DEFAULT_NEGATIVE_PROMPT, File, Request, Result, Step
+from wan_local.service import DefaultService, FalClientHTTPError, FalClientTimeoutError, Service
 
 APPLICATION = "fal-ai/wan-flf2v"
 SOON = 5.0
@@ -720,7 +718,7 @@ assert "torch" not in sys.modules
 def test_configure_is_refused_while_a_request_has_not_ended(
     monkeypatch: pytest.MonkeyPatch, service: Service, engine: StubEngine, arguments: dict[str, Any]
 ) -> None:
-    default = face._DefaultService()
+    default = DefaultService()
     monkeypatch.setattr(default, "_service", service)
     engine.hold()
     service.submit(arguments)

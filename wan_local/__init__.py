@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 
 _NAMES_BY_MODULE = {
     "client": (
-        "Completed", "FalClientError", "FalClientHTTPError", "FalClientTimeoutError", "InProgress", "Queued", "Status",
-        "SyncClient", "SyncRequestHandle", "cancel", "configure", "encode", "encode_file", "encode_image", "result",
-        "run", "status", "stream", "submit", "subscribe", "upload", "upload_file", "upload_image",
+        "Completed", "InProgress", "Queued", "Status", "SyncClient", "SyncRequestHandle", "cancel", "configure",
+        "encode", "encode_file", "encode_image", "result", "run", "status", "stream", "submit", "subscribe", "upload",
+        "upload_file", "upload_image",
     ),
     "errors": (
         "Cancelled", "CorruptModel", "DoesNotFit", "InvalidRequest", "ModelNotFound", "NotAvailable", "NumericalError",
@@ -23,6 +23,7 @@ _NAMES_BY_MODULE = {
     ),
     "pipeline": ("Pipeline", "generate"),
     "request": ("File", "Request", "Result", "Step"),
+    "service": ("FalClientError", "FalClientHTTPError", "FalClientTimeoutError"),
     "settings": ("Settings", "load_settings"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
@@ -31,9 +32,6 @@ __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604 - a test holds it to 
 
 if TYPE_CHECKING:
     from wan_local.client import Completed as Completed
-    from wan_local.client import FalClientError as FalClientError
-    from wan_local.client import FalClientHTTPError as FalClientHTTPError
-    from wan_local.client import FalClientTimeoutError as FalClientTimeoutError
     from wan_local.client import InProgress as InProgress
     from wan_local.client import Queued as Queued
     from wan_local.client import Status as Status
@@ -69,6 +67,9 @@ if TYPE_CHECKING:
     from wan_local.request import Request as Request
     from wan_local.request import Result as Result
     from wan_local.request import Step as Step
+    from wan_local.service import FalClientError as FalClientError
+    from wan_local.service import FalClientHTTPError as FalClientHTTPError
+    from wan_local.service import FalClientTimeoutError as FalClientTimeoutError
     from wan_local.settings import Settings as Settings
     from wan_local.settings import load_settings as load_settings
 

@@ -7,63 +7,33 @@ endpoint's output as a dict, from one local engine behind one queue. No key is n
 from __future__ import annotations
 
 import base64
-import functools
 import io
-import json
 import mimetypes
 import os
-import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import httpx
 
 from wan_local.errors import InvalidRequest, NotAvailable
-from wan_local.file_server import FileServer
-from wan_local.jobs import Engine, Failure, Job, Priority, Queue, describe, owner_and_alias, unknown_application
-from wan_local.request import APPLICATION, Request, Result, Step
-from wan_local.settings import Settings, UrlScheme, load_settings
+from wan_local.jobs import Failure, Job, Priority, describe, owner_and_alias
+from wan_local.request import APPLICATION
+
+# the errors are names of this module too, as they are of `fal_client.client`
+from wan_local.service import FalClientError as FalClientError  # noqa: PLC0414
+from wan_local.service import FalClientHTTPError as FalClientHTTPError  # noqa: PLC0414
+from wan_local.service import FalClientTimeoutError as FalClientTimeoutError  # noqa: PLC0414
+from wan_local.service import Service, check_application, default_service, raise_failure
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _POLL_SECONDS = 0.1
 _MIN_TIMEOUT_SECONDS = 1
-
-
-class FalClientError(Exception):
-    """Root of what this face raises."""
-
-
-@dataclass(eq=False)
-class FalClientHTTPError(FalClientError):
-    """The answer was an error. `message` is its `detail`: a list of dicts for a wrong request, else mostly a text."""
-
-    message: Any
-    status_code: int
-    response_headers: dict[str, str]
-    response: httpx.Response
-    error_type: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.message}"
-
-
-@dataclass(eq=False)
-class FalClientTimeoutError(FalClientError, TimeoutError):
-    """`client_timeout` ran out; the request was cancelled."""
-
-    timeout: float
-    request_id: str | None = None
-
-    def __str__(self) -> str:
-        request = "Request" if self.request_id is None else f"Request {self.request_id}"
-        return f"{request} timed out after {self.timeout} seconds"
 
 
 @dataclass
@@ -93,88 +63,6 @@ class Completed(Status):
     metrics: dict[str, Any]
     error: str | None = None
     error_type: str | None = None
-
-
-class Service:
-    """What stands in for the hosted service: an engine behind its queue, and the files that it makes and is given."""
-
-    def __init__(self, engine: Engine, *, output_dir: Path, url_scheme: UrlScheme = "http") -> None:
-        self.queue = Queue(engine)
-        self.files = FileServer(uploads=output_dir / "uploads", url_scheme=url_scheme)
-
-    def submit(self, arguments: object, *, priority: Priority = "normal", start_timeout: float | None = None) -> Job:
-        """Queue a request. A wrong one gives a job too: as on the hosted service, it is the result that says so."""
-        try:
-            request = Request.from_arguments(arguments)
-        except InvalidRequest as error:
-            return self.queue.reject(error)
-        return self.queue.submit(request, priority=priority, start_timeout=start_timeout)
-
-    def find(self, application: str, request_id: str) -> Job:
-        _check_application("/".join(owner_and_alias(application)), "")
-        job = self.queue.find(request_id)
-        if job is None:
-            _raise(Failure(404, {"status": "NOT_FOUND"}))
-        return job
-
-    def output(self, job: Job) -> dict[str, Any]:
-        """Return the endpoint's output of a job that has ended, or raise its error."""
-        if job.error is not None:
-            _raise(describe(job.error), job.id, cause=job.error)
-        assert job.result is not None, "a job ends with a result or with an error"
-        output = job.result.model_dump()
-        if job.result.video.path is not None:
-            output["video"]["url"] = self.files.url_of(job.result.video.path)
-        return output
-
-    def close(self) -> None:
-        """Cancel all jobs, let the engine clean up, and stop serving files."""
-        self.queue.close()
-        self.files.close()
-
-
-class _DefaultService:
-    """This process's one service, made at its first use from what `configure` was given."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._overrides: dict[str, Any] = {}
-        self._service: Service | None = None
-
-    def __call__(self) -> Service:
-        with self._lock:
-            if self._service is None:
-                settings = load_settings(**self._overrides)
-                engine = _engine(settings)
-                self._service = Service(engine, output_dir=settings.output_dir, url_scheme=settings.url_scheme)
-            return self._service
-
-    def configure(self, overrides: dict[str, Any]) -> None:
-        load_settings(**overrides)  # a wrong name or value is an error here and now
-        with self._lock:
-            if self._service is not None:
-                if unfinished := self._service.queue.unfinished:
-                    raise NotAvailable(f"{unfinished} jobs have not ended; wait for them or cancel them first")
-                self._service.queue.close()  # its files stay: their urls were given out
-            self._overrides, self._service = overrides, None
-
-
-def _engine(settings: Settings) -> Engine:
-    """Return the pipeline as an engine that is built, and imports torch, when its first job runs."""
-
-    @functools.cache
-    def pipeline() -> Any:
-        from wan_local.pipeline import Pipeline
-
-        return Pipeline(settings)
-
-    def generate(request: Request) -> Iterator[Step | Result]:
-        yield from pipeline().generate(request)
-
-    return generate
-
-
-_default_service = _DefaultService()
 
 
 @dataclass(frozen=True)
@@ -223,7 +111,7 @@ class SyncRequestHandle:
     def cancel(self) -> None:
         """Cancel: a waiting request never runs, a running one stops at its next step."""
         if not self.client._service().queue.cancel(self._job()):
-            _raise(Failure(400, {"status": "ALREADY_COMPLETED"}), self.request_id)
+            raise_failure(Failure(400, {"status": "ALREADY_COMPLETED"}), self.request_id)
 
     def _events(self, *, with_logs: bool, interval: float, deadline: float) -> Iterator[Status]:
         """Yield the status until it is Completed or the deadline has passed."""
@@ -248,7 +136,7 @@ class SyncClient:
 
     key: str | None = field(default=None, repr=False)
     default_timeout: float = 120.0
-    _service: Callable[[], Service] = field(default=_default_service, init=False, repr=False, compare=False)
+    _service: Callable[[], Service] = field(default=default_service, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, service: Service) -> SyncClient:
@@ -285,7 +173,7 @@ class SyncClient:
             raise ValueError(f"Timeout must be greater than {_MIN_TIMEOUT_SECONDS} seconds")
         if webhook_url is not None:
             raise NotAvailable("webhook_url: no webhook is sent from here; use `subscribe` or the handle's `get`")
-        _check_application(application, path)
+        check_application(application, path)
         job = self._service().submit(arguments, priority=priority or "normal", start_timeout=start_timeout)
         return self.get_handle(APPLICATION, job.id)
 
@@ -339,7 +227,7 @@ class SyncClient:
 
         A local extension: the hosted endpoint has no stream. Closing the iterator cancels the request.
         """
-        _check_application(application, "" if path.strip("/") == "stream" else path or "/")
+        check_application(application, "" if path.strip("/") == "stream" else path or "/")
         service = self._service()
         job = service.submit(arguments)
         try:
@@ -389,7 +277,7 @@ def configure(**overrides: Any) -> None:
 
     It holds from the next request on; requests that have ended are forgotten. Raises NotAvailable while one has not.
     """
-    _default_service.configure(overrides)
+    default_service.configure(overrides)
 
 
 def _within_client_timeout(start_timeout: float | None, client_timeout: float | None) -> float | None:
@@ -414,27 +302,6 @@ def _image_bytes(image: Image.Image, format: str) -> bytes:  # noqa: A002
     buffer = io.BytesIO()
     image.save(buffer, format=format)
     return buffer.getvalue()
-
-
-def _check_application(application: str, path: str) -> None:
-    """Raise the 404 for anything but our one application at its root."""
-    if failure := unknown_application(application, path):
-        _raise(failure)
-
-
-def _raise(failure: Failure, request_id: str | None = None, cause: BaseException | None = None) -> NoReturn:
-    """Raise the failure as fal_client does when it has read it from a response."""
-    request_id = request_id or str(uuid.uuid4())
-    headers = {"content-type": "application/json", "x-fal-request-id": request_id, **failure.headers}
-    request = httpx.Request("GET", f"https://wan-local/{APPLICATION}/requests/{request_id}")
-    response = httpx.Response(failure.status_code, headers=headers, text=json.dumps(failure.body), request=request)
-    raise FalClientHTTPError(
-        failure.body.get("detail", response.text),
-        failure.status_code,
-        dict(response.headers),
-        response,
-        error_type=failure.body.get("error_type") or failure.headers.get("x-fal-error-type"),
-    ) from cause
 
 
 sync_client = SyncClient()

@@ -1,0 +1,153 @@
+"""What stands in for the hosted service: an engine behind its queue, its files, and errors as fal_client's."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import httpx
+
+from wan_local.errors import InvalidRequest, NotAvailable
+from wan_local.file_server import FileServer
+from wan_local.jobs import Engine, Failure, Job, Priority, Queue, describe, owner_and_alias, unknown_application
+from wan_local.request import APPLICATION, Request, Result, Step
+from wan_local.settings import Settings, UrlScheme, load_settings
+
+
+class FalClientError(Exception):
+    """Root of what this face raises."""
+
+
+@dataclass(eq=False)
+class FalClientHTTPError(FalClientError):
+    """The answer was an error. `message` is its `detail`: a list of dicts for a wrong request, else mostly a text."""
+
+    message: Any
+    status_code: int
+    response_headers: dict[str, str]
+    response: httpx.Response
+    error_type: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.message}"
+
+
+@dataclass(eq=False)
+class FalClientTimeoutError(FalClientError, TimeoutError):
+    """`client_timeout` ran out; the request was cancelled."""
+
+    timeout: float
+    request_id: str | None = None
+
+    def __str__(self) -> str:
+        request = "Request" if self.request_id is None else f"Request {self.request_id}"
+        return f"{request} timed out after {self.timeout} seconds"
+
+
+class Service:
+    """What stands in for the hosted service: an engine behind its queue, and the files that it makes and is given."""
+
+    def __init__(self, engine: Engine, *, output_dir: Path, url_scheme: UrlScheme = "http") -> None:
+        self.queue = Queue(engine)
+        self.files = FileServer(uploads=output_dir / "uploads", url_scheme=url_scheme)
+
+    def submit(self, arguments: object, *, priority: Priority = "normal", start_timeout: float | None = None) -> Job:
+        """Queue a request. A wrong one gives a job too: as on the hosted service, it is the result that says so."""
+        try:
+            request = Request.from_arguments(arguments)
+        except InvalidRequest as error:
+            return self.queue.reject(error)
+        return self.queue.submit(request, priority=priority, start_timeout=start_timeout)
+
+    def find(self, application: str, request_id: str) -> Job:
+        check_application("/".join(owner_and_alias(application)), "")
+        job = self.queue.find(request_id)
+        if job is None:
+            raise_failure(Failure(404, {"status": "NOT_FOUND"}))
+        return job
+
+    def output(self, job: Job) -> dict[str, Any]:
+        """Return the endpoint's output of a job that has ended, or raise its error."""
+        if job.error is not None:
+            raise_failure(describe(job.error), job.id, cause=job.error)
+        assert job.result is not None, "a job ends with a result or with an error"
+        output = job.result.model_dump()
+        if job.result.video.path is not None:
+            output["video"]["url"] = self.files.url_of(job.result.video.path)
+        return output
+
+    def close(self) -> None:
+        """Cancel all jobs, let the engine clean up, and stop serving files."""
+        self.queue.close()
+        self.files.close()
+
+
+class DefaultService:
+    """This process's one service, made at its first use from what `configure` was given."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._overrides: dict[str, Any] = {}
+        self._service: Service | None = None
+
+    def __call__(self) -> Service:
+        with self._lock:
+            if self._service is None:
+                settings = load_settings(**self._overrides)
+                engine = _engine(settings)
+                self._service = Service(engine, output_dir=settings.output_dir, url_scheme=settings.url_scheme)
+            return self._service
+
+    def configure(self, overrides: dict[str, Any]) -> None:
+        load_settings(**overrides)  # a wrong name or value is an error here and now
+        with self._lock:
+            if self._service is not None:
+                if unfinished := self._service.queue.unfinished:
+                    raise NotAvailable(f"{unfinished} jobs have not ended; wait for them or cancel them first")
+                self._service.queue.close()  # its files stay: their urls were given out
+            self._overrides, self._service = overrides, None
+
+
+def _engine(settings: Settings) -> Engine:
+    """Return the pipeline as an engine that is built, and imports torch, when its first job runs."""
+
+    @functools.cache
+    def pipeline() -> Any:
+        from wan_local.pipeline import Pipeline
+
+        return Pipeline(settings)
+
+    def generate(request: Request) -> Iterator[Step | Result]:
+        yield from pipeline().generate(request)
+
+    return generate
+
+
+def check_application(application: str, path: str) -> None:
+    """Raise the 404 for anything but our one application at its root."""
+    if failure := unknown_application(application, path):
+        raise_failure(failure)
+
+
+def raise_failure(failure: Failure, request_id: str | None = None, cause: BaseException | None = None) -> NoReturn:
+    """Raise the failure as fal_client does when it has read it from a response."""
+    request_id = request_id or str(uuid.uuid4())
+    headers = {"content-type": "application/json", "x-fal-request-id": request_id, **failure.headers}
+    request = httpx.Request("GET", f"https://wan-local/{APPLICATION}/requests/{request_id}")
+    response = httpx.Response(failure.status_code, headers=headers, text=json.dumps(failure.body), request=request)
+    raise FalClientHTTPError(
+        failure.body.get("detail", response.text),
+        failure.status_code,
+        dict(response.headers),
+        response,
+        error_type=failure.body.get("error_type") or failure.headers.get("x-fal-error-type"),
+    ) from cause
+
+
+default_service = DefaultService()
