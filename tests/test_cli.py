@@ -216,3 +216,25 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
 def test_module_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "wan_local", "--version"], check=True, capture_output=True, timeout=60)
     assert done.stdout.startswith(b"wan-local 0.")
+
+
+def test_plan_says_what_each_stage_needs_without_weights_or_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--resolution", "480p", "--vram", "12GiB", "--ram", "48"]) == cli.DONE
+    out = capsys.readouterr().out
+    for words in ("832x480, 81 frames", "a card", "denoise", "stream from ram", "80 GB to download"):
+        assert words in out
+
+
+def test_plan_as_json_holds_every_stages_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--vram", "40", "--json"]) == cli.DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["model"] == "wan2.1-flf2v-14b-720p"
+    assert {stage["name"] for stage in plan["stages"]} >= {"text", "condition", "denoise", "decode"}
+    assert all(stage["peak_bytes"] == stage["weight_bytes"] + stage["activation_bytes"] for stage in plan["stages"])
+
+
+def test_plan_refuses_what_does_not_fit_and_names_what_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--resolution", "720p", "--vram", "10"]) == cli.FAILED
+    assert "832x480 x 81 frames would fit" in capsys.readouterr().err
+    assert cli.main(["plan", "--num-frames", "7", "--vram", "10"]) == cli.WRONG_REQUEST
+    assert "--num-frames" in capsys.readouterr().err

@@ -7,7 +7,6 @@ Takes a model's folder in diffusers' layout (`transformer/ vae/ text_encoder/ im
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -49,10 +48,6 @@ class ModelFiles:
     @property
     def embedded(self) -> bool:
         return self.config.embedded is not None
-
-    def parameters(self, part: Part, where: Callable[[str], bool] = lambda _: True) -> int:
-        """Return how many numbers the tensors of `part` hold whose names satisfy `where`."""
-        return sum(math.prod(info.shape) for name, info in self.tensors[part].items() if where(name))
 
 
 class PartTensors(Mapping[str, torch.Tensor]):
@@ -103,6 +98,14 @@ def find_model(settings: Settings) -> ModelFiles:
         if (folder / "transformer").is_dir():
             return open_model(folder)
     raise ModelNotFound(f"no weights of {real.title} were found. {_how_to_get(real, settings)}")
+
+
+def model_config(settings: Settings) -> ModelConfig:
+    """Return the configuration of the model that the settings name, which need not be there unless it is a folder."""
+    real, tiny = known_models()
+    if settings.model is None:
+        return real
+    return tiny if settings.model == TINY else find_model(settings).config
 
 
 def open_model(folder: Path) -> ModelFiles:

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ _HELP = {
     "acceleration": "regular leaves out steps that hardly change anything; none takes every one",
     "aspect_ratio": "auto takes that of the start image",
 }
+_PLANNED = ("resolution", "aspect_ratio", "num_frames")  # the fields that memory depends on
 _FLAGS = {"start_image_url": "--start-image", "end_image_url": "--end-image"}
 
 
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with _stopped_by_sigterm():
-            return _generate(options)
+            return {"generate": _generate, "plan": _plan}[options.command](options)
     except (KeyboardInterrupt, Cancelled):
         _say("Stopped. Nothing was left behind.")
         return INTERRUPTED
@@ -75,19 +77,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_request_flags(generate.add_argument_group("the video (as the endpoint names it)"))
     local = generate.add_argument_group("where and how")
-    local.add_argument("--model", help='folder with the weights, or "tiny" for the small model inside this package')
-    local.add_argument("--device", help="auto, cpu, or a torch device such as cuda:0")
+    _add_place_flags(local)
     local.add_argument("--output", type=Path, metavar="FILE.mp4", help="where the video goes")
     local.add_argument("--preview", type=Path, metavar="DIR", help="write a small picture there after each step")
     local.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    plan = commands.add_parser(
+        "plan", help="say whether a video will fit, and what needs how much memory; needs no weights and no card",
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    _add_request_flags(plan.add_argument_group("the video"), only=_PLANNED)
+    machine = plan.add_argument_group("the machine (this one unless told)")
+    _add_place_flags(machine)
+    machine.add_argument("--vram", type=_gibibytes, metavar="GIB", help="free memory of a card to plan for")
+    machine.add_argument("--ram", type=_gibibytes, metavar="GIB", help="free RAM to plan for")
+    machine.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     return parser
 
 
-def _add_request_flags(group: argparse._ArgumentGroup) -> None:
+def _add_place_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", help='folder with the weights, or "tiny" for the small model inside this package')
+    group.add_argument("--device", help="auto, cpu, or a torch device such as cuda:0")
+
+
+def _gibibytes(text: str) -> int:
+    """Read 12, 12GiB, 12G or 12GB as that many GiB: what a card or a machine is called by."""
+    number = text.lower().removesuffix("b").removesuffix("i").removesuffix("g")
+    return int(float(number) * 2**30)
+
+
+def _add_request_flags(group: argparse._ArgumentGroup, only: Sequence[str] | None = None) -> None:
     from wan_local.request import Request
 
     schema = Request.model_json_schema()["properties"]
     for name, field in Request.model_fields.items():
+        if only is not None and name not in only:
+            continue
         described = f"{_HELP[name]} ({_limits(schema[name], required=field.is_required())})".replace("%", "%%")
         if schema[name].get("type") == "boolean":
             group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, dest=name, help=described)
@@ -131,6 +155,39 @@ def _generate(options: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr), _progress() as show:  # what a library prints must not end up in the JSON
         result = _run(request, settings, given, show)
     print(json.dumps(_as_dict(result), indent=2) if "json" in given else _summary(result))
+    return DONE
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from wan_local.pipeline import plan_run
+    from wan_local.planner import Machine
+    from wan_local.request import Request
+
+    given = vars(options)
+    asked = {name: given[name] for name in _PLANNED if name in given}
+    request = Request.from_arguments({"prompt": "", "start_image_url": "", "end_image_url": "", **asked})
+    machine = None
+    if "vram" in given:
+        machine = Machine("a card", given["vram"], given.get("ram", given["vram"]), compute_bytes=2)
+    elif "ram" in given:
+        machine = Machine("cpu", given["ram"], given["ram"], compute_bytes=4)
+    config, plan = plan_run(
+        _settings(given), request.aspect_ratio, request.resolution, request.num_frames, machine=machine
+    )
+    if "json" in given:
+        stages = [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in plan.stages]
+        print(json.dumps({"model": config.name, "device": plan.device, "stages": stages}, indent=2))
+        return DONE
+    print(f"{config.title}: {plan.describe()}")
+    for stage in plan.stages:
+        how = (
+            "" if stage.source is None else f", {stage.resident_blocks} blocks stay, others stream from {stage.source}"
+        )
+        print(
+            f"  {stage.name:10} {stage.peak_bytes / 2**30:6.2f} GiB ({stage.weight_bytes / 2**30:.2f} of weights{how})"
+        )
+    if config.download_gigabytes is not None:
+        print(f"Weights: {config.repository}, about {config.download_gigabytes} GB to download.")
     return DONE
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Resolution = Literal["480p", "720p"]
+RESOLUTIONS: tuple[Resolution, ...] = ("480p", "720p")
 AspectRatio = Literal["auto", "16:9", "9:16", "1:1"]
 
 TEMPORAL_STRIDE = 4  # pixel frames per latent frame, but for the first

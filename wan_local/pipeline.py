@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wan_local import __version__
 from wan_local.acceleration import make_policy
-from wan_local.checkpoint import ModelFiles, find_model
+from wan_local.checkpoint import ModelFiles, find_model, model_config
 from wan_local.conditioning import (
     embed_images,
     embed_prompt,
@@ -31,19 +31,20 @@ from wan_local.decode import decode_frames
 from wan_local.denoise import Denoised, Guided, denoise
 from wan_local.device import compute_dtype, free_bytes, free_ram_bytes, resolve_device
 from wan_local.errors import InvalidRequest
-from wan_local.geometry import NATIVE_FRAMES, Geometry, Size, output_size
+from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, AspectRatio, Geometry, Resolution, Size, output_size
 from wan_local.image import fit, load_image
 from wan_local.planner import Machine, Plan, make_plan
 from wan_local.preview import fit_latent_to_rgb
 from wan_local.report import Report
 from wan_local.request import File, Request, Result, Step, as_json
 from wan_local.scheduler import Scheduler
-from wan_local.settings import Settings, load_settings
-from wan_local.stage import count_parameters, stage
+from wan_local.settings import ModelConfig, Settings, load_settings
+from wan_local.stage import network_sizes, stage
 from wan_local.video import VideoReport, VideoWriter, check_output, largest_bytes
 
 _RANDOM_SEEDS = 2**31  # JavaScript clients lose integers beyond 2^53
 _MASK_CHANNELS = 4
+_WIDE = Size(height=9, width=16)  # what `auto` means where there is no start image yet
 _FEATURES_TO_COME = ("enable_safety_checker", "enable_prompt_expansion")
 
 
@@ -179,7 +180,7 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
     plan = make_plan(
         geometry,
         files.config,
-        count_parameters(files),
+        network_sizes(files.config),
         Machine(str(device), free_bytes(device), free_ram_bytes(), dtype.itemsize),
         smaller=small if small.tokens < geometry.tokens else None,
     )
@@ -188,6 +189,21 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
     check_output(path, largest_bytes(geometry))
     images = (picture_tensor(fit(start, size)), picture_tensor(fit(end, size)))
     return Job(request, settings, files, device, dtype, images, plan, seed, path)
+
+
+def plan_run(
+    settings: Settings, aspect_ratio: AspectRatio, resolution: Resolution, num_frames: int, *, machine: Machine | None
+) -> tuple[ModelConfig, Plan]:
+    """Return the model's configuration and the plan of a run on `machine` (None: this one). No weights are needed.
+
+    Raises DoesNotFit; ModelNotFound where the settings name a folder that is none.
+    """
+    config, device = model_config(settings), resolve_device(settings.device)
+    here = Machine(str(device), free_bytes(device), free_ram_bytes(), compute_dtype(device).itemsize)
+    sizes = {name: output_size(config.canvas(name), aspect_ratio, _WIDE) for name in RESOLUTIONS}
+    geometry, small = Geometry(sizes[resolution], num_frames), Geometry(sizes["480p"], NATIVE_FRAMES)
+    smaller = small if small.tokens < geometry.tokens else None
+    return config, make_plan(geometry, config, network_sizes(config), machine or here, smaller=smaller)
 
 
 def _refuse_features_to_come(request: Request) -> None:

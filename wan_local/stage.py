@@ -81,21 +81,21 @@ def stage(
             torch.cuda.empty_cache()
 
 
-def count_parameters(files: ModelFiles) -> dict[str, NetworkSize]:
-    """Return how large each network is, from the headers."""
-    return {network: _size_of(files, recipe) for network, recipe in _RECIPES.items()}
+def network_sizes(config: ModelConfig) -> dict[str, NetworkSize]:
+    """Return how large each network of a model is, from its architecture alone: no weights are needed."""
+    return {network: _size_of(recipe, config) for network, recipe in _RECIPES.items()}
 
 
-def _size_of(files: ModelFiles, recipe: _Recipe) -> NetworkSize:
-    total = files.parameters(recipe.part, recipe.where)
+def _size_of(recipe: _Recipe, config: ModelConfig) -> NetworkSize:
+    with torch.device("meta"):
+        module = recipe.build(config)
+    total = sum(parameter.numel() for parameter in module.parameters())
     if recipe.blocks is None:
         return NetworkSize(total)
-    prefix = f"{recipe.blocks}.0."
-    block = files.parameters(recipe.part, lambda name: recipe.where(name) and name.startswith(prefix))
-    table = files.parameters(recipe.part, lambda name: canonical(recipe.part, name) == recipe.table)
-    with torch.device("meta"):
-        num_blocks = len(recipe.build(files.config).get_submodule(recipe.blocks)._modules)
-    return NetworkSize(total, block, num_blocks, table)
+    blocks = list(cast(nn.ModuleList, module.get_submodule(recipe.blocks)))
+    block = sum(parameter.numel() for parameter in blocks[0].parameters())
+    table = module.get_parameter(recipe.table).numel() if recipe.table else 0
+    return NetworkSize(total, block, len(blocks), table)
 
 
 def load_network(
