@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -120,6 +121,12 @@ def test_folding_the_padded_text_changes_nothing() -> None:
     assert plain[0].k.shape[1] == TEXT_TOKENS
     got, expected = net.transformer(latents, modulation_of(net.context_embedder, [421]), [folded, plain])
     assert relative_error(got, expected) < 2e-6
+
+
+def test_padding_is_not_folded_in_bfloat16_where_the_bias_would_be_rounded() -> None:
+    net = copy.deepcopy(parity.official_transformer().context_embedder).bfloat16()
+    [context, _] = net(padded(tensors("dit_cases")["A.context"]), torch.zeros(1, 20, 48))
+    assert context.text_bias is None and context.k.shape[1] == TEXT_TOKENS
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 17, 18, 1000])
