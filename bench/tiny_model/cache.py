@@ -56,6 +56,7 @@ class Shard:
     y_NCTHW: Tensor
     images_NKLD: Tensor
     captions: list[str]
+    motion_N: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
