@@ -52,6 +52,13 @@ def test_loop_and_context_share_the_transformers_tensors_without_one_left_over(f
     assert set(counted) == set(NETWORKS)
     stored = sum(tensor.numel() for tensor in PartTensors(files, "transformer").values())
     assert counted["transformer"].total + counted["context_embedder"].total == stored
+    for network, size in counted.items():
+        module = load_network(network, files, CPU, torch.bfloat16)
+        item = 4 if network == "vae" else 2
+        stored_once = {
+            p.data_ptr(): p.numel() * p.element_size() for p in module.parameters()
+        }  # one table has two names
+        assert size.weight_bytes(item) == sum(stored_once.values())
     assert counted["transformer"].num_blocks == files.config.transformer.num_layers
     assert counted["text_encoder"].table == files.config.text_encoder.vocab_size * files.config.text_encoder.d_model
 

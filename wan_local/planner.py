@@ -30,12 +30,19 @@ _PIXEL_FRAMES = 12  # of three channels
 
 @dataclass(frozen=True, slots=True)
 class NetworkSize:
-    """How many numbers a network holds: in all, in one of its blocks, and in a table of which few rows are needed."""
+    """How many numbers a network holds: in all, in one of its blocks, and in a table of which few rows are needed.
+
+    `wide` of them stay float32 whatever the compute dtype.
+    """
 
     total: int
     block: int = 0
     num_blocks: int = 0
     table: int = 0
+    wide: int = 0
+
+    def weight_bytes(self, compute_bytes: int) -> int:
+        return self.total * compute_bytes + self.wide * (_FLOAT32_BYTES - compute_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +148,7 @@ def _plan(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSi
         ("denoise", "transformer", compute, loop),
         ("decode", "vae", _FLOAT32_BYTES, _vae_bytes(geometry, config, frames=_DECODE_FRAMES)),
     ]
-    stages = [StagePlan(name, sizes[network].total * item, int(extra)) for name, network, item, extra in rows]
+    stages = [StagePlan(name, sizes[network].weight_bytes(item), int(extra)) for name, network, item, extra in rows]
     second_pass = geometry.tokens * config.transformer.dim * compute  # both guidance passes go together
     more = {"text": 0, "context": 0, "denoise": second_pass}
     placed = tuple(
@@ -160,7 +167,7 @@ def _streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, m
     if stage.peak_bytes <= budget:
         return stage
     block = size.block * compute
-    rest = (size.total - size.table) * compute - size.num_blocks * block
+    rest = size.weight_bytes(compute) - size.table * compute - size.num_blocks * block
     activation = stage.activation_bytes + more_bytes
     room = budget - activation - rest - SLOTS * block
     resident = max(0, min(size.num_blocks - SLOTS, room // block))

@@ -89,13 +89,15 @@ def network_sizes(config: ModelConfig) -> dict[str, NetworkSize]:
 def _size_of(recipe: _Recipe, config: ModelConfig) -> NetworkSize:
     with torch.device("meta"):
         module = recipe.build(config)
-    total = sum(parameter.numel() for parameter in module.parameters())
+    numbers = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    total = sum(numbers.values())
+    wide = sum(count for name, count in numbers.items() if recipe.part == "transformer" and stays_float32(name))
     if recipe.blocks is None:
-        return NetworkSize(total)
+        return NetworkSize(total, wide=wide)
     blocks = list(cast(nn.ModuleList, module.get_submodule(recipe.blocks)))
     block = sum(parameter.numel() for parameter in blocks[0].parameters())
     table = module.get_parameter(recipe.table).numel() if recipe.table else 0
-    return NetworkSize(total, block, len(blocks), table)
+    return NetworkSize(total, block, len(blocks), table, wide)
 
 
 def load_network(
