@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Mapping
@@ -112,6 +113,16 @@ def test_a_pass_left_half_way_is_begun_anew() -> None:
                 break
         assert torch.equal(walk(blocks), expected)
     blocks.close()
+
+
+def test_closing_in_the_middle_of_a_pass_raises_nothing_later(recwarn: pytest.WarningsRecorder) -> None:
+    blocks = make_blocks(5, frozenset())
+    walking = iter(blocks)
+    next(walking)
+    blocks.close()
+    del walking
+    gc.collect()
+    assert not [warning for warning in recwarn if issubclass(warning.category, pytest.PytestUnraisableExceptionWarning)]
 
 
 def test_only_the_resident_blocks_and_the_ring_hold_memory_and_nothing_after_close() -> None:

@@ -133,9 +133,10 @@ class StreamedBlocks(nn.Module):
         try:
             yield self._slots[slot]
         finally:
-            if self._copies is not None:
-                self._copies.mark_freed(slot)
-            self._submit(number + len(self._flat))
+            if self._flat:  # a pass that was left may end after `close`
+                if self._copies is not None:
+                    self._copies.mark_freed(slot)
+                self._submit(number + len(self._flat))
 
     def _begin(self) -> None:
         """Ask for the first blocks, after whatever was asked for before has ended."""
