@@ -113,7 +113,7 @@ class Pipeline:
         yield report.step(1, 1, "first and last frame encoded")
 
         embeds = Embeds(prompt_embeds, negative_embeds, image_embeds)
-        state = yield from _sample(job, report, embeds, condition)
+        state = yield from sample(job, report, embeds, condition)
 
         with report.stage("decode"), stage("vae", *placed) as vae, _writer(job, state.calls) as writer:
             for decoded in decode_frames(vae, state.latents, geometry):
@@ -133,7 +133,7 @@ class Embeds:
     images: Tensor
 
 
-def _sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Generator[Step, None, Denoised]:
+def sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Generator[Step, None, Denoised]:
     """Denoise and return the last state. The context's keys and values go with this frame, before decoding begins."""
     request, looped = job.request, job.plan.stage("denoise")
     placed = (job.files, job.device, job.dtype)
