@@ -1,9 +1,9 @@
 """What `acceleration="regular"` saves and costs on the embedded model: model calls, and dB to the run with every step.
 
-python -m bench.acceleration [--clips 6] [--resolution 480p]
+python -m bench.acceleration [--clips 6]
 
-Unseen clips, 30 steps, shift 5, guide_scale 5, compared as decoded frames before the mp4. Another seed is the yardstick:
-a change that is smaller than that is smaller than chance.
+Unseen clips, 30 steps, shift 5, guide_scale 5, compared as decoded frames before the mp4. Another seed is the
+yardstick: a change that is smaller than that is smaller than chance.
 """
 
 from __future__ import annotations
