@@ -93,8 +93,6 @@ def run_case(
     if case.wrong_prompts:
         wrong = shard.captions[1:] + shard.captions[:1]
         videos["model, another clip's prompt"] = decode(vae, sample(transformer, encoders, shard, sampler, wrong))
-        empty = [""] * len(seeds)
-        videos["model, empty prompt"] = decode(vae, sample(transformer, encoders, shard, sampler, empty))
     if case.sheet:
         write_sheet(truth, videos, case.scales, shard, out / f"sheet_{shape.name}")
     figures = {name: measure(truth, video) for name, video in videos.items()}

@@ -49,7 +49,7 @@ class Settings:
     mixture: tuple[tuple[float, tuple[float, float, float, float]], ...] = field(
         default=((0.0, (0.2, 0.5, 0.2, 0.1)), (0.5, (0.1, 0.4, 0.3, 0.2)), (0.8, (0.05, 0.25, 0.35, 0.35)))
     )
-    sparse: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.65, 0.5), (0.85, 0.3))
+    sparse: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.6, 0.1))
     """From a progress on: the share of steps on only the first, the last and `INNER_FRAMES` other latent frames."""
 
 
