@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import gc
 import random
+import shutil
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests import parity
-from wan_local.checkpoint import ModelFiles, find_model
+from wan_local.checkpoint import ModelFiles, find_model, open_model
 from wan_local.conditioning import Tokens, embed_prompt
+from wan_local.errors import WrongModel
 from wan_local.models.transformer import Transformer
 from wan_local.offload import FlatBlock, Residency, StreamedBlocks, spread
 from wan_local.planner import StagePlan
@@ -50,6 +54,22 @@ def test_streaming_is_bit_equal_to_all_resident(files: ModelFiles, resident: int
     got = velocities(files, streamed(resident))
     assert len(got) == len(expected) == 4
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_misshapen_tensor_of_a_streamed_block_is_refused_before_anything_runs(
+    files: ModelFiles, tmp_path: Path
+) -> None:
+    """A copy would have broadcast it."""
+    folder = Path(shutil.copytree(files.folder, tmp_path / "model"))
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["blocks.2.attn1.norm_q.weight"] = torch.ones(1)
+    save_file(state, file)
+    with (
+        pytest.raises(WrongModel, match=r"blocks\.2\.attn1\.norm_q\.weight"),
+        stage("transformer", open_model(folder), CPU, torch.float32, plan=streamed(0)),
+    ):
+        pass
 
 
 class Scale(nn.Module):

@@ -65,6 +65,10 @@ class PartTensors(Mapping[str, torch.Tensor]):
             tensor: torch.Tensor = file.get_tensor(stored_name)
         return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape from its header."""
+        return self._infos[name][1].shape
+
     def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """Return some rows of a table without reading the others."""
         stored_name, info = self._infos[name]

@@ -130,6 +130,13 @@ def _load_streamed(module: nn.Module, recipe: _Recipe, tensors: PartTensors, pla
     absent = tuple(f"{path}.{index}." for index in range(len(blocks)) if index not in resident)
     load_strictly(module, recipe.part, tensors, place, leave=lambda name: name == table or name.startswith(absent))
 
+    for name, value in module.state_dict().items():  # what is left on meta: it is checked now and read later
+        source = canonical(recipe.part, name)
+        if value.is_meta and tensors.shape(source) != tuple(value.shape):
+            raise WrongModel(
+                f"{source!r} of the {recipe.part} is {list(tensors.shape(source))}; {list(value.shape)} is needed"
+            )
+
     def fill(index: int, views: Mapping[str, Tensor]) -> None:
         for name, view in views.items():
             view.copy_(tensors[f"{path}.{index}.{name}"])
