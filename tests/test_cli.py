@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from wan_local import cli, pipeline
+from wan_local.cli import flags, generate, terminal
 from wan_local.errors import Cancelled, ModelNotFound, OutputError, WanLocalError
 from wan_local.request import File, Request, Result, Step
 from wan_local.settings import Settings
@@ -58,9 +59,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
 
 
 def test_every_request_field_is_a_flag_and_has_words() -> None:
-    assert set(cli._HELP) == set(Request.model_fields)
+    assert set(flags.HELP) == set(Request.model_fields)
     named = {"--start-image", "--end-image", "--num-frames", "--guide-scale", "--enable-safety-checker"}
-    assert named <= {cli._flag(name) for name in Request.model_fields}
+    assert named <= {flags.flag(name) for name in Request.model_fields}
 
 
 def test_flags_become_the_request_and_the_settings(fake: type[FakePipeline], tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_flags_become_the_request_and_the_settings(fake: type[FakePipeline], tmp
         "480p",
     ]
     where = ["--model", "tiny", "--device", "cpu", "--output", str(tmp_path / "v.mp4")]
-    assert cli.main(["generate", *IMAGES, *flags, "--no-enable-safety-checker", *where]) == cli.DONE
+    assert cli.main(["generate", *IMAGES, *flags, "--no-enable-safety-checker", *where]) == terminal.DONE
     settings, request, output = fake.seen
     expected = Request(
         prompt="100 % bird",
@@ -93,7 +94,7 @@ def test_flags_become_the_request_and_the_settings(fake: type[FakePipeline], tmp
 
 
 def test_summary_says_where_the_video_is_and_what_made_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--output", "v.mp4"]) == cli.DONE
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--output", "v.mp4"]) == terminal.DONE
     captured = capsys.readouterr()
     assert captured.out == "v.mp4\n  made by Fake 1B\n  seed 7\n"
     assert "denoise 1/2, 1:01 gone, about 1:02 left: step 1 of 2" in captured.err
@@ -101,7 +102,7 @@ def test_summary_says_where_the_video_is_and_what_made_it(capsys: pytest.Capture
 
 
 def test_json_is_the_only_thing_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--output", "v.mp4", "--json"]) == cli.DONE
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--output", "v.mp4", "--json"]) == terminal.DONE
     captured = capsys.readouterr()
     answer = json.loads(captured.out)
     assert answer["seed"] == 7 and answer["report"]["model_title"] == "Fake 1B"
@@ -117,7 +118,7 @@ def test_json_is_the_only_thing_on_stdout(capsys: pytest.CaptureFixture[str]) ->
 
 def test_previews_are_written_as_pictures(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "previews"
-    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", str(folder)]) == cli.DONE
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", str(folder)]) == terminal.DONE
     assert sorted(entry.name for entry in folder.iterdir()) == ["denoise_01.png", "denoise_02.png"]
     with Image.open(folder / "denoise_02.png") as picture:
         assert picture.size == (16, 8) and picture.getpixel((0, 0)) == (255, 255, 255)
@@ -127,7 +128,7 @@ def test_a_preview_that_cannot_be_written_ends_the_run(
     tmp_path: Path, fake: type[FakePipeline], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", str(tmp_path / "file")]) == cli.FAILED
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", str(tmp_path / "file")]) == terminal.FAILED
     assert "denoise_01.png could not be written" in capsys.readouterr().err
     assert fake.closed
 
@@ -135,7 +136,7 @@ def test_a_preview_that_cannot_be_written_ends_the_run(
 def test_all_wrong_fields_are_told_at_once_by_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
     code = cli.main(["generate", "--end-image", "b.png", "--num-frames", "500", "--shift", "x", "--resolution", "4k"])
     words = capsys.readouterr().err
-    assert code == cli.WRONG_REQUEST
+    assert code == terminal.WRONG_REQUEST
     assert "--prompt: Field required" in words and "--start-image: Field required" in words
     assert "--num-frames: Input should be less than or equal to 100 (given: '500')" in words
     assert "--shift: " in words and "--resolution: Input should be '480p' or '720p'" in words
@@ -150,7 +151,7 @@ def test_our_errors_are_one_paragraph_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fake, "error", error)
-    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == cli.FAILED
+    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == terminal.FAILED
     captured = capsys.readouterr()
     assert captured.err.endswith(f"{type(error).__name__}: {error}\n") and captured.out == ""
     assert fake.closed
@@ -164,7 +165,7 @@ def test_ctrl_c_closes_the_run_and_exits_130(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fake, "error", error)
-    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == cli.INTERRUPTED
+    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == terminal.INTERRUPTED
     assert "Stopped" in capsys.readouterr().err
     assert fake.closed
 
@@ -173,19 +174,19 @@ def test_ctrl_c_outside_the_generator_closes_it_too(fake: type[FakePipeline], mo
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_save_preview", interrupted)
-    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", "x"]) == cli.INTERRUPTED
+    monkeypatch.setattr(generate, "_save_preview", interrupted)
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", "x"]) == terminal.INTERRUPTED
     assert fake.closed
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal to send there")
 def test_termination_closes_the_run(fake: type[FakePipeline], monkeypatch: pytest.MonkeyPatch) -> None:
     assert threading.current_thread() is threading.main_thread()
-    monkeypatch.setattr(cli, "_save_preview", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(generate, "_save_preview", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", *IMAGES, "--prompt", "p", "--preview", "x"])
-    assert stopped.value.code == cli.TERMINATED and fake.closed
+    assert stopped.value.code == terminal.TERMINATED and fake.closed
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -193,7 +194,7 @@ def test_a_wrong_setting_is_told_with_its_choices(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WAN_LOCAL_URL_SCHEME", "ftp")
-    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == cli.WRONG_REQUEST
+    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == terminal.WRONG_REQUEST
     assert "url_scheme is 'ftp'; it can be http, file" in capsys.readouterr().err
 
 
@@ -203,13 +204,13 @@ def test_on_a_terminal_each_stage_has_a_bar(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == cli.DONE
+    assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == terminal.DONE
     words = capsys.readouterr().err
     assert "2/2, 2:02 gone: step 2 of 2" in words and "[bold]plan[/bold] made" in words
 
 
 def test_help_is_quick_and_leaves_torch_alone() -> None:
-    code = "import sys, wan_local.cli as c; c._parser().format_help(); sys.exit('torch' in sys.modules)"
+    code = "import sys, wan_local.cli as c; c.parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
@@ -219,14 +220,14 @@ def test_module_runs_as_a_program() -> None:
 
 
 def test_plan_says_what_each_stage_needs_without_weights_or_a_card(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--resolution", "480p", "--vram", "12GiB", "--ram", "48"]) == cli.DONE
+    assert cli.main(["plan", "--resolution", "480p", "--vram", "12GiB", "--ram", "48"]) == terminal.DONE
     out = capsys.readouterr().out
     for words in ("832x480, 81 frames", "a card", "denoise", "stream from ram", "80 GB to download"):
         assert words in out
 
 
 def test_plan_as_json_holds_every_stages_bytes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--vram", "40", "--json"]) == cli.DONE
+    assert cli.main(["plan", "--vram", "40", "--json"]) == terminal.DONE
     plan = json.loads(capsys.readouterr().out)
     assert plan["model"] == "wan2.1-flf2v-14b-720p"
     assert {stage["name"] for stage in plan["stages"]} >= {"text", "condition", "denoise", "decode"}
@@ -234,7 +235,7 @@ def test_plan_as_json_holds_every_stages_bytes(capsys: pytest.CaptureFixture[str
 
 
 def test_plan_refuses_what_does_not_fit_and_names_what_does(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--resolution", "720p", "--vram", "10"]) == cli.FAILED
+    assert cli.main(["plan", "--resolution", "720p", "--vram", "10"]) == terminal.FAILED
     assert "832x480 x 81 frames would fit" in capsys.readouterr().err
-    assert cli.main(["plan", "--num-frames", "7", "--vram", "10"]) == cli.WRONG_REQUEST
+    assert cli.main(["plan", "--num-frames", "7", "--vram", "10"]) == terminal.WRONG_REQUEST
     assert "--num-frames" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_every_flag_exists() -> None:
     ours = [words for words in commands() if words[0] == "wan-local"]
     assert ours
     for words in ours:
-        options = vars(cli._parser().parse_args(words[1:]))
+        options = vars(cli.parser().parse_args(words[1:]))
         given = {name: value for name, value in options.items() if name in Request.model_fields}
         Request.from_arguments(given if words[1] == "generate" else {**REQUIRED, **given})
 

@@ -1,0 +1,72 @@
+"""The command line: flags in, a video and words on the terminal out. The only room that prints.
+
+One module a command: its `add` draws the flags and sets `run`, which takes the options and returns the exit code.
+Every field of a request is a flag, made from the schema itself. The result goes to stdout, all else to stderr.
+Exit codes: 0 done, 1 the run failed, 2 the request or a setting is wrong, 130 stopped by Ctrl-C, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import cast
+
+from wan_local import __version__
+from wan_local.cli import generate, plan
+from wan_local.cli.flags import flag, given
+from wan_local.cli.terminal import FAILED, INTERRUPTED, TERMINATED, WRONG_REQUEST, say
+from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
+
+_COMMANDS = (
+    generate,
+    plan,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = parser().parse_args(arguments)
+    run = cast(Callable[[argparse.Namespace], int], options.run)
+    try:
+        with _stopped_by_sigterm():
+            return run(options)
+    except (KeyboardInterrupt, Cancelled):
+        say("Stopped. Nothing was left behind.")
+        return INTERRUPTED
+    except InvalidRequest as error:
+        say("The request is not valid:")
+        for entry in error.detail:
+            say(f"  {flag(str(entry['loc'][-1]))}: {entry['msg']}{given(entry)}")
+        return WRONG_REQUEST
+    except WanLocalError as error:
+        say(f"{type(error).__name__}: {error}")
+        return FAILED
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    root = argparse.ArgumentParser(
+        prog="wan-local", description="Wan-2.1 first-last-frame-to-video on your own machine."
+    )
+    root.add_argument("--version", action="version", version=f"wan-local {__version__}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(commands)
+    return root
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let `kill` and `timeout` end the run as Ctrl-C does, so that no half-written file stays behind."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,88 @@
+"""`wan-local generate`: two images and a prompt to an mp4, with its progress on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import closing, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_local.cli.flags import add_place_flags, add_request_flags, settings_from
+from wan_local.cli.terminal import DONE, WRONG_REQUEST, progress, say
+from wan_local.errors import OutputError
+
+if TYPE_CHECKING:
+    from wan_local.cli.flags import Commands
+    from wan_local.request import Request, Result, Step
+    from wan_local.settings import Settings
+
+
+def add(commands: Commands) -> None:
+    """Add the command with its flags."""
+    parser = commands.add_parser(
+        "generate", help="make a video from two images and a prompt", argument_default=argparse.SUPPRESS
+    )
+    parser.set_defaults(run=_generate)
+    add_request_flags(parser.add_argument_group("the video (as the endpoint names it)"))
+    local = parser.add_argument_group("where and how")
+    add_place_flags(local)
+    local.add_argument("--output", type=Path, metavar="FILE.mp4", help="where the video goes")
+    local.add_argument("--preview", type=Path, metavar="DIR", help="write a small picture there after each step")
+    local.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from wan_local.request import Request
+
+    given = vars(options)
+    request = Request.from_arguments({name: given[name] for name in Request.model_fields if name in given})
+    try:
+        settings = settings_from(given)
+    except ValueError as error:
+        say(f"A setting is wrong: {error}")
+        return WRONG_REQUEST
+    with redirect_stdout(sys.stderr), progress() as show:  # what a library prints must not end up in the JSON
+        result = _run(request, settings, given, show)
+    print(json.dumps(_as_dict(result), indent=2) if "json" in given else _summary(result))
+    return DONE
+
+
+def _run(request: Request, settings: Settings, given: dict[str, Any], show: Callable[[Step], None]) -> Result:
+    """Iterate over the pipeline to its end; leaving this for any reason closes it, which removes what it had begun."""
+    from wan_local.pipeline import Pipeline
+    from wan_local.request import Result
+
+    with closing(Pipeline(settings).generate(request, output=given.get("output"))) as steps:
+        for event in steps:
+            if isinstance(event, Result):
+                return event
+            show(event)
+            if "preview" in given and event.preview is not None:
+                _save_preview(given["preview"] / f"{event.stage}_{event.index:02d}.png", event.preview)
+    raise AssertionError("the pipeline ended without a result")
+
+
+def _save_preview(path: Path, picture_HW3: Any) -> None:
+    from PIL import Image
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture_HW3).save(path)
+    except OSError as error:
+        raise OutputError(f"The preview {path} could not be written: {error.strerror or error}.") from error
+
+
+def _as_dict(result: Result) -> dict[str, Any]:
+    from wan_local.request import as_json
+
+    video = result.video.model_dump() | {"path": result.video.path}
+    return {"video": as_json(video), "seed": result.seed, "report": as_json(result.report)}
+
+
+def _summary(result: Result) -> str:
+    report = result.report
+    made_by = report.get("model_title", report.get("model", "a model that the report does not name"))
+    return f"{result.video.path}\n  made by {made_by}\n  seed {result.seed}"

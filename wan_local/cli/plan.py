@@ -1,0 +1,64 @@
+"""`wan-local plan`: whether a video fits, and what needs how much memory. Needs no weights and no card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from wan_local.cli.flags import add_place_flags, add_request_flags, gibibytes, settings_from
+from wan_local.cli.terminal import DONE
+
+if TYPE_CHECKING:
+    from wan_local.cli.flags import Commands
+
+_PLANNED = ("resolution", "aspect_ratio", "num_frames")  # the fields that memory depends on
+
+
+def add(commands: Commands) -> None:
+    """Add the command with its flags."""
+    parser = commands.add_parser(
+        "plan", help="say whether a video will fit, and what needs how much memory; needs no weights and no card",
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    parser.set_defaults(run=_plan)
+    add_request_flags(parser.add_argument_group("the video"), only=_PLANNED)
+    machine = parser.add_argument_group("the machine (this one unless told)")
+    add_place_flags(machine)
+    machine.add_argument("--vram", type=gibibytes, metavar="GIB", help="free memory of a card to plan for")
+    machine.add_argument("--ram", type=gibibytes, metavar="GIB", help="free RAM to plan for")
+    machine.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from wan_local.pipeline import plan_run
+    from wan_local.planner import Machine
+    from wan_local.request import Request
+
+    given = vars(options)
+    asked = {name: given[name] for name in _PLANNED if name in given}
+    request = Request.from_arguments({"prompt": "", "start_image_url": "", "end_image_url": "", **asked})
+    machine = None
+    if "vram" in given:
+        machine = Machine("a card", given["vram"], given.get("ram", given["vram"]), compute_bytes=2)
+    elif "ram" in given:
+        machine = Machine("cpu", given["ram"], given["ram"], compute_bytes=4)
+    config, plan = plan_run(
+        settings_from(given), request.aspect_ratio, request.resolution, request.num_frames, machine=machine
+    )
+    if "json" in given:
+        stages = [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in plan.stages]
+        print(json.dumps({"model": config.name, "device": plan.device, "stages": stages}, indent=2))
+        return DONE
+    print(f"{config.title}: {plan.describe()}")
+    for stage in plan.stages:
+        how = (
+            "" if stage.source is None else f", {stage.resident_blocks} blocks stay, others stream from {stage.source}"
+        )
+        print(
+            f"  {stage.name:10} {stage.peak_bytes / 2**30:6.2f} GiB ({stage.weight_bytes / 2**30:.2f} of weights{how})"
+        )
+    if config.download_gigabytes is not None:
+        print(f"Weights: {config.repository}, about {config.download_gigabytes} GB to download.")
+    return DONE
