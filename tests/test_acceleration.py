@@ -9,11 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wan_local.acceleration import EveryStep, Policy, StepMerging, make_policy, mergeable, velocity_change
+from wan_local.acceleration import (
+    Called,
+    EveryStep,
+    Policy,
+    StepMerging,
+    VelocityReuse,
+    make_policy,
+    mergeable,
+    velocity_change,
+)
 from wan_local.scheduler import Scheduler, sigma_grid
-from wan_local.settings import load_merging_config
+from wan_local.settings import load_acceleration_config
 
-CONFIG = load_merging_config()
+ALL = load_acceleration_config()
+CONFIG = ALL.merge
 
 
 def velocity(x: Tensor, timestep: int) -> Tensor:
@@ -24,13 +34,15 @@ def sample(policy: Policy, steps: int = 30, shift: float = 5.0) -> tuple[Tensor,
     """Integrate a smooth analytic velocity from fixed noise; return the end point and the number of calls."""
     scheduler = Scheduler(steps, shift)
     x = torch.randn(1, 4, 5, 3, 3, generator=torch.Generator().manual_seed(2))
-    index = 0
+    index = calls = 0
     while index < len(scheduler):
-        v = velocity(x, int(scheduler.timesteps[index]))
-        scheduler.merge(index, policy.points_to_merge(v, scheduler.sigmas, index))
+        v = policy.reuse(x, scheduler.sigmas, index)
+        if v is None:
+            v, calls = velocity(x, int(scheduler.timesteps[index])), calls + 1
+            scheduler.merge(index, policy.points_to_merge(Called(x, v, v), scheduler.sigmas, index))
         x = scheduler.step(v, index, x)
         index += 1
-    return x, index
+    return x, calls
 
 
 @pytest.mark.parametrize(
@@ -102,12 +114,69 @@ def test_nan_stops_merging_for_the_rest_of_the_run() -> None:
     counts = []
     for index in range(20):
         prediction = torch.ones(1, 1, 3, 2, 2) * (math.nan if index == 12 else 1.0)
-        counts.append(policy.points_to_merge(prediction, sigmas, index))
+        counts.append(policy.points_to_merge(Called(prediction, prediction, prediction), sigmas, index))
     assert any(counts[:12])
     assert not any(counts[12:])
 
 
 def test_none_and_short_schedules_run_every_step() -> None:
-    assert isinstance(make_policy("none", 30), EveryStep)
-    assert isinstance(make_policy("regular", 11), EveryStep)
-    assert isinstance(make_policy("regular", 12), StepMerging)
+    assert isinstance(make_policy("none", 30, ALL), EveryStep)
+    assert isinstance(make_policy("regular", 11, ALL), EveryStep)
+    assert isinstance(make_policy("regular", 12, ALL), StepMerging)
+    assert isinstance(make_policy("regular", 30, replace(ALL, policy="reuse")), VelocityReuse)
+
+
+def test_a_static_plan_does_not_depend_on_what_is_measured() -> None:
+    plans = []
+    for scale in (1.0, 3.0):
+        policy = make_policy("regular", 30, replace(ALL, policy="static"))
+        scheduler = Scheduler(30, 5.0)
+        x, index = torch.randn(1, 4, 5, 3, 3) * scale, 0
+        while index < len(scheduler):
+            v = scale * torch.randn(1, 4, 5, 3, 3)
+            scheduler.merge(index, policy.points_to_merge(Called(x, v, v), scheduler.sigmas, index))
+            x, index = scheduler.step(v, index, x), index + 1
+        plans.append(policy.summary()["merged"])
+    assert plans[0] == plans[1] and len(plans[0]) >= 8
+
+
+def test_merged_points_are_reported_by_their_place_in_the_full_grid() -> None:
+    policy = StepMerging(replace(CONFIG, tau=1e9), 30)
+    _, calls = sample(policy)
+    merged = policy.summary()["merged"]
+    assert len(merged) == 30 - calls and merged == sorted(set(merged))
+    assert min(merged) >= 8 and max(merged) < 30 - CONFIG.tail
+
+
+def test_reuse_leaves_out_calls_and_merging_does_it_better() -> None:
+    exact, _ = sample(EveryStep())
+    reused, calls = sample(VelocityReuse(replace(ALL.reuse, threshold=0.1), 30))
+    merged, merged_calls = sample(StepMerging(replace(CONFIG, tau=0.3), 30))
+    assert merged_calls <= calls <= 22
+    assert (reused - exact).abs().max() < 0.1 * exact.abs().max()
+    assert (merged - exact).abs().max() < (reused - exact).abs().max()
+
+
+def test_reuse_keeps_its_warm_up_its_tail_and_its_row() -> None:
+    policy = VelocityReuse(replace(ALL.reuse, threshold=1e9), 30)
+    _, calls = sample(policy)
+    reused = policy.summary()["reused"]
+    assert len(reused) == 30 - calls
+    assert min(reused) >= 8 and max(reused) < 30 - ALL.reuse.tail
+    rows = [index for index in reused if index + 1 in reused and index + 2 in reused]
+    assert not rows
+
+
+def test_reuse_with_nothing_allowed_is_plain_sampling() -> None:
+    exact, _ = sample(EveryStep())
+    reused, calls = sample(VelocityReuse(replace(ALL.reuse, threshold=0.0), 30))
+    assert calls == 30 and torch.equal(exact, reused)
+
+
+def test_nan_is_never_reused() -> None:
+    policy = VelocityReuse(replace(ALL.reuse, threshold=1e9), 30)
+    sigmas, x = Scheduler(30, 5.0).sigmas, torch.ones(1, 1, 3, 2, 2)
+    for index in range(12):
+        bad = x * (math.nan if index == 11 else 1.0 + index)
+        policy.points_to_merge(Called(x * index, bad, bad), sigmas, index)
+    assert policy.reuse(x, sigmas, 12) is None

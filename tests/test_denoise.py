@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests import parity
-from wan_local.acceleration import EveryStep
+from wan_local.acceleration import Called, EveryStep
 from wan_local.decode import decode_frames, without_excess
 from wan_local.denoise import Guided, denoise
 from wan_local.errors import NumericalError
@@ -60,13 +60,29 @@ def test_without_a_negative_context_the_transformer_runs_once_a_step(monkeypatch
 
 
 def test_merged_steps_count_as_done_and_not_as_calls() -> None:
-    class EveryOther:
-        def points_to_merge(self, noise_pred: Tensor, sigmas: Tensor, index: int) -> int:
+    class EveryOther(EveryStep):
+        def points_to_merge(self, called: Called, sigmas: Tensor, index: int) -> int:
             return int(index + 2 < len(sigmas) - 1)
 
     states = list(denoise(make_guided(1.0, negative=False), Scheduler(9, 5.0), torch.randn(LATENTS), EveryOther()))
     assert [state.done for state in states] == [2, 4, 6, 8, 9]
     assert states[-1].calls == 5 and states[-1].total == 9
+
+
+def test_a_reused_velocity_is_a_step_without_a_call() -> None:
+    class Second(EveryStep):
+        last: Tensor
+
+        def reuse(self, latents: Tensor, sigmas: Tensor, index: int) -> Tensor | None:  # type: ignore[override]
+            return self.last if index % 2 else None
+
+        def points_to_merge(self, called: Called, sigmas: Tensor, index: int) -> int:
+            self.last = called.noise_pred
+            return 0
+
+    states = list(denoise(make_guided(1.0, negative=False), Scheduler(5, 5.0), torch.randn(LATENTS), Second()))
+    assert [state.done for state in states] == [1, 2, 3, 4, 5]
+    assert [state.calls for state in states] == [1, 1, 2, 2, 3]
 
 
 def test_the_last_steps_clean_prediction_is_the_result() -> None:

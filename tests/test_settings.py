@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wan_local.geometry import Size
-from wan_local.settings import known_models, load_merging_config, load_model_config, load_settings
+from wan_local.settings import known_models, load_acceleration_config, load_model_config, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -82,5 +82,35 @@ def test_configuration_of_the_tiny_model_is_what_its_folder_says() -> None:
 
 
 def test_merging_thresholds_are_the_documented_ones() -> None:
-    config = load_merging_config()
+    config = load_acceleration_config().merge
     assert (config.tau, config.max_merged, config.tail, config.max_gap) == (0.05, 2, 2, 0.12)
+
+
+def test_a_file_of_thresholds_goes_over_the_shipped_ones_and_a_named_policy_over_both(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[regular]\npolicy = "reuse"\n[merge]\ntau = 0.1\n', encoding="utf-8")
+    config = load_acceleration_config(load_settings(acceleration_file=path))
+    assert (config.policy, config.merge.tau, config.merge.tail, config.reuse.max_reused) == ("reuse", 0.1, 2, 2)
+    assert (
+        load_acceleration_config(load_settings(acceleration_file=path, acceleration_policy="merge")).policy == "merge"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[merge]\ntaw = 1", "'taw' in \\[merge\\]"),
+        ("[warp]\ntau = 1", "has \\[warp\\]"),
+        ('[merge]\ntau = "much"', "tau .* is 'much'"),
+        ("[merge]\ntail = 1.5", "tail .* is 1.5"),
+        ("[merge", "cannot be read"),
+        ('[regular]\npolicy = "fast"', "acceleration_policy is 'fast'"),
+    ],
+)
+def test_a_mistake_in_the_file_of_thresholds_is_named_at_once(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=says):
+        load_settings(acceleration_file=path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_settings(acceleration_file=tmp_path / "none.toml")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wan_local.acceleration import Policy
+from wan_local.acceleration import Called, Policy
 from wan_local.errors import NumericalError
 from wan_local.models.transformer import ContextKV, Modulation, Transformer
 from wan_local.scheduler import Scheduler
@@ -76,16 +76,19 @@ def denoise(guided: Guided, scheduler: Scheduler, latents: Tensor, policy: Polic
 
     Raises NumericalError where a prediction is not finite.
     """
-    total, done, index = len(scheduler), 0, 0
+    total, done, index, calls = len(scheduler), 0, 0, 0
     while index < len(scheduler):
-        noise_pred, conditional = guided.predict(latents, int(scheduler.timesteps[index]))
-        _check_finite(noise_pred, done + 1, total)
+        merged, noise_pred = 0, policy.reuse(latents, scheduler.sigmas, index)
+        if noise_pred is None:
+            noise_pred, conditional = guided.predict(latents, int(scheduler.timesteps[index]))
+            _check_finite(noise_pred, done + 1, total)
+            calls += 1
+            merged = policy.points_to_merge(Called(latents, noise_pred, conditional), scheduler.sigmas, index)
+            scheduler.merge(index, merged)
         clean = latents - float(scheduler.sigmas[index]) * noise_pred
-        merged = policy.points_to_merge(conditional, scheduler.sigmas, index)
-        scheduler.merge(index, merged)
         latents = scheduler.step(noise_pred, index, latents)
         index, done = index + 1, done + 1 + merged
-        yield Denoised(done, total, index, latents, clean)
+        yield Denoised(done, total, calls, latents, clean)
 
 
 def _check_finite(noise_pred: Tensor, step: int, total: int) -> None:

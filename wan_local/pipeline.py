@@ -38,7 +38,7 @@ from wan_local.preview import fit_latent_to_rgb
 from wan_local.report import Report
 from wan_local.request import File, Request, Result, Step, as_json
 from wan_local.scheduler import Scheduler
-from wan_local.settings import ModelConfig, Settings, load_settings
+from wan_local.settings import ModelConfig, Settings, load_acceleration_config, load_settings
 from wan_local.stage import network_sizes, stage
 from wan_local.video import VideoReport, VideoWriter, check_output, largest_bytes
 
@@ -144,7 +144,7 @@ def sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Gener
         negative_context = None if embeds.negative is None else embedder(embeds.negative, embeds.images)
     yield report.step(1, 1, "context embedded")
 
-    policy = make_policy(request.acceleration, request.num_inference_steps)
+    policy = make_policy(request.acceleration, request.num_inference_steps, load_acceleration_config(job.settings))
     to_rgb = fit_latent_to_rgb(condition[:, _MASK_CHANNELS:], job.images)
     noise = initial_noise(job.seed, _latent_shape(job)).to(job.device)
     with report.stage("denoise"), stage("transformer", *placed, plan=looped) as transformer:
@@ -162,6 +162,7 @@ def sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Gener
         for state in denoise(guided, scheduler, noise, policy):
             preview = to_rgb.picture(state.clean)
             yield report.step(state.done, state.total, f"step {state.done} of {state.total}", preview=preview)
+    report.acceleration = policy.summary()
     return state
 
 

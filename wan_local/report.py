@@ -27,6 +27,7 @@ class Report:
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.notes: list[str] = []
+        self.acceleration: dict[str, Any] = {}
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -62,6 +63,7 @@ class Report:
             "torch": torch.__version__,
             "seconds": {**self.seconds, "total": round(time.monotonic() - self._started, 3)},
             "peak_bytes": dict(self.peak_bytes),
+            "acceleration": dict(self.acceleration),
             "notes": list(self.notes),
         }
 

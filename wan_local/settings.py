@@ -18,9 +18,11 @@ from wan_local.geometry import Canvas, Resolution, Size
 
 UrlScheme = Literal["http", "file"]
 Precision = Literal["auto", "reference"]
+AccelerationPolicy = Literal["merge", "static", "reuse"]
 
 TINY = "tiny"
 _CONFIGS = ("flf2v_14b", "flf2v_tiny")
+_POLICIES = ("merge", "static", "reuse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class Settings:
     `output_dir`: where videos go that were given no name. `models_dir`: where downloaded weights are looked for.
     `url_scheme`: what the result's url is: loopback "http", or "file".
     `embed_metadata`: write prompt and settings into the mp4 (the sidecar is always written).
+    `acceleration_policy`: what `acceleration="regular"` does: "merge", "static", "reuse"; None is as configured.
+    `acceleration_file`: a TOML file whose thresholds precede those of `configs/acceleration.toml`.
     """
 
     model: str | None = None
@@ -42,6 +46,8 @@ class Settings:
     models_dir: Path = Path("models")
     url_scheme: UrlScheme = "http"
     embed_metadata: bool = True
+    acceleration_policy: AccelerationPolicy | None = None
+    acceleration_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,28 @@ class MergingConfig:
     tail: int
     max_gap: float
     min_steps: int
+    static_rho: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseConfig:
+    """Thresholds of velocity reuse; `configs/acceleration.toml` says what each is."""
+
+    threshold: float
+    max_reused: int
+    warm_fraction: float
+    warm_min: int
+    tail: int
+    min_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class AccelerationConfig:
+    """What `acceleration="regular"` does, and the thresholds of every policy."""
+
+    policy: AccelerationPolicy
+    merge: MergingConfig
+    reuse: ReuseConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +175,8 @@ def load_settings(**overrides: Any) -> Settings:
     """Return the settings: what is passed here, else the environment, else the default.
 
     Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
-    WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA. An override of None counts as not given. Raises ValueError for a
-    name or a value that does not exist.
+    WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE.
+    An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
     """
     known = {field.name for field in fields(Settings)}
     unknown = sorted(set(overrides) - known)
@@ -168,7 +196,11 @@ def load_settings(**overrides: Any) -> Settings:
         values["embed_metadata"] = _boolean("embed_metadata", values["embed_metadata"])
     _check_choice("url_scheme", values.get("url_scheme", "http"), ("http", "file"))
     _check_choice("precision", values.get("precision", "auto"), ("auto", "reference"))
-    return Settings(**values)
+    if "acceleration_file" in values:
+        values["acceleration_file"] = Path(values["acceleration_file"]).expanduser().absolute()
+    settings = Settings(**values)
+    load_acceleration_config(settings)  # a mistake in it is told here and not after minutes
+    return settings
 
 
 def load_model_config(name: str) -> ModelConfig:
@@ -184,9 +216,38 @@ def load_model_config(name: str) -> ModelConfig:
     )
 
 
-def load_merging_config() -> MergingConfig:
-    """Read the thresholds of `acceleration="regular"`."""
-    return MergingConfig(**_read_toml("acceleration")["regular"])
+def load_acceleration_config(settings: Settings | None = None) -> AccelerationConfig:
+    """Read what `acceleration="regular"` does: from `configs/`, the settings' file and the settings, the last first.
+
+    Raises ValueError for a file that cannot be read, or a table, name or value in it that does not exist.
+    """
+    tables = _read_toml("acceleration")
+    if settings is not None and settings.acceleration_file is not None:
+        _overlay(tables, settings.acceleration_file)
+    policy = tables["regular"]["policy"]
+    if settings is not None and settings.acceleration_policy is not None:
+        policy = settings.acceleration_policy
+    _check_choice("acceleration_policy", policy, _POLICIES)
+    return AccelerationConfig(policy, MergingConfig(**tables["merge"]), ReuseConfig(**tables["reuse"]))
+
+
+def _overlay(tables: dict[str, Any], path: Path) -> None:
+    """Put the values of a file over `tables`; it may hold nothing that they do not have."""
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"acceleration_file {path} cannot be read: {error}") from error
+    for name, table in given.items():
+        known = tables.get(name)
+        if known is None or not isinstance(table, dict):
+            raise ValueError(f"acceleration_file {path} has [{name}]; it can have {', '.join(tables)}")
+        for key, value in table.items():
+            if key not in known:
+                raise ValueError(f"acceleration_file {path} has {key!r} in [{name}]; known are {', '.join(known)}")
+            kind = (int, float) if isinstance(known[key], float) else type(known[key])
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{key} in acceleration_file {path} is {value!r}; it is a number like {known[key]!r}")
+            known[key] = value
 
 
 def known_models() -> tuple[ModelConfig, ...]:
