@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import itertools
 import json
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.stub_engine import SOON, StubEngine
 from wan_local import client as face
 from wan_local.client import (
     Completed,
@@ -30,45 +30,12 @@ from wan_local.client import (
     Queued,
     Status,
     SyncClient,
-    SyncRequestHandle,
 )
 from wan_local.errors import DoesNotFit, InvalidRequest, NotAvailable
-from wan_local.image import load_image
-from wan_local.request import DEFAULT_NEGATIVE_PROMPT, File, Request, Result, Step
+from wan_local.request import DEFAULT_NEGATIVE_PROMPT, Request, Result, Step
 from wan_local.service import DefaultService, FalClientHTTPError, FalClientTimeoutError, Service
 
 APPLICATION = "fal-ai/wan-flf2v"
-SOON = 5.0
-
-
-class StubEngine:
-    """Writes a few bytes that depend on the request; `hold` keeps it at its first step until `gate` is opened."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.requests: list[Request] = []
-        self.fault: BaseException | None = None
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def hold(self) -> None:
-        self.gate.clear()
-
-    def __call__(self, request: Request) -> Iterator[Step | Result]:
-        self.requests.append(request)
-        first = load_image(request.start_image_url, field="start_image_url")
-        load_image(request.end_image_url, field="end_image_url")
-        if self.fault is not None:
-            raise self.fault
-        for index in range(1, request.num_inference_steps + 1):
-            assert self.gate.wait(SOON)
-            preview = np.zeros((4, 4, 3), np.uint8) if index == request.num_inference_steps else None
-            yield Step("denoise", index, request.num_inference_steps, f"step {index}", 0.0, 0.0, preview)
-        seed = len(self.requests) if request.seed is None else request.seed
-        path = self.folder / f"{len(self.requests)}.mp4"
-        path.write_bytes(first.tobytes() + f"{seed} {request.num_frames}".encode())
-        video = File(url=path.as_uri(), file_name=path.name, file_size=path.stat().st_size, path=path)
-        yield Result(video=video, seed=seed)
 
 
 @pytest.fixture
@@ -112,86 +79,10 @@ def failure(call: Callable[[], object]) -> FalClientHTTPError:
     return error
 
 
-# The same names and signatures as fal_client 1.0.3
-
-SIGNATURES = {
-    "run": "application, arguments, *, method='POST', path='', timeout=None, start_timeout=None, hint=None, headers={}",
-    "submit": "application, arguments, *, path='', hint=None, webhook_url=None, priority=None, headers={}, "
-    "start_timeout=None",
-    "subscribe": "application, arguments, *, path='', hint=None, with_logs=False, interval=0.1, on_enqueue=None, "
-    "on_queue_update=None, priority=None, headers={}, start_timeout=None, client_timeout=None",
-    "stream": "application, arguments, *, path='/stream', timeout=None, headers={}",
-    "status": "application, request_id, *, with_logs=False",
-    "result": "application, request_id",
-    "cancel": "application, request_id",
-    "upload": "data, content_type, file_name=None, *, repository=None, fallback_repository=None, lifecycle=None",
-    "upload_file": "path, *, repository=None, fallback_repository=None, lifecycle=None",
-    "upload_image": "image, format='jpeg', *, repository=None, fallback_repository=None, lifecycle=None",
-    "encode": "data, content_type",
-    "encode_file": "path",
-    "encode_image": "image, format='jpeg'",
-}
-CLASSES = {
-    "SyncClient": "key=None, default_timeout=120.0",
-    "SyncRequestHandle": "request_id, response_url, status_url, cancel_url, client",
-    "Status": "",
-    "Queued": "position",
-    "InProgress": "logs",
-    "Completed": "logs, metrics, error=None, error_type=None",
-    "FalClientHTTPError": "message, status_code, response_headers, response, error_type=None",
-    "FalClientTimeoutError": "timeout, request_id=None",
-}
-HANDLE_METHODS = {
-    "status": "self, *, with_logs=False",
-    "iter_events": "self, *, with_logs=False, interval=0.1",
-    "get": "self, *, interval=0.1",
-    "cancel": "self",
-    "from_request_id": "client, application, request_id",
-}
-
-
-def signature(callable_: Any) -> str:
-    """Return names, kinds and defaults; annotations are a matter of taste."""
-    found = inspect.signature(callable_)
-    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found.parameters.values()]
-    return str(inspect.Signature(bare))[1:-1]
-
-
-@pytest.mark.parametrize(("name", "expected"), (SIGNATURES | CLASSES).items(), ids=(SIGNATURES | CLASSES))
-def test_signature_is_fal_clients(name: str, expected: str) -> None:
-    assert signature(getattr(face, name)) == expected
-
-
-@pytest.mark.parametrize(("name", "expected"), HANDLE_METHODS.items(), ids=HANDLE_METHODS)
-def test_handle_has_fal_clients_methods(name: str, expected: str) -> None:
-    assert signature(getattr(SyncRequestHandle, name)) == expected
-
-
-def test_the_golden_signatures_are_those_of_the_installed_fal_client() -> None:
-    real = pytest.importorskip("fal_client")
-    import fal_client.client
-
-    for name, expected in (SIGNATURES | CLASSES).items():
-        assert signature(getattr(fal_client.client, name, None) or getattr(real, name)) == expected, name
-    for name, expected in HANDLE_METHODS.items():
-        assert signature(getattr(real.SyncRequestHandle, name)) == expected, name
-    assert issubclass(real.FalClientTimeoutError, TimeoutError)
-    for name in SIGNATURES:
-        if not name.startswith("encode"):
-            assert signature(getattr(SyncClient, name)) == signature(getattr(real.SyncClient, name)), name
-
-
 def test_an_unknown_keyword_is_a_type_error(client: SyncClient, arguments: dict[str, Any]) -> None:
     for call in (client.run, client.submit, client.subscribe):
         with pytest.raises(TypeError):
             call(APPLICATION, arguments, priorty="low")  # type: ignore[call-arg]
-
-
-def test_the_house_exports_the_face() -> None:
-    import wan_local
-
-    for name in [*SIGNATURES, *CLASSES, "FalClientError", "configure"]:
-        assert getattr(wan_local, name) is getattr(face, name)
 
 
 def test_importing_the_face_imports_no_torch() -> None:
@@ -396,11 +287,6 @@ def test_another_application_or_path_is_a_404(client: SyncClient, application: s
     for call in (client.run, client.submit, client.subscribe):
         error = failure(lambda call=call: call(application, {}, path=path))  # type: ignore[misc]
         assert (error.status_code, error.message) == (404, detail)
-
-
-def test_webhooks_are_refused_and_not_forgotten(client: SyncClient, arguments: dict[str, Any]) -> None:
-    with pytest.raises(NotAvailable, match="webhook"):
-        client.submit(APPLICATION, arguments, webhook_url="http://127.0.0.1:1/")
 
 
 # Handles

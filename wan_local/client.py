@@ -6,125 +6,52 @@ endpoint's output as a dict, from one local engine behind one queue. No key is n
 
 from __future__ import annotations
 
-import base64
-import io
-import mimetypes
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from wan_local.errors import InvalidRequest, NotAvailable
-from wan_local.jobs import Failure, Job, Priority, describe, owner_and_alias
-from wan_local.request import APPLICATION
+from wan_local import __version__
+from wan_local.client_async import AsyncClient as AsyncClient  # noqa: PLC0414
+from wan_local.encoding import content_type_of, image_bytes
 
-# the errors are names of this module too, as they are of `fal_client.client`
+# these are names of this module too, as they are of `fal_client.client`
+from wan_local.encoding import encode as encode  # noqa: PLC0414
+from wan_local.encoding import encode_file as encode_file  # noqa: PLC0414
+from wan_local.encoding import encode_image as encode_image  # noqa: PLC0414
+from wan_local.handle import POLL_SECONDS, SyncRequestHandle
+from wan_local.handle import AsyncRequestHandle as AsyncRequestHandle  # noqa: PLC0414
+from wan_local.handle import Completed as Completed  # noqa: PLC0414
+from wan_local.handle import InProgress as InProgress  # noqa: PLC0414
+from wan_local.handle import Queued as Queued  # noqa: PLC0414
+from wan_local.handle import Status as Status  # noqa: PLC0414
+from wan_local.jobs import Priority
+from wan_local.lifecycle import ObjectExpiration as ObjectExpiration  # noqa: PLC0414
+from wan_local.lifecycle import StorageACL as StorageACL  # noqa: PLC0414
+from wan_local.lifecycle import StorageACLDecision as StorageACLDecision  # noqa: PLC0414
+from wan_local.lifecycle import StorageACLRule as StorageACLRule  # noqa: PLC0414
+from wan_local.lifecycle import StorageSettings as StorageSettings  # noqa: PLC0414
+from wan_local.lifecycle import check_repositories
+from wan_local.realtime_connection import REALTIME_TOKEN_EXPIRATION_SECONDS, refuse_realtime
+from wan_local.realtime_connection import AsyncRealtimeConnection as AsyncRealtimeConnection  # noqa: PLC0414
+from wan_local.realtime_connection import RealtimeConnection as RealtimeConnection  # noqa: PLC0414
+from wan_local.realtime_connection import RealtimeError as RealtimeError  # noqa: PLC0414
+from wan_local.request import APPLICATION
 from wan_local.service import FalClientError as FalClientError  # noqa: PLC0414
 from wan_local.service import FalClientHTTPError as FalClientHTTPError  # noqa: PLC0414
 from wan_local.service import FalClientTimeoutError as FalClientTimeoutError  # noqa: PLC0414
-from wan_local.service import Service, check_application, default_service, raise_failure
+from wan_local.service import Service, check_application, default_service
+from wan_local.submission import submit_job, within_client_timeout
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_POLL_SECONDS = 0.1
-_MIN_TIMEOUT_SECONDS = 1
-
-
-@dataclass
-class Status:
-    """Where a request stands."""
-
-
-@dataclass
-class Queued(Status):
-    """It waits; `position` others wait before it."""
-
-    position: int
-
-
-@dataclass
-class InProgress(Status):
-    """It runs; `logs` are all so far, or None if they were not asked for."""
-
-    logs: list[dict[str, Any]] | None
-
-
-@dataclass
-class Completed(Status):
-    """It has ended, with a result or with an error; `metrics` holds `inference_time` in seconds."""
-
-    logs: list[dict[str, Any]] | None
-    metrics: dict[str, Any]
-    error: str | None = None
-    error_type: str | None = None
-
-
-@dataclass(frozen=True)
-class SyncRequestHandle:
-    """A request that was submitted."""
-
-    request_id: str
-    response_url: str = field(repr=False)
-    status_url: str = field(repr=False)
-    cancel_url: str = field(repr=False)
-    client: SyncClient = field(repr=False)
-
-    @classmethod
-    def from_request_id(cls, client: SyncClient, application: str, request_id: str) -> SyncRequestHandle:
-        owner, alias = owner_and_alias(application)
-        url = f"wan-local://{owner}/{alias}/requests/{request_id}"
-        return cls(request_id, url, f"{url}/status", f"{url}/cancel", client)
-
-    def status(self, *, with_logs: bool = False) -> Status:
-        """Return Queued, InProgress or Completed, the latter two with the logs if `with_logs`."""
-        service = self.client._service()
-        status = service.queue.status(self._job())
-        logs = status.logs if with_logs else None
-        if status.position is not None:
-            return Queued(status.position)
-        if status.state == "IN_PROGRESS":
-            return InProgress(logs)
-        if status.error is None or isinstance(status.error, InvalidRequest):
-            return Completed(logs, status.metrics)
-        failure = describe(status.error)
-        detail = failure.body["detail"]
-        text = detail if isinstance(detail, str) else detail[0]["msg"]
-        return Completed(logs, status.metrics, text, failure.headers["x-fal-error-type"])
-
-    def iter_events(self, *, with_logs: bool = False, interval: float = _POLL_SECONDS) -> Iterator[Status]:
-        """Yield the status every `interval` seconds; the last one is Completed."""
-        yield from self._events(with_logs=with_logs, interval=interval, deadline=float("inf"))
-
-    def get(self, *, interval: float = _POLL_SECONDS) -> dict[str, Any]:
-        """Wait for the end; return the output or raise the error. (Nothing is polled, so `interval` has no effect.)"""
-        service = self.client._service()
-        job = self._job()
-        service.queue.wait(job)
-        return service.output(job)
-
-    def cancel(self) -> None:
-        """Cancel: a waiting request never runs, a running one stops at its next step."""
-        if not self.client._service().queue.cancel(self._job()):
-            raise_failure(Failure(400, {"status": "ALREADY_COMPLETED"}), self.request_id)
-
-    def _events(self, *, with_logs: bool, interval: float, deadline: float) -> Iterator[Status]:
-        """Yield the status until it is Completed or the deadline has passed."""
-        while True:
-            status = self.status(with_logs=with_logs)
-            yield status
-            left = deadline - time.monotonic()
-            if isinstance(status, Completed) or left <= 0:
-                return
-            time.sleep(min(interval, left))
-
-    def _job(self) -> Job:
-        return self.client._service().find(APPLICATION, self.request_id)
+version_tuple = tuple(int(part) for part in __version__.split("."))
 
 
 @dataclass(frozen=True)
@@ -166,26 +93,21 @@ class SyncClient:
         start_timeout: float | None = None,
     ) -> SyncRequestHandle:  # fmt: skip
         """Queue a request and return its handle at once; a wrong request is reported by the handle's `get`."""
-        if priority is not None and priority not in get_args(Priority):
-            raise ValueError(f"Priority must be one of {get_args(Priority)}, got '{priority}'")
-        start_timeout = None if start_timeout is None else float(start_timeout)
-        if start_timeout is not None and not start_timeout > _MIN_TIMEOUT_SECONDS:
-            raise ValueError(f"Timeout must be greater than {_MIN_TIMEOUT_SECONDS} seconds")
-        if webhook_url is not None:
-            raise NotAvailable("webhook_url: no webhook is sent from here; use `subscribe` or the handle's `get`")
-        check_application(application, path)
-        job = self._service().submit(arguments, priority=priority or "normal", start_timeout=start_timeout)
+        job = submit_job(
+            self._service(), application, arguments, path=path, priority=priority, start_timeout=start_timeout,
+            webhook_url=webhook_url,
+        )  # fmt: skip
         return self.get_handle(APPLICATION, job.id)
 
     def subscribe(
         self, application: str, arguments: Any, *, path: str = "", hint: str | None = None, with_logs: bool = False,
-        interval: float = _POLL_SECONDS, on_enqueue: Callable[[str], None] | None = None,
+        interval: float = POLL_SECONDS, on_enqueue: Callable[[str], None] | None = None,
         on_queue_update: Callable[[Status], None] | None = None, priority: Priority | None = None,
         headers: dict[str, str] = {}, start_timeout: float | None = None,  # noqa: B006
         client_timeout: float | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Make a video and return the output, calling `on_queue_update` with the status every `interval` seconds."""
-        start_timeout = _within_client_timeout(start_timeout, client_timeout)
+        start_timeout = within_client_timeout(start_timeout, client_timeout)
         deadline = float("inf") if client_timeout is None else time.monotonic() + client_timeout
         handle = self.submit(application, arguments, path=path, priority=priority, start_timeout=start_timeout)
         if on_enqueue is not None:
@@ -242,34 +164,44 @@ class SyncClient:
         repository: Any = None, fallback_repository: Any = None, lifecycle: Any = None,
     ) -> str:  # fmt: skip
         """Copy the data below the output directory; return a url that `start_image_url` accepts."""
+        check_repositories(repository, fallback_repository)
         return self._service().files.upload(data.encode() if isinstance(data, str) else data, content_type)
 
     def upload_file(
         self, path: os.PathLike[str], *, repository: Any = None, fallback_repository: Any = None, lifecycle: Any = None
     ) -> str:
-        return self.upload(Path(path).read_bytes(), _content_type(path))
+        return self.upload(
+            Path(path).read_bytes(),
+            content_type_of(path),
+            repository=repository,
+            fallback_repository=fallback_repository,
+        )
 
     def upload_image(
         self, image: Image.Image, format: str = "jpeg", *,  # noqa: A002 - fal_client's name
         repository: Any = None, fallback_repository: Any = None, lifecycle: Any = None,
     ) -> str:  # fmt: skip
-        return self.upload(_image_bytes(image, format), f"image/{format}")
+        return self.upload(
+            image_bytes(image, format),
+            f"image/{format}",
+            repository=repository,
+            fallback_repository=fallback_repository,
+        )
 
+    def realtime(
+        self, application: str, *, use_jwt: bool = True, path: str = "/realtime", max_buffering: int | None = None,
+        token_expiration: int = REALTIME_TOKEN_EXPIRATION_SECONDS,
+        encode_message: Callable[[Any], bytes] | None = None, decode_message: Callable[[bytes], Any] | None = None,
+    ) -> AbstractContextManager[RealtimeConnection]:  # fmt: skip
+        """Refuse: there is no realtime endpoint of this model. Raises RealtimeNotSupported."""
+        refuse_realtime("realtime")
 
-def encode(data: str | bytes, content_type: str) -> str:
-    """Return the data as a data URI."""
-    content = data.encode() if isinstance(data, str) else data
-    return f"data:{content_type};base64,{base64.b64encode(content).decode()}"
-
-
-def encode_file(path: os.PathLike[str]) -> str:
-    """Return the file as a data URI, its type guessed from its name."""
-    return encode(Path(path).read_bytes(), _content_type(path))
-
-
-def encode_image(image: Image.Image, format: str = "jpeg") -> str:  # noqa: A002 - fal_client's name for it
-    """Return the image as a data URI."""
-    return encode(_image_bytes(image, format), f"image/{format}")
+    def ws_connect(
+        self, application: str, *, use_jwt: bool = True, path: str = "", max_buffering: int | None = None,
+        token_expiration: int = REALTIME_TOKEN_EXPIRATION_SECONDS,
+    ) -> AbstractContextManager[Any]:  # fmt: skip
+        """Refuse: there is no websocket of this model. Raises RealtimeNotSupported."""
+        refuse_realtime("ws_connect")
 
 
 def configure(**overrides: Any) -> None:
@@ -280,28 +212,8 @@ def configure(**overrides: Any) -> None:
     default_service.configure(overrides)
 
 
-def _within_client_timeout(start_timeout: float | None, client_timeout: float | None) -> float | None:
-    """Return the start timeout: the client's, if none was given."""
-    if client_timeout is None or start_timeout is None:
-        return client_timeout if start_timeout is None else start_timeout
-    if start_timeout > client_timeout:
-        warnings.warn(
-            f"start_timeout ({start_timeout}s) is longer than client_timeout ({client_timeout}s): "
-            "the client gives up before the request could be refused.",
-            UserWarning,
-            stacklevel=3,
-        )
-    return start_timeout
-
-
-def _content_type(path: os.PathLike[str]) -> str:
-    return mimetypes.guess_type(os.fspath(path))[0] or "application/octet-stream"
-
-
-def _image_bytes(image: Image.Image, format: str) -> bytes:  # noqa: A002
-    buffer = io.BytesIO()
-    image.save(buffer, format=format)
-    return buffer.getvalue()
+def set_get_current_app(func: Callable[[], Any]) -> None:
+    """Accept fal_client's hook for code that runs inside a hosted app; nothing here runs inside one."""
 
 
 sync_client = SyncClient()
@@ -315,3 +227,5 @@ stream = sync_client.stream
 upload = sync_client.upload
 upload_file = sync_client.upload_file
 upload_image = sync_client.upload_image
+realtime = sync_client.realtime
+ws_connect = sync_client.ws_connect

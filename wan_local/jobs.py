@@ -46,6 +46,13 @@ class Failure:
     body: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def summary(self) -> tuple[str, str | None]:
+        """The error in one sentence, and its type: what a status says of it."""
+        detail = self.body.get("detail", "")
+        text = detail if isinstance(detail, str) else str(detail[0]["msg"])
+        return text, self.headers.get("x-fal-error-type")
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -55,6 +62,7 @@ class Job:
     request: Request | None
     priority: Priority = "normal"
     start_timeout: float | None = None
+    webhook_url: str | None = None
     state: State = "IN_QUEUE"
     cancelled: bool = False
     logs: list[dict[str, Any]] = field(default_factory=list)
@@ -85,11 +93,20 @@ class Queue:
     """Runs jobs on `engine`, one at a time, in a thread that starts with the first job.
 
     Normal jobs go before low ones, else first come first served. Finished jobs are remembered for `keep_seconds`, and
-    at most `keep_jobs` of them. What a job raises is that job's outcome: the worker lives on.
+    at most `keep_jobs` of them. `on_end` is told each job that has ended, and must not block. What a job raises is that
+    job's outcome: the worker lives on.
     """
 
-    def __init__(self, engine: Engine, *, keep_jobs: int = 1000, keep_seconds: float = 24 * 3600.0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        keep_jobs: int = 1000,
+        keep_seconds: float = 24 * 3600.0,
+        on_end: Callable[[Job], None] | None = None,
+    ) -> None:
         self._engine = engine
+        self._on_end = on_end
         self._keep_jobs = keep_jobs
         self._keep_seconds = keep_seconds
         self._jobs: dict[str, Job] = {}
@@ -98,9 +115,16 @@ class Queue:
         self._worker: threading.Thread | None = None
         self._closed = False
 
-    def submit(self, request: Request, *, priority: Priority = "normal", start_timeout: float | None = None) -> Job:
+    def submit(
+        self,
+        request: Request,
+        *,
+        priority: Priority = "normal",
+        start_timeout: float | None = None,
+        webhook_url: str | None = None,
+    ) -> Job:
         """Line up a request. Not begun within `start_timeout` seconds, it fails with StartTimeout."""
-        job = Job(str(uuid.uuid4()), request, priority=priority, start_timeout=start_timeout)
+        job = Job(str(uuid.uuid4()), request, priority, start_timeout, webhook_url)
         with self._changed:
             if self._closed:
                 raise Cancelled("The queue is closed; no job is taken any more.")
@@ -113,9 +137,9 @@ class Queue:
             self._changed.notify_all()
         return job
 
-    def reject(self, error: InvalidRequest) -> Job:
+    def reject(self, error: InvalidRequest, *, webhook_url: str | None = None) -> Job:
         """Return a job that failed before it could run, as a submitted bad request does."""
-        job = Job(str(uuid.uuid4()), None)
+        job = Job(str(uuid.uuid4()), None, webhook_url=webhook_url)
         with self._changed:
             self._remember(job)
             self._finish(job, error=error)
@@ -164,6 +188,11 @@ class Queue:
             seen += len(fresh)
             if ended:
                 return
+
+    def steps_so_far(self, job: Job, seen: int = 0) -> list[Step]:
+        """Return the job's steps but the first `seen`. Only the newest has a preview."""
+        with self._changed:
+            return job.steps[seen:]
 
     def cancel(self, job: Job) -> bool:
         """Cancel a job: a waiting one never runs, a running one is closed at its next step. False if it had ended."""
@@ -249,6 +278,8 @@ class Queue:
         job.finished_at = time.perf_counter()
         job.state = "COMPLETED"
         self._changed.notify_all()
+        if self._on_end is not None:
+            self._on_end(job)
 
     def _line(self) -> list[Job]:
         """The waiting jobs in the order in which they will run."""

@@ -18,6 +18,7 @@ from wan_local.file_server import FileServer
 from wan_local.jobs import Engine, Failure, Job, Priority, Queue, describe, owner_and_alias, unknown_application
 from wan_local.request import APPLICATION, Request, Result, Step
 from wan_local.settings import Settings, UrlScheme, load_settings
+from wan_local.webhook import Webhooks, failed, succeeded
 
 
 class FalClientError(Exception):
@@ -54,16 +55,27 @@ class Service:
     """What stands in for the hosted service: an engine behind its queue, and the files that it makes and is given."""
 
     def __init__(self, engine: Engine, *, output_dir: Path, url_scheme: UrlScheme = "http") -> None:
-        self.queue = Queue(engine)
+        self.webhooks = Webhooks()
+        self.queue = Queue(engine, on_end=self._tell)
         self.files = FileServer(uploads=output_dir / "uploads", url_scheme=url_scheme)
 
-    def submit(self, arguments: object, *, priority: Priority = "normal", start_timeout: float | None = None) -> Job:
-        """Queue a request. A wrong one gives a job too: as on the hosted service, it is the result that says so."""
+    def submit(
+        self,
+        arguments: object,
+        *,
+        priority: Priority = "normal",
+        start_timeout: float | None = None,
+        webhook_url: str | None = None,
+    ) -> Job:
+        """Queue a request. A wrong one gives a job too: as on the hosted service, it is the result that says so.
+
+        `webhook_url` is sent the outcome, as the hosted service does, but not signed.
+        """
         try:
             request = Request.from_arguments(arguments)
         except InvalidRequest as error:
-            return self.queue.reject(error)
-        return self.queue.submit(request, priority=priority, start_timeout=start_timeout)
+            return self.queue.reject(error, webhook_url=webhook_url)
+        return self.queue.submit(request, priority=priority, start_timeout=start_timeout, webhook_url=webhook_url)
 
     def find(self, application: str, request_id: str) -> Job:
         check_application("/".join(owner_and_alias(application)), "")
@@ -77,15 +89,30 @@ class Service:
         if job.error is not None:
             raise_failure(describe(job.error), job.id, cause=job.error)
         assert job.result is not None, "a job ends with a result or with an error"
-        output = job.result.model_dump()
-        if job.result.video.path is not None:
-            output["video"]["url"] = self.files.url_of(job.result.video.path)
+        return self.described(job.result)
+
+    def described(self, result: Result) -> dict[str, Any]:
+        """Return a result as the endpoint's output, with a url at which its video is served."""
+        output = result.model_dump()
+        if result.video.path is not None:
+            output["video"]["url"] = self.files.url_of(result.video.path)
         return output
 
     def close(self) -> None:
         """Cancel all jobs, let the engine clean up, and stop serving files."""
         self.queue.close()
+        self.webhooks.close()
         self.files.close()
+
+    def _tell(self, job: Job) -> None:
+        if job.webhook_url is not None:
+            self.webhooks.send(job.webhook_url, functools.partial(self._outcome, job))
+
+    def _outcome(self, job: Job) -> dict[str, Any]:
+        if job.result is not None:
+            return succeeded(job.id, self.described(job.result))
+        assert job.error is not None, "a job ends with a result or with an error"
+        return failed(job.id, describe(job.error))
 
 
 class DefaultService:
