@@ -17,8 +17,12 @@ KERNELS = ROOT / "kernels" / "wan_kernels"
 LINES = (
     ("errors",),
     ("request", "geometry", "settings"),
-    ("planner",),
-    ("device", "image", "metadata", "key_map", "checkpoint", "quantize"),
+    ("planner", "key_map", "header"),
+    ("anatomy", "gguf_header", "pickle_header"),
+    ("weight_files", "kinds"),
+    ("device", "image", "metadata", "dequantize", "checkpoint", "quantize"),
+    ("stored_tensor",),
+    ("sources",),
     ("layers",),
     ("models",),
     ("offload",),
@@ -38,14 +42,14 @@ LINES = (
 # Within a line, these alone, from left to right: (importer, imported).
 NEIGHBOURS = {
     ("settings", "geometry"),
-    ("checkpoint", "key_map"),
     ("quantize", "checkpoint"),
     ("denoise", "scheduler"),
     ("denoise", "acceleration"),
     ("decode", "preview"),
     ("__main__", "__init__"),
 }
-WITHOUT_TORCH = ("errors", "request", "geometry", "settings", "planner")
+WITHOUT_TORCH = ("errors", "request", "geometry", "settings", "planner", "header", "anatomy", "gguf_header")
+WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds")
 IMPORTERS_OF_KERNELS = ("layers", "device")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")
 

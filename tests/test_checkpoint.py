@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wan_local.checkpoint import PartTensors, find_model, open_model, read_header, read_part
+from wan_local.checkpoint import PartTensors, find_model, open_model
 from wan_local.errors import CorruptModel, ModelNotFound, WrongModel
+from wan_local.header import read_header
 from wan_local.settings import load_settings
+from wan_local.weight_files import read_part
 
 TINY = Path(str(resources.files("wan_local"))) / "tiny_model"
 

@@ -1,4 +1,7 @@
-"""Names of the same tensor in different checkpoints: official Wan, diffusers, transformers. Both ways, strictly.
+"""Names of the same tensor in different checkpoints: official Wan, diffusers, transformers, ggml. Both ways.
+
+Comfy files have the official names of transformer and VAE and transformers' names of the encoders; GGUF files have the
+official names of the transformer and llama.cpp's of the text encoder. What a file wraps around all names is a prefix.
 
 A table is a list of (official, ours) patterns in which `{}` stands for a block number (any run of digits) and the
 pattern matches the whole name. A name that no row matches is an error: nothing is dropped in silence.
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from wan_local.errors import WrongModel
 
@@ -16,7 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Part = Literal["transformer", "vae", "text_encoder", "image_encoder"]
+PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "image_encoder")
 Rows = Sequence[tuple[str, str]]
+Info = TypeVar("Info")
 
 _WB = ("weight", "bias")
 
@@ -106,19 +111,24 @@ def _vae_upsamples(levels: int, resnets: int) -> list[tuple[str, str]]:
     return rows
 
 
-VAE: Rows = [
-    *_leaves([("conv1", "quant_conv"), ("conv2", "post_quant_conv")]),
-    *_vae_half("encoder"),
-    *_vae_half("decoder"),
-    *_vae_residual("encoder.downsamples.{}", "encoder.down_blocks.{}"),
-    *_leaves(
-        [
-            ("encoder.downsamples.{}.resample.1", "encoder.down_blocks.{}.resample.1"),
-            ("encoder.downsamples.{}.time_conv", "encoder.down_blocks.{}.time_conv"),
-        ]
-    ),
-    *_vae_upsamples(levels=4, resnets=3),
-]
+def _vae(resnets: int) -> Rows:
+    """Return the table of a VAE whose decoder has `resnets` residual blocks a level: Wan2.1's has 3."""
+    return [
+        *_leaves([("conv1", "quant_conv"), ("conv2", "post_quant_conv")]),
+        *_vae_half("encoder"),
+        *_vae_half("decoder"),
+        *_vae_residual("encoder.downsamples.{}", "encoder.down_blocks.{}"),
+        *_leaves(
+            [
+                ("encoder.downsamples.{}.resample.1", "encoder.down_blocks.{}.resample.1"),
+                ("encoder.downsamples.{}.time_conv", "encoder.down_blocks.{}.time_conv"),
+            ]
+        ),
+        *_vae_upsamples(levels=4, resnets=resnets),
+    ]
+
+
+VAE: Rows = _vae(resnets=3)
 
 _UMT5_ATTENTION = "encoder.block.{}.layer.0.SelfAttention"
 TEXT_ENCODER: Rows = [
@@ -131,6 +141,18 @@ TEXT_ENCODER: Rows = [
     ("blocks.{}.ffn.gate.0.weight", "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight"),
     ("blocks.{}.ffn.fc1.weight", "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight"),
     ("blocks.{}.ffn.fc2.weight", "encoder.block.{}.layer.1.DenseReluDense.wo.weight"),
+]
+
+TEXT_ENCODER_LLAMA: Rows = [
+    ("token_embd.weight", "shared.weight"),
+    ("enc.output_norm.weight", "encoder.final_layer_norm.weight"),
+    ("enc.blk.{}.attn_norm.weight", "encoder.block.{}.layer.0.layer_norm.weight"),
+    ("enc.blk.{}.ffn_norm.weight", "encoder.block.{}.layer.1.layer_norm.weight"),
+    *[(f"enc.blk.{{}}.attn_{x}.weight", f"{_UMT5_ATTENTION}.{x}.weight") for x in "qkvo"],
+    ("enc.blk.{}.attn_rel_b.weight", f"{_UMT5_ATTENTION}.relative_attention_bias.weight"),
+    ("enc.blk.{}.ffn_gate.weight", "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight"),
+    ("enc.blk.{}.ffn_up.weight", "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight"),
+    ("enc.blk.{}.ffn_down.weight", "encoder.block.{}.layer.1.DenseReluDense.wo.weight"),
 ]
 
 IMAGE_ENCODER: Rows = [
@@ -157,24 +179,54 @@ TABLES: dict[Part, Rows] = {
     "text_encoder": TEXT_ENCODER,
     "image_encoder": IMAGE_ENCODER,
 }
-# parts of the official CLIP file that FLF2V has no use for
+_DECODER = ("decoder.", "lm_head.", "dec.")
+# what such files hold beside the part that FLF2V needs: the text half of CLIP, the decoder of T5, Comfy's tokenizer
 IGNORED: dict[Part, Sequence[str]] = {
     "transformer": (),
     "vae": (),
-    "text_encoder": (),
-    "image_encoder": ("textual.", "log_scale", "visual.head"),
+    "text_encoder": (*_DECODER, "spiece_model"),
+    "image_encoder": (
+        *("textual.", "log_scale", "visual.head"),
+        *("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
+    ),
+}
+_NO_WEIGHTS = ("embeddings.position_ids",)  # a table of 0, 1, 2, ... that older versions of transformers stored
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "first_stage_model.", "vae.")
+_DIALECTS: dict[Part, dict[str, str]] = {
+    "transformer": {"blocks.0.self_attn.q.weight": "official", "blocks.0.attn1.to_q.weight": "diffusers"},
+    "vae": {"decoder.middle.0.residual.0.gamma": "official", "decoder.mid_block.resnets.0.norm1.gamma": "diffusers"},
+    "text_encoder": {
+        "blocks.0.attn.q.weight": "official",
+        "encoder.block.0.layer.0.SelfAttention.q.weight": "transformers",
+        "enc.blk.0.attn_q.weight": "llama.cpp",
+    },
+    "image_encoder": {
+        "visual.transformer.0.attn.to_qkv.weight": "official",
+        "transformer.0.attn.to_qkv.weight": "official",
+        "encoder.layers.0.self_attn.q_proj.weight": "transformers",
+    },
 }
 
 
 def to_ours(part: Part, names: Iterable[str]) -> dict[str, str]:
     """Map official names to ours. Raises WrongModel that lists the names no row knows."""
     wanted = [name for name in names if not name.startswith(tuple(IGNORED[part]))]
-    return _translate(part, wanted, [(official, ours) for official, ours in TABLES[part]])
+    return _translate(part, wanted, _rows(part, wanted, r"decoder\.upsamples\.(\d+)\.resample\.1\.weight", add=0))
 
 
 def to_official(part: Part, names: Iterable[str]) -> dict[str, str]:
     """Map our names to official ones; the inverse of `to_ours`."""
-    return _translate(part, list(names), [(ours, official) for official, ours in TABLES[part]])
+    wanted = list(names)
+    rows = _rows(part, wanted, r"decoder\.up_blocks\.3\.resnets\.(\d+)\.conv1\.weight", add=1)
+    return _translate(part, wanted, [(ours, official) for official, ours in rows])
+
+
+def _rows(part: Part, names: Iterable[str], last_resnet: str, *, add: int) -> Rows:
+    """Return the table of `part`; the VAE's depends on how many residual blocks a level has, which a name tells."""
+    if part != "vae":
+        return TABLES[part]
+    found = [int(match.group(1)) for name in names if (match := re.fullmatch(last_resnet, name))]
+    return _vae((max(found) if add else min(found)) + add) if found else VAE
 
 
 def _translate(part: Part, names: Sequence[str], rows: Rows) -> dict[str, str]:
@@ -200,6 +252,46 @@ def _translate(part: Part, names: Sequence[str], rows: Rows) -> dict[str, str]:
 
 def _pattern(source: str) -> re.Pattern[str]:
     return re.compile(re.escape(source).replace(r"\{\}", r"(\d+)"))
+
+
+def llama_to_ours(names: Iterable[str]) -> dict[str, str]:
+    """Map llama.cpp's names of a T5 encoder to ours. Raises WrongModel that lists the names no row knows."""
+    return _translate("text_encoder", [name for name in names if not name.startswith(_DECODER)], TEXT_ENCODER_LLAMA)
+
+
+def without_prefix(tensors: Mapping[str, Info]) -> dict[str, Info]:
+    """Return the tensors without what stands before all names alike, such as Comfy's `model.diffusion_model.`."""
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return without_prefix({name.removeprefix(prefix): info for name, info in tensors.items()})
+    return dict(tensors)
+
+
+def dialect_of(part: Part, names: Iterable[str]) -> str:
+    """Return whose names these are: official, diffusers, transformers or llama.cpp; empty if no one's."""
+    known = _DIALECTS[part]
+    plain = {name.removeprefix("vision_model.") for name in names}
+    return next((dialect for name, dialect in known.items() if name in plain), "")
+
+
+def canonical_names(part: Part, dialect: str, names: Iterable[str]) -> dict[str, str]:
+    """Map the names of one dialect to ours. What no part of FLF2V has a use for is left out, and nothing else.
+
+    A joint q, k, v projection keeps its name (`qkv_proj`): it falls into three later. Raises WrongModel.
+    """
+    wanted = [name for name in names if not ignorable(part, name)]
+    if dialect == "official":
+        bare = part == "image_encoder" and not any(name.startswith("visual.") for name in wanted)
+        mapped = to_ours(part, [f"visual.{name}" for name in wanted] if bare else wanted)
+        return {name.removeprefix("visual."): ours for name, ours in mapped.items()} if bare else mapped
+    if dialect == "llama.cpp":
+        return llama_to_ours(wanted)
+    return {name: canonical(part, name) for name in wanted}
+
+
+def ignorable(part: Part, name: str) -> bool:
+    """Tell whether FLF2V has no use for a tensor that is rightly in such a file."""
+    return name.startswith(tuple(IGNORED[part])) or name.endswith(_NO_WEIGHTS)
 
 
 def convert_official(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wan_local.anatomy import in_context as in_context  # noqa: PLC0414 (whoever loads this network asks it)
 from wan_local.layers import LayerNorm, RMSNorm, Rotary, apply_rotary, attention, rotary_embedding, split_heads
 from wan_local.settings import TransformerConfig
 
 _IMAGE_NORM_EPS = 1e-5
-_CONTEXT_LEAVES = ("to_k.", "to_v.", "add_k_proj.", "add_v_proj.", "norm_k.", "norm_added_k.")
 _FLOAT32_PARTS = ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out")
 
 
@@ -192,12 +192,6 @@ class ContextEmbedder(nn.Module):
         """Return every timestep's modulation, each computed alone so that its bits depend on nothing else."""
         device = self.condition_embedder.time_proj.weight.device
         return {int(t): self.condition_embedder.time(t.reshape(1).to(device)) for t in timesteps}
-
-
-def in_context(name: str) -> bool:
-    """Tell whether parameter `name` of the whole transformer belongs to the `ContextEmbedder`."""
-    _, in_cross_attention, leaf = name.partition(".attn2.")
-    return name.startswith("condition_embedder.") or (bool(in_cross_attention) and leaf.startswith(_CONTEXT_LEAVES))
 
 
 def fold_padding(prompt_embeds: Tensor) -> tuple[Tensor, Tensor | None]:

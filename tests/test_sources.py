@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import layouts
+from tests.layouts import TINY, tiny
+from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
+from wan_local.key_map import PARTS, Part
+from wan_local.sources import Source, open_source
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return layouts.write_official(tmp_path_factory.mktemp("official") / "Wan2.1-FLF2V-tiny")
+
+
+@pytest.fixture(scope="module")
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return layouts.write_comfy(tmp_path_factory.mktemp("comfy") / "models", "fp16")
+
+
+def assert_equal_to_the_tiny_model(source: Source, *, but_for: tuple[Part, ...] = ()) -> None:
+    for part in PARTS:
+        expected, got = tiny(part), source.part(part)
+        assert set(got) == set(expected)
+        for name, tensor in expected.items():
+            assert got.shape(name) == tuple(tensor.shape)
+            if part in but_for:
+                continue
+            read = got[name]
+            assert read.dtype == got.dtype_of(name)
+            assert torch.equal(read, tensor), f"{part} {name}"
+
+
+def test_the_diffusers_layout_reads_as_it_is() -> None:
+    source = open_source(TINY)
+    assert_equal_to_the_tiny_model(source)
+    assert source.kind.task == "flf2v" and source.config.embedded
+    assert sum(source.files.values()) == sum(file.stat().st_size for file in TINY.rglob("*.safetensors"))
+    assert source.tokenizer_folder == TINY / "tokenizer"
+
+
+def test_the_official_layout_reads_as_ours(official: Path) -> None:
+    source = open_source(official)
+    assert_equal_to_the_tiny_model(source, but_for=("text_encoder",))
+    for name, tensor in tiny("text_encoder").items():
+        assert torch.equal(source.part("text_encoder")[name], tensor.bfloat16())
+    assert source.kinds["vae"].dialect == "official"
+    assert source.tokenizer_folder.name == "umt5-xxl"
+    assert "visual.head" in source.part("image_encoder").ignored
+
+
+def test_the_comfy_layout_reads_as_ours(comfy: Path) -> None:
+    source = open_source(comfy)
+    assert_equal_to_the_tiny_model(source)
+    assert source.part("text_encoder").ignored == ("spiece_model",)
+
+
+def test_parts_may_be_given_one_by_one(comfy: Path, tmp_path: Path) -> None:
+    transformer = shutil.copy(next((comfy / "diffusion_models").iterdir()), tmp_path / "mine.safetensors")
+    source = open_source(
+        transformer,
+        text_encoder=next((comfy / "text_encoders").iterdir()),
+        image_encoder=comfy / "clip_vision",
+        vae=TINY,
+        tokenizer=comfy / "tokenizer" / "tokenizer.json",
+    )
+    assert_equal_to_the_tiny_model(source)
+    assert source.weights["vae"].path == TINY / "vae"
+
+
+def test_the_position_table_of_flf2v_is_never_lost(official: Path, comfy: Path) -> None:
+    name = "condition_embedder.image_embedder.pos_embed"
+    for folder in (official, comfy):
+        assert open_source(folder).part("transformer")[name].abs().sum() > 0
+
+
+def test_what_is_missing_is_named_with_where_to_get_it(comfy: Path, tmp_path: Path) -> None:
+    transformer = shutil.copy(next((comfy / "diffusion_models").iterdir()), tmp_path / "mine.safetensors")
+    with pytest.raises(ModelNotFound) as caught:
+        open_source(transformer, vae=TINY / "vae")
+    message = str(caught.value)
+    assert "text_encoder, image_encoder, tokenizer missing" in message
+    for place in ("umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors", "google/umt5-xxl"):
+        assert place in message
+
+
+def test_a_part_that_is_another_is_refused_by_name(comfy: Path) -> None:
+    with pytest.raises(WrongModel, match=r"given as vae and is image encoder of .*Get the VAE"):
+        open_source(comfy, vae=comfy / "clip_vision")
+
+
+def test_two_candidates_for_a_part_are_named(comfy: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(comfy, tmp_path / "models"))
+    shutil.copy(folder / "vae" / "wan_2.1_vae.safetensors", folder / "vae" / "other.safetensors")
+    with pytest.raises(WrongModel, match=r"2 candidates for the vae.*Name the one to use"):
+        open_source(folder)
+    assert_equal_to_the_tiny_model(open_source(folder, vae=folder / "vae" / "other.safetensors"))
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "fp8_scaled", "fp8_marked"])
+def test_comfy_numbers_come_back_within_their_format(form: str, tmp_path: Path) -> None:
+    source = open_source(layouts.write_comfy(tmp_path / "models", form))
+    stored = load_file(next((tmp_path / "models" / "diffusion_models").iterdir()))
+    scaled = sum(name.endswith(("scale_weight", "weight_scale")) for name in stored)
+    assert (scaled > 40) == (form in ("fp8_scaled", "fp8_marked"))
+    tensors = source.part("transformer")
+    for name, expected in tiny("transformer").items():
+        got, exact = tensors[name].float(), expected.float()
+        assert tensors[name].dtype == tensors.dtype_of(name)
+        if form == "bf16":
+            assert torch.equal(got, expected.bfloat16().float()), name
+        else:  # three bits of mantissa: 1/16 of the number, or half of the smallest step of 2^-9 times the scale
+            step = 2.0**-10 * (float(exact.abs().max()) / 448 if scaled else 1.0)
+            assert ((got - exact).abs() <= exact.abs() / 16 + step).all(), name
+
+
+def test_rows_are_those_of_the_whole_tensor(official: Path, tmp_path: Path) -> None:
+    scaled = open_source(layouts.write_comfy(tmp_path / "models", "fp8_scaled"))
+    cases: list[tuple[Source, Part, str]] = [
+        (open_source(TINY), "text_encoder", "shared.weight"),
+        (open_source(official), "text_encoder", "shared.weight"),
+        (open_source(official), "image_encoder", "encoder.layers.1.self_attn.k_proj.weight"),
+        (scaled, "transformer", "blocks.3.ffn.net.2.weight"),
+    ]
+    for source, part, name in cases:
+        tensors = source.part(part)
+        assert torch.equal(tensors.row_range(name, 5, 17), tensors[name][5:17])
+        assert torch.equal(tensors.rows(name, [3, 40, 3]), tensors[name][[3, 40, 3]])
+
+
+def spoil(comfy: Path, tmp_path: Path, change: object) -> Path:
+    folder = Path(shutil.copytree(comfy, tmp_path / "models"))
+    file = next((folder / "diffusion_models").iterdir())
+    state = load_file(file)
+    change(state)  # type: ignore[operator]
+    save_file(state, file)
+    return folder
+
+
+def test_a_missing_tensor_is_named(comfy: Path, tmp_path: Path) -> None:
+    folder = spoil(comfy, tmp_path, lambda state: state.pop("model.diffusion_model.blocks.2.cross_attn.k_img.bias"))
+    with pytest.raises(WrongModel, match=r"1 tensors of its transformer missing \['blocks.2.attn2.add_k_proj.bias'\]"):
+        open_source(folder)
+
+
+def test_a_tensor_too_many_is_named(comfy: Path, tmp_path: Path) -> None:
+    extra = "model.diffusion_model.blocks.2.surprise.weight"
+    folder = spoil(comfy, tmp_path, lambda state: state.update({extra: torch.ones(2)}))
+    with pytest.raises(WrongModel, match=r"blocks\.2\.surprise\.weight"):
+        open_source(folder)
+
+
+def test_a_wrong_shape_is_named(comfy: Path, tmp_path: Path) -> None:
+    name = "model.diffusion_model.blocks.2.ffn.0.bias"
+    folder = spoil(comfy, tmp_path, lambda state: state.update({name: torch.ones(7)}))
+    with pytest.raises(WrongModel, match=r"blocks\.2\.ffn\.net\.0\.proj\.bias.*\[7\].*needs \[512\]"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, float("inf")])
+def test_a_scale_that_is_no_number_is_damage(value: float, tmp_path: Path) -> None:
+    folder = layouts.write_comfy(tmp_path / "made", "fp8_scaled")
+    name = "model.diffusion_model.blocks.2.ffn.0.scale_weight"
+    spoilt = spoil(folder, tmp_path, lambda state: state.update({name: torch.tensor(value)}))
+    with pytest.raises(CorruptModel, match=r"blocks\.2\.ffn\.0\.weight.*NaN, infinite or zero"):
+        open_source(spoilt).part("transformer")["blocks.2.ffn.net.0.proj.weight"]
+
+
+def test_a_lost_scale_is_damage(tmp_path: Path) -> None:
+    folder = layouts.write_comfy(tmp_path / "made", "fp8_scaled")
+    name = "model.diffusion_model.blocks.2.ffn.0.scale_weight"
+    with pytest.raises(CorruptModel, match=r"blocks\.2\.ffn\.0\.weight.*has no scale"):
+        open_source(spoil(folder, tmp_path, lambda state: state.pop(name)))
+
+
+def test_a_quantization_of_comfy_that_is_not_read_is_named(tmp_path: Path) -> None:
+    folder = layouts.write_comfy(tmp_path / "made", "fp8_marked")
+    mark = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    name = "model.diffusion_model.blocks.2.ffn.0.comfy_quant"
+    with pytest.raises(NotAvailable, match="nvfp4"):
+        open_source(spoil(folder, tmp_path, lambda state: state.update({name: mark})))

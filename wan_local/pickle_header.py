@@ -1,0 +1,227 @@
+"""The header of a torch `.pth` file: its pickle is walked, never run. No torch; no tensor is read.
+
+A `.pth` is a zip file whose `data.pkl` builds a dict of tensors. The few instructions and callables that this takes are
+known here; any other is code, and the file is refused before torch sees it.
+Format: https://docs.pytorch.org/docs/stable/notes/serialization.html
+"""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan_local.errors import CorruptModel
+from wan_local.header import ITEM_BYTES, Header, TensorInfo
+
+_MAX_BYTES = 32 * 2**20  # of the pickle, and of the zip file's directory; UMT5-XXL has 0.1 MB
+_STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2",
+}  # fmt: skip
+_CALLABLES = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
+_PUSH = ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_WRAPPERS = ("state_dict", "model", "model_state")
+
+
+class _Mark:
+    """The MARK of the pickle machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    storage: _Storage
+    first: int  # item of the storage
+    shape: tuple[int, ...]
+
+
+def read_pickle_header(file: Path) -> Header:
+    """Return the tensors of a torch zip file; CorruptModel if it is damaged, holds code, or no dict of tensors."""
+    try:
+        _check_directory(file)
+        with zipfile.ZipFile(file) as archive:
+            members = {entry.filename: entry for entry in archive.infolist()}
+            pickles = [name for name in members if name.endswith("/data.pkl") or name == "data.pkl"]
+            if len(pickles) != 1:
+                raise CorruptModel(f"{file.name!r} is a zip file without torch's data.pkl, not weights.")
+            with archive.open(pickles[0]) as stream:
+                content = stream.read(_MAX_BYTES + 1)
+    except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        raise CorruptModel(f"{file.name!r} is cut short or damaged: {error}. Download it again.") from error
+    if len(content) > _MAX_BYTES:
+        raise CorruptModel(f"{file.name!r} has a pickle of more than {_MAX_BYTES} bytes, which no weights need.")
+    prefix = pickles[0].removesuffix("data.pkl")
+    sizes = {name.removeprefix(f"{prefix}data/"): entry.file_size for name, entry in members.items()}
+    return Header("pickle", _tensors_of(file, _run(file, content), sizes), {})
+
+
+def unwrapped(table: Any) -> Any:
+    """Return the dict of tensors itself where a training script has wrapped it."""
+    for name in _WRAPPERS:
+        if isinstance(table, dict) and isinstance(table.get(name), dict):
+            return table[name]
+    return table
+
+
+def _check_directory(file: Path) -> None:
+    """Refuse a zip directory of a forged length before the zip library allocates it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        tail_start = max(0, size - 65_557)  # the end record and the longest comment
+        stream.seek(tail_start)
+        tail = stream.read()
+        end = tail.rfind(b"PK\x05\x06")
+        if end < 0:
+            raise zipfile.BadZipFile("its end, with the list of its contents, is missing")
+        (length,) = struct.unpack_from("<I", tail, end + 12)
+        if length == 2**32 - 1:  # zip64: the true length is in a record that the locator points to
+            (place,) = struct.unpack_from("<Q", tail, end - 20 + 8)
+            stream.seek(min(place, size))
+            (length,) = struct.unpack_from("<Q", stream.read(56), 40)
+    if length > min(_MAX_BYTES, size):
+        raise zipfile.BadZipFile(f"a list of contents of {length} bytes is announced")
+
+
+def _tensors_of(file: Path, table: Any, sizes: dict[str, int]) -> dict[str, TensorInfo]:
+    table = unwrapped(table)
+    if not isinstance(table, dict) or not table:
+        raise CorruptModel(f"{file.name!r} holds no dict of tensors.")
+    tensors = {}
+    for name, value in table.items():
+        if not isinstance(name, str) or not isinstance(value, _Tensor):
+            raise CorruptModel(f"{file.name!r} is no dict of tensors: {str(name)[:60]!r} is a {type(value).__name__}.")
+        item, count = ITEM_BYTES[value.storage.dtype], 1
+        for length in value.shape:
+            count *= length
+        have = sizes.get(value.storage.key)
+        if have is None or (value.first + count) * item > have:
+            raise CorruptModel(
+                f"{name!r} in {file.name!r} needs {(value.first + count) * item} bytes and has {have or 0}. "
+                "Download it again."
+            )
+        tensors[name] = TensorInfo(value.storage.dtype, value.shape, file, count * item, 0)
+    return tensors
+
+
+def _run(file: Path, content: bytes) -> Any:
+    """Walk the pickle with a machine that knows dicts, numbers and tensors, and nothing that runs."""
+    machine = _Machine()
+    try:
+        for operation, argument, _ in pickletools.genops(content):
+            if operation.name == "STOP":
+                return machine.stack.pop()
+            machine.step(operation.name, argument)
+    except _Code as error:
+        raise CorruptModel(
+            f"{file.name!r} holds code ({error}), not only tensors, and was not opened. Get the weights from their "
+            "own publisher, as .safetensors if there are."
+        ) from error
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise CorruptModel(f"the pickle in {file.name!r} is damaged: {error}. Download it again.") from error
+    raise CorruptModel(f"the pickle in {file.name!r} has no end. Download it again.")
+
+
+class _Code(Exception):
+    """The pickle asks for something to be run."""
+
+
+class _Machine:
+    """Stack and memo of a pickle of tensors."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        if name in _PUSH:
+            self.stack.append(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif name in ("PROTO", "FRAME"):
+            pass
+        elif name == "GLOBAL":
+            self._push_global(argument)
+        elif name == "BINPERSID":
+            self._push_storage(self.stack.pop())
+        elif name == "REDUCE":
+            self._reduce()
+        elif name == "BUILD":  # an OrderedDict's attributes: the versions of a module's state
+            self.stack.pop()
+        else:
+            self._collect(name)
+
+    def _collect(self, name: str) -> None:
+        """Do the instructions that make tuples, lists and dicts of what lies on the stack."""
+        stack = self.stack
+        empty: dict[str, Any] = {"EMPTY_DICT": {}, "EMPTY_LIST": [], "EMPTY_TUPLE": (), "MARK": _Mark()}
+        if name in empty:
+            stack.append(empty[name])
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            stack[-count:] = [tuple(stack[-count:])]
+        elif name == "TUPLE":
+            items = self._to_mark()
+            stack.append(tuple(items))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else self._to_mark()
+            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        elif name in ("APPEND", "APPENDS"):
+            stack[-1].extend([stack.pop()] if name == "APPEND" else self._to_mark())
+        else:
+            raise _Code(f"instruction {name}")
+
+    def _to_mark(self) -> list[Any]:
+        place = max(index for index, item in enumerate(self.stack) if isinstance(item, _Mark))
+        items = self.stack[place + 1 :]
+        del self.stack[place:]
+        return items
+
+    def _push_global(self, name: str) -> None:
+        storage = name.startswith("torch ") and name.removeprefix("torch ") in _STORAGES
+        if name not in _CALLABLES and not storage:
+            raise _Code(name.replace(" ", "."))
+        self.stack.append(_Global(name))
+
+    def _push_storage(self, identity: Any) -> None:
+        kind, storage, key, _, _ = identity
+        if kind != "storage" or not isinstance(storage, _Global):
+            raise ValueError(f"a persistent object of kind {kind!r}")
+        self.stack.append(_Storage(_STORAGES[storage.name.removeprefix("torch ")], str(key)))
+
+    def _reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, _Global):
+            raise _Code("a call of something unknown")
+        if function.name == "collections OrderedDict":
+            result: Any = dict(*arguments)
+        elif function.name.endswith("_rebuild_parameter"):
+            result = arguments[0]
+        elif function.name.endswith("_rebuild_tensor_v2"):
+            storage, first, shape = arguments[:3]
+            sizes = (first, *shape)
+            if not isinstance(storage, _Storage) or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
+                raise ValueError(f"a tensor of shape {str(sizes)[:100]}")
+            result = _Tensor(storage, first, tuple(shape))
+        else:
+            raise _Code(function.name.replace(" ", "."))
+        self.stack.append(result)

@@ -1,0 +1,236 @@
+"""A model to convert, in whatever files a person has it: every part's tensors under our names, read one at a time.
+
+Takes a folder (diffusers' layout, the official one, or files of any kind side by side) or one file for each part; gives
+a `Source` whose parts are complete, of one model, and unread. Only the converter uses it: a run loads what it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan_local.anatomy import part_shapes
+from wan_local.errors import ModelNotFound, WrongModel
+from wan_local.key_map import PARTS, Part
+from wan_local.kinds import GET_IMAGE, GET_TEXT, GET_TRANSFORMER, GET_VAE, Kind, identify
+from wan_local.settings import ModelConfig
+from wan_local.stored_tensor import StoredTensor, TensorReader, stored_tensors
+from wan_local.weight_files import WeightFiles, read_weights, weight_sets
+
+_WHERE: Mapping[Part, str] = {
+    "transformer": GET_TRANSFORMER,
+    "vae": GET_VAE,
+    "text_encoder": GET_TEXT,
+    "image_encoder": GET_IMAGE,
+}
+_TOKENIZER_FOLDERS = ("tokenizer", "google/umt5-xxl", "umt5-xxl")
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+_GET_TOKENIZER = (
+    "Get tokenizer/ of Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers (or google/umt5-xxl): 20 MB, no weights; name the folder "
+    "as tokenizer."
+)
+
+
+class SourceTensors(Mapping[str, Tensor]):
+    """The tensors of one part under our names: in float32, float16 or bfloat16, read and dequantized when asked for.
+
+    What is stored as one of these comes as it is; unscaled 8-bit floats come in bfloat16, which holds them exactly;
+    all that is scaled or in blocks comes in float32. `ignored`: names in the files that FLF2V has no use for.
+    """
+
+    def __init__(self, stored: Mapping[str, StoredTensor], ignored: Sequence[str], reader: TensorReader) -> None:
+        self._stored, self._reader = stored, reader
+        self.ignored = tuple(ignored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.read(self._stored[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape from the header."""
+        return self._stored[name].shape
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor will be given in, from the header."""
+        return self._stored[name].dtype
+
+    def row_range(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `start` to `stop` of a tensor, and read no others: for tables of gigabytes."""
+        return self._reader.read(self._stored[name], start, stop)
+
+    def rows(self, name: str, indices: Sequence[int]) -> Tensor:
+        """Return some rows of a table without reading the others."""
+        return torch.cat([self.row_range(name, index, index + 1) for index in indices])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A complete model to convert.
+
+    `kind`: what its transformer was recognised as; `kinds`: the same for every part. `files`: every file that is read,
+    with its size in bytes. `tokenizer_folder`: where UMT5's tokenizer is.
+    """
+
+    config: ModelConfig
+    kinds: Mapping[Part, Kind]
+    weights: Mapping[Part, WeightFiles]
+    tensors: Mapping[Part, SourceTensors]
+    tokenizer_folder: Path
+
+    @property
+    def kind(self) -> Kind:
+        return self.kinds["transformer"]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(self.tensors)
+
+    @property
+    def files(self) -> dict[Path, int]:
+        found = (file for part in self.parts for file in self.weights[part].files)
+        return {file: file.stat().st_size for file in found}
+
+    def part(self, part: Part) -> SourceTensors:
+        """Return the tensors of one part, under our names."""
+        return self.tensors[part]
+
+
+def open_source(
+    path: Path | str,
+    *,
+    text_encoder: Path | str | None = None,
+    image_encoder: Path | str | None = None,
+    vae: Path | str | None = None,
+    tokenizer: Path | str | None = None,
+) -> Source:
+    """Find and identify every part of a model below `path`, or where the keywords say; read headers only.
+
+    path: the transformer's file or folder, or a folder that holds all parts.
+    Raises ModelNotFound with what is missing and where to get it, WrongModel, CorruptModel, NotAvailable.
+    """
+    path = Path(path).expanduser()
+    named: dict[Part, Path | str | None] = {"text_encoder": text_encoder, "image_encoder": image_encoder, "vae": vae}
+    given = {part: Path(place).expanduser() for part, place in named.items() if place is not None}
+    weights, kinds = _find_parts(path, given)
+    folder = _tokenizer_folder(Path(tokenizer).expanduser() if tokenizer is not None else None, path, given)
+    missing: dict[str, str] = {part: _WHERE[part] for part in PARTS if part not in weights}
+    if missing or folder is None:
+        advice = missing if folder else {**missing, "tokenizer": _GET_TOKENIZER}
+        raise ModelNotFound(
+            f"{str(path)!r} is not all that a model needs: {', '.join(advice)} missing. "
+            + " ".join(f"{part}: {where}" for part, where in advice.items())
+        )
+    config = kinds["transformer"].config
+    assert config is not None, kinds["transformer"]
+    tensors = {part: open_part(part, weights[part], kinds[part], config) for part in PARTS}
+    return Source(config, kinds, weights, tensors, folder)
+
+
+def open_part(part: Part, weights: WeightFiles, kind: Kind, config: ModelConfig) -> SourceTensors:
+    """Return the tensors of one part after checking that each one is there, in its shape, and nothing else.
+
+    Raises WrongModel that lists what is missing, unexpected or of another shape.
+    """
+    stored, ignored = stored_tensors(part, weights, kind.dialect)
+    expected = part_shapes(part, config)
+    missing, unexpected = sorted(expected.keys() - stored), sorted(stored.keys() - expected.keys())
+    if missing or unexpected:
+        raise WrongModel(
+            f"{weights.path.name!r} does not fit {config.title}: {len(missing)} tensors of its {part} missing "
+            f"{missing[:4]}, {len(unexpected)} unexpected {unexpected[:4]}"
+        )
+    for name, shape in expected.items():
+        if stored[name].shape != tuple(shape):
+            raise WrongModel(
+                f"{name!r} in {weights.path.name!r} is {list(stored[name].shape)}; the {part} of {config.title} needs "
+                f"{list(shape)}"
+            )
+    return SourceTensors({name: stored[name] for name in expected}, ignored, TensorReader(weights.container))
+
+
+def _find_parts(path: Path, given: Mapping[Part, Path]) -> tuple[dict[Part, WeightFiles], dict[Part, Kind]]:
+    """Return the weights and the kind of every part that is there; a part that was named must be what it is called."""
+    weights: dict[Part, WeightFiles] = {}
+    kinds: dict[Part, Kind] = {}
+    for part, place in given.items():
+        weights[part], kinds[part] = _named_part(part, place)
+    if not path.exists():
+        raise ModelNotFound(f"there is no file or folder {str(path)!r}. {GET_TRANSFORMER}")
+    candidates = [path] if path.is_file() else _sets_below(path)
+    refused: list[str] = []
+    found: dict[Part, list[tuple[WeightFiles, Kind]]] = {part: [] for part in PARTS}
+    for candidate in candidates:
+        files = read_weights(candidate)
+        kind = identify(files.tensors, f"{candidate.name} {candidate.parent.name}")
+        wanted = next((part for part in PARTS if part == kind.part and part not in given), None)
+        if kind.usable and wanted is not None:
+            found[wanted].append((files, kind))
+        elif not kind.usable:
+            refused.append(f"{candidate.name!r} is {kind.name}. {kind.advice}")
+    for part, several in found.items():
+        if len(several) > 1:
+            several = _preferred(several)
+        if len(several) > 1:
+            names = ", ".join(repr(str(files.path)) for files, _ in several)
+            raise WrongModel(f"there are {len(several)} candidates for the {part}: {names}. Name the one to use.")
+        if several:
+            weights[part], kinds[part] = several[0]
+    if "transformer" not in weights and refused:
+        raise WrongModel(" ".join(refused[:3]))
+    return weights, kinds
+
+
+def _preferred(several: list[tuple[WeightFiles, Kind]]) -> list[tuple[WeightFiles, Kind]]:
+    """Prefer safetensors to a pickle of the same part: the official repositories have both."""
+    safe = [entry for entry in several if entry[0].container != "pickle"]
+    return safe or several
+
+
+def _sets_below(folder: Path) -> list[Path]:
+    """Return the sets of weights in a folder; each subfolder that diffusers' layout names counts as one."""
+    parts = [folder / part for part in PARTS if (folder / part).is_dir()]
+    if (folder / "transformer").is_dir():
+        return parts
+    return weight_sets(folder)
+
+
+def _named_part(part: Part, place: Path) -> tuple[WeightFiles, Kind]:
+    """Return a part that was given by name: a file, its folder, or a model's folder that has it."""
+    if (place / part).is_dir():
+        place = place / part
+    files = read_weights(place)
+    kind = identify(files.tensors, f"{place.name} {place.parent.name}")
+    if kind.part != part:
+        raise WrongModel(f"{place.name!r} was given as {part} and is {kind.name}. {_WHERE[part]}")
+    if not kind.usable:
+        raise WrongModel(f"{place.name!r} is {kind.name}. {kind.advice}")
+    return files, kind
+
+
+def _tokenizer_folder(given: Path | None, path: Path, parts: Mapping[Part, Path]) -> Path | None:
+    """Return the folder with UMT5's tokenizer: the one given, or one beside or below what was given."""
+    if given is not None:
+        folder = given.parent if given.is_file() else given
+        for candidate in (folder, *(folder / name for name in _TOKENIZER_FOLDERS)):
+            if _has_tokenizer(candidate):
+                return candidate
+        raise ModelNotFound(f"{str(given)!r} holds no {' or '.join(_TOKENIZER_FILES)}. {_GET_TOKENIZER}")
+    near = [path, *parts.values()]
+    for folder in (place if place.is_dir() else place.parent for place in near):
+        for candidate in (*(folder / name for name in _TOKENIZER_FOLDERS), folder):
+            if _has_tokenizer(candidate):
+                return candidate
+    return None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)

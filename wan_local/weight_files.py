@@ -1,0 +1,182 @@
+"""The weight files at a path, as one set of tensors by header, whatever container they come in. No torch.
+
+A path is a file, one shard of several, or a folder that holds the file or the shards of one part.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan_local.errors import CorruptModel, ModelNotFound
+from wan_local.gguf_header import MAGIC, read_gguf_header
+from wan_local.header import Container, Header, TensorInfo, read_safetensors
+from wan_local.pickle_header import read_pickle_header
+
+SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
+_SHARD = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+_MAX_INDEX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """One network's weights as they lie on disk."""
+
+    path: Path
+    files: tuple[Path, ...]
+    container: Container
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def read_file_header(file: Path) -> Header:
+    """Return a file's header; its first bytes say which container it is, its name is not asked."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(4)
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"there is no file {str(file)!r}") from error
+    if start == MAGIC or (file.suffix.lower() == ".gguf" and not start.lstrip().startswith((b"<", b"vers", b"{"))):
+        return read_gguf_header(file)
+    if start == b"PK\x03\x04":
+        return read_pickle_header(file)
+    return read_safetensors(file)
+
+
+def read_weights(path: Path) -> WeightFiles:
+    """Return the weights at `path`: a file, a shard (with its sisters), or a folder of one part.
+
+    Raises ModelNotFound, CorruptModel (damaged, a shard missing, an index that disagrees), NotAvailable.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise ModelNotFound(f"there is no file or folder {str(path)!r}")
+    return _read_set(path, _sisters(path))
+
+
+def read_part(folder: Path) -> dict[str, TensorInfo]:
+    """Return every tensor of the safetensors files in `folder` by header, checked against the index if there is one."""
+    return dict(_read_folder(folder, (".safetensors",)).tensors)
+
+
+def weight_sets(folder: Path) -> list[Path]:
+    """Return one path for each set of weights that lies in `folder` or one folder below: a file or a first shard."""
+    files = [file for pattern in ("*", "*/*") for file in sorted(folder.glob(pattern)) if file.is_file()]
+    firsts = []
+    for file in files:
+        shard = _SHARD.fullmatch(file.name)
+        if file.suffix.lower() in SUFFIXES and (shard is None or int(shard["number"]) == 1 or _is_first(file, shard)):
+            firsts.append(file)
+    return firsts
+
+
+def _is_first(file: Path, shard: re.Match[str]) -> bool:
+    """Tell whether no shard of a lower number is there."""
+    numbers = (int(other["number"]) for path in file.parent.iterdir() if (other := _same_set(path, shard)))
+    return min(numbers) == int(shard["number"])
+
+
+def _same_set(path: Path, shard: re.Match[str]) -> re.Match[str] | None:
+    other = _SHARD.fullmatch(path.name)
+    same = other and (other["stem"], other["count"], other["suffix"]) == (
+        shard["stem"],
+        shard["count"],
+        shard["suffix"],
+    )
+    return other if same else None
+
+
+def _sisters(file: Path) -> list[Path]:
+    """Return the shards that `file` is one of, in order; the file alone if it is none."""
+    shard = _SHARD.fullmatch(file.name)
+    if shard is None:
+        return [file]
+    count = int(shard["count"])
+    if not 0 < count <= 1000:
+        raise CorruptModel(f"{file.name!r} says that it is one of {count} files")
+    names = [f"{shard['stem']}{number:05d}-of-{shard['count']}{shard['suffix']}" for number in range(1, count + 1)]
+    return [file.parent / name for name in names]
+
+
+def _read_folder(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> WeightFiles:
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        return _read_set(folder, [folder / name for name in sorted(set(_weight_map(indices[0]).values()))], indices[0])
+    files: list[Path] = []
+    for suffix in suffixes:  # the safest container first
+        files = files or sorted(folder.glob(f"*{suffix}"))
+    if not files:
+        raise ModelNotFound(f"{str(folder)!r} holds no {suffixes[0]} file")
+    return _read_set(folder, _sisters(files[0]) if _SHARD.fullmatch(files[0].name) else files)
+
+
+def _read_set(path: Path, files: Sequence[Path], index: Path | None = None) -> WeightFiles:
+    absent = [file.name for file in files if not file.exists()]
+    if absent:
+        where = files[0].parent
+        raise CorruptModel(
+            f"{str(where)!r} lacks {', '.join(absent[:5])}{', ...' if absent[5:] else ''} ({len(absent)} of "
+            f"{len(files)} files of one model). Download it again."
+        )
+    if index is None and len(files) > 1:
+        beside = [entry for entry in sorted(files[0].parent.glob("*.index.json")) if _names(entry, files)]
+        index = beside[0] if beside else None
+    tensors: dict[str, TensorInfo] = {}
+    headers = [read_file_header(file) for file in files]
+    for file, header in zip(files, headers, strict=True):
+        twice = sorted(header.tensors.keys() & tensors.keys())
+        if twice:
+            raise CorruptModel(f"{twice[0]!r} is in two files: {tensors[twice[0]].file.name!r} and {file.name!r}")
+        tensors |= header.tensors
+    if index is not None:
+        _check_index(index, tensors)
+    return WeightFiles(path, tuple(files), headers[0].container, tensors, headers[0].metadata)
+
+
+def _check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    weight_map = _weight_map(index)
+    if set(weight_map) != set(tensors):
+        wrong = sorted(set(weight_map) ^ set(tensors))
+        raise CorruptModel(
+            f"the index in {str(index.parent)!r} and its files differ in {len(wrong)} tensors, e.g. {wrong[0]!r}"
+        )
+    misplaced = [name for name, file in weight_map.items() if tensors[name].file.name != file]
+    if misplaced:
+        raise CorruptModel(f"{index.name!r} says that {misplaced[0]!r} is in another file than it is")
+
+
+def _names(index: Path, files: Sequence[Path]) -> bool:
+    return {file.name for file in files} <= set(_weight_map(index).values())
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptModel(f"{index.name!r} has no weight_map: it is no index of weights")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CorruptModel(f"{index.name!r} names {str(file)[:80]!r}, which is no file beside it")
+    return weight_map
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the table in a JSON file of moderate size; CorruptModel for anything else."""
+    if file.stat().st_size > _MAX_INDEX_BYTES:
+        raise CorruptModel(f"{file.name!r} has {file.stat().st_size} bytes, too many for what it should be")
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptModel(f"{file.name!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CorruptModel(f"{file.name!r} is a JSON {type(content).__name__}, not a table")
+    return content
