@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from wan_local.image import load_image
+from wan_local.jobs import Ticket
 from wan_local.request import File, Request, Result, Step
 
 SOON = 5.0
@@ -29,7 +30,7 @@ class StubEngine:
     def hold(self) -> None:
         self.gate.clear()
 
-    def __call__(self, request: Request) -> Iterator[Step | Result]:
+    def __call__(self, request: Request, ticket: Ticket) -> Iterator[Step | Result]:
         self.requests.append(request)
         first = load_image(request.start_image_url, field="start_image_url")
         load_image(request.end_image_url, field="end_image_url")

@@ -34,7 +34,7 @@ class FakePipeline:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def generate(self, request: Request, *, output: Path | None = None) -> Iterator[Step | Result]:
+    def generate(self, request: Request, *, output: Path | None = None, **_: object) -> Iterator[Step | Result]:
         FakePipeline.seen = (self.settings, request, output)
         try:
             print("a library prints to stdout")

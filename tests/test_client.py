@@ -32,6 +32,7 @@ from wan_local.client import (
     SyncClient,
 )
 from wan_local.errors import DoesNotFit, InvalidRequest, NotAvailable
+from wan_local.jobs import Ticket
 from wan_local.request import DEFAULT_NEGATIVE_PROMPT, Request, Result, Step
 from wan_local.service import DefaultService, FalClientHTTPError, FalClientTimeoutError, Service
 
@@ -541,7 +542,7 @@ def test_stream_of_an_unknown_path_or_a_wrong_request_is_an_error(
 def test_a_stream_that_is_closed_cancels_its_request(tmp_path: Path) -> None:
     gate, closed = threading.Event(), threading.Event()
 
-    def engine(_: Request) -> Iterator[Step | Result]:
+    def engine(_: Request, ticket: Ticket) -> Iterator[Step | Result]:
         try:
             yield Step("denoise", 1, 2, "", 0.0)
             assert gate.wait(SOON)
@@ -578,7 +579,7 @@ made = []
 class Pipeline:
     def __init__(self, settings):
         made.append(settings)
-    def generate(self, request):
+    def generate(self, request, **_):
         yield Step("plan", 1, 1, "planned", 0.0)
         path = made[-1].output_dir / "x.mp4"
         path.write_bytes(b"video")

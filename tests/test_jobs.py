@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from wan_local.errors import Cancelled, DoesNotFit, InvalidRequest, WanLocalError
-from wan_local.jobs import Job, Queue, StartTimeout, describe, owner_and_alias, unknown_application
+from wan_local.jobs import Job, Queue, StartTimeout, Ticket, describe, owner_and_alias, unknown_application
 from wan_local.request import File, Request, Result, Step
 
 SOON = 5.0
@@ -43,7 +43,7 @@ class StubEngine:
         if not held:
             self.gate.set()
 
-    def __call__(self, request: Request) -> Iterator[Step | Result]:
+    def __call__(self, request: Request, ticket: Ticket) -> Iterator[Step | Result]:
         self.prompts.append(request.prompt)
         try:
             for index in (1, 2, 3):
@@ -133,7 +133,7 @@ def test_only_the_newest_step_keeps_its_preview_and_none_when_done(make: Make) -
     gate = threading.Event()
     picture = np.zeros((2, 2, 3), np.uint8)
 
-    def engine(_: Request) -> Iterator[Step | Result]:
+    def engine(_: Request, ticket: Ticket) -> Iterator[Step | Result]:
         yield step(1, picture)
         yield step(2, picture)
         assert gate.wait(SOON)
@@ -152,7 +152,7 @@ def test_only_the_newest_step_keeps_its_preview_and_none_when_done(make: Make) -
 def test_eight_threads_at_once_are_served_one_at_a_time(make: Make) -> None:
     running: list[str] = []
 
-    def engine(request: Request) -> Iterator[Step | Result]:
+    def engine(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
         running.append(request.prompt)
         assert len(running) == 1
         yield step()
@@ -231,7 +231,7 @@ def test_the_interpreter_exits_promptly_and_the_running_engine_cleans_up() -> No
 import time
 from wan_local.jobs import Queue
 from wan_local.request import Request, Step
-def engine(request):
+def engine(request, ticket):
     try:
         while True:
             time.sleep(0.01)
@@ -317,7 +317,7 @@ def test_whatever_a_job_raises_is_its_own_error_and_the_worker_lives_on(
             yield step()
         raise fault
 
-    def engine(request: Request) -> Iterator[Step | Result]:
+    def engine(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
         if request.prompt != "bad":
             return iter([step(), result(5)])
         if moment == "call":
@@ -331,7 +331,7 @@ def test_whatever_a_job_raises_is_its_own_error_and_the_worker_lives_on(
 
 
 def test_an_engine_that_ends_without_a_result_is_an_error(make: Make) -> None:
-    queue = make(lambda _: iter([step()]))
+    queue = make(lambda _request, _ticket: iter([step()]))
     assert isinstance(finished(queue, queue.submit(request())).error, AssertionError)
 
 
@@ -341,7 +341,7 @@ def test_what_a_failed_job_held_is_freed_at_once(make: Make) -> None:
     class Tensor:
         pass
 
-    def engine(_: Request) -> Iterator[Step | Result]:
+    def engine(_: Request, ticket: Ticket) -> Iterator[Step | Result]:
         tensor = Tensor()
         held.append(weakref.ref(tensor))
         yield step()
@@ -360,7 +360,7 @@ def test_what_a_failed_job_held_is_freed_at_once(make: Make) -> None:
 def test_a_crash_is_logged_with_its_place_and_a_wrong_request_is_not(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def engine(request: Request) -> Iterator[Step | Result]:
+    def engine(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
         yield step()
         raise FAULTS[0] if request.prompt == "wrong" else ZeroDivisionError("the place")
 

@@ -175,16 +175,16 @@ def test_a_run_that_streams_all_its_weights_gives_the_same_video(
 def test_nan_in_the_latents_writes_no_video(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "encode_condition", lambda *args: _encode_and_spoil(*args))
+    monkeypatch.setattr(pipeline, "encode_condition", _encode_and_spoil)
     with pytest.raises(NumericalError, match="step 1 of 2"):
         generate(make_request(), settings=settings, output=tmp_path / "nan.mp4")
     assert left_over(tmp_path) == []
 
 
-def _encode_and_spoil(*args: Any) -> Any:
+def _encode_and_spoil(*args: Any, **kwargs: Any) -> Any:
     from wan_local.conditioning import encode_condition
 
-    condition = encode_condition(*args)
+    condition = encode_condition(*args, **kwargs)
     condition[0, 5, 0, 0, 0] = float("nan")
     return condition
 

@@ -92,7 +92,7 @@ class _StandIn:
     def __init__(self, settings: Settings) -> None:
         self.folder = settings.output_dir
 
-    def generate(self, request: Request, *, output: Path | None = None) -> Iterator[Step | Result]:
+    def generate(self, request: Request, *, output: Path | None = None, **_: object) -> Iterator[Step | Result]:
         yield Step("denoise", 1, 1, "step 1 of 1", 0.1, 0.0)
         path = output or self.folder / "video.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)

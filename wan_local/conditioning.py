@@ -19,6 +19,7 @@ from wan_local.geometry import TEMPORAL_STRIDE
 from wan_local.models.image_encoder import clip_pixels, encode_pixels
 from wan_local.models.text_encoder import encode_tokens
 from wan_local.models.vae import Vae
+from wan_local.request import Check, unchecked
 from wan_local.settings import ImageEncoderConfig
 
 if TYPE_CHECKING:
@@ -95,12 +96,16 @@ def picture_tensor(image: Image) -> Tensor:
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def encode_condition(vae: Vae, images: tuple[Tensor, Tensor], generated_frames: int) -> Tensor:
+def encode_condition(
+    vae: Vae, images: tuple[Tensor, Tensor], generated_frames: int, *, check: Check = unchecked
+) -> Tensor:
     """Return the condition [1, 4 + z_dim, T, H, W]: the mask, then the latents of [start, zeros ..., end].
 
     images: each [3, height, width] in [-1, 1]. Zero is mid-grey. Source: wan/first_last_frame2video.py of Wan2.1.
+    check: called before each chunk.
     """
-    latents = vae.encode(_condition_clip(images, generated_frames, vae.post_quant_conv.weight.device))
+    chunks = _condition_clip(images, generated_frames, vae.post_quant_conv.weight.device)
+    latents = vae.encode(_checked(chunks, check))
     return torch.cat((frame_mask(generated_frames, latents), latents), dim=1)
 
 
@@ -113,6 +118,12 @@ def _condition_clip(images: tuple[Tensor, Tensor], generated_frames: int, device
     for _ in range(chunks - 1):
         yield blank
     yield torch.cat((blank[:, :, 1:], end), dim=2)
+
+
+def _checked(chunks: Iterator[Tensor], check: Check) -> Iterator[Tensor]:
+    for chunk in chunks:
+        check()
+        yield chunk
 
 
 def frame_mask(generated_frames: int, like: Tensor) -> Tensor:

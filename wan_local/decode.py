@@ -14,6 +14,7 @@ from wan_local.errors import NumericalError
 from wan_local.geometry import Geometry, frames_to_drop
 from wan_local.models.vae import Vae
 from wan_local.preview import to_uint8
+from wan_local.request import Check, unchecked
 
 Frames = NDArray[np.uint8]
 
@@ -26,16 +27,17 @@ class Decoded:
     frames: Frames
 
 
-def decode_frames(vae: Vae, latents: Tensor, geometry: Geometry) -> Iterator[Decoded]:
+def decode_frames(vae: Vae, latents: Tensor, geometry: Geometry, *, check: Check = unchecked) -> Iterator[Decoded]:
     """Yield the frames of normalised latents [1, C, T, h, w], a few at a time.
 
     Where the model made up to three frames more than were asked for, all are kept as uint8 until the least-moving
-    interior ones are known. Raises NumericalError.
+    interior ones are known. check: called after each chunk. Raises NumericalError.
     """
     streams = geometry.generated_frames == geometry.num_frames
     kept: list[Frames] = []
     done = 0
     for chunk in vae.decode(latents):
+        check()
         if not torch.isfinite(chunk).all():
             raise NumericalError(
                 "decoding gave NaN or infinity; no video is written. The VAE's weights may be damaged."

@@ -1,7 +1,8 @@
 """The queue: one worker, first come first served, with events and cancel.
 
-Takes validated requests; hands them one at a time to the engine, a generator that yields `Step`s and last a `Result`,
-and whose `close()` frees all it holds. Gives jobs that any thread can ask, wait for and cancel. No torch.
+Takes validated requests; hands them one at a time to the engine with a `Ticket`; the engine is a generator that yields
+`Step`s and last a `Result`, and whose `close()` frees all it holds. Gives jobs that any thread can ask, wait for and
+cancel. No torch.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
-from wan_local.request import APPLICATION, Request, Result, Step
+from wan_local.request import APPLICATION, Check, Request, Result, Step
 
-Engine = Callable[[Request], Iterator[Step | Result]]
 Priority = Literal["normal", "low"]
 State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
@@ -32,6 +32,19 @@ _WAKE_SECONDS = 0.5  # a wait is never longer at a stretch, so that Ctrl-C reach
 _EXIT_SECONDS = 5.0  # how long an ending interpreter waits for the engine to clean up
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What an engine is told of the job beside its request: its id, and a `check` that raises Cancelled when it was
+    cancelled, to be called as often as is cheap. The same id given again after a restart goes on where the job was.
+    """
+
+    id: str
+    check: Check
+
+
+Engine = Callable[[Request, Ticket], Iterator[Step | Result]]
 
 
 class StartTimeout(WanLocalError, TimeoutError):
@@ -195,7 +208,7 @@ class Queue:
             return job.steps[seen:]
 
     def cancel(self, job: Job) -> bool:
-        """Cancel a job: a waiting one never runs, a running one is closed at its next step. False if it had ended."""
+        """Cancel a job: a waiting one never runs, a running one ends at its next check. False if it had ended."""
         with self._changed:
             if job.state == "COMPLETED":
                 return False
@@ -244,18 +257,22 @@ class Queue:
             self._finish(job, result=outcome.result, error=outcome.error)
 
     def _iterate(self, job: Job) -> Result:
-        """Run the engine to its end; a cancelled job is closed where it yields."""
+        """Run the engine to its end; a cancelled job ends where the engine checks, or where it yields."""
         assert job.request is not None, "only a waiting job is run"
         result: Result | None = None
-        run = self._engine(job.request)
+
+        def check() -> None:
+            if job.cancelled:
+                raise Cancelled("Request was cancelled")
+
+        run = self._engine(job.request, Ticket(job.id, check))
         try:
             for item in run:
                 if isinstance(item, Result):
                     result = item
                 else:
                     self._record(job, item)
-                    if job.cancelled:
-                        raise Cancelled("Request was cancelled")
+                    check()
         finally:
             if isinstance(run, Generator):
                 run.close()

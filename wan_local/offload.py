@@ -11,7 +11,7 @@ CPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_local.planner import SLOTS, Source
+from wan_local.request import Check, unchecked
 
 Fill = Callable[[int, Mapping[str, Tensor]], None]  # write block i's tensors into these views, converting dtypes
 
@@ -39,6 +40,19 @@ def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
     streamed = num_blocks - num_resident
     gone = {(2 * index + 1) * num_blocks // (2 * streamed) for index in range(streamed)} if streamed else set()
     return frozenset(range(num_blocks)) - gone
+
+
+class CheckedBlocks(nn.ModuleList):
+    """A network's list of blocks that is asked, before each one runs, whether to go on."""
+
+    def __init__(self, blocks: Iterable[nn.Module], check: Check) -> None:
+        super().__init__(blocks)
+        self._check = check
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for block in super().__iter__():
+            self._check()
+            yield block
 
 
 class FlatBlock:
@@ -71,15 +85,22 @@ class StreamedBlocks(nn.Module):
     """Stands for a network's list of blocks: iterating gives each block in turn with its weights on the device.
 
     A block is valid until the next one is asked for. Iterate from start to end, as often as wanted; a pass that was
-    left half way is begun anew. `close` frees everything.
+    left half way is begun anew. `check` is called before each block. `close` frees everything.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], layout: FlatBlock, fill: Fill, residency: Residency, device: torch.device
+        self,
+        blocks: Sequence[nn.Module],
+        layout: FlatBlock,
+        fill: Fill,
+        residency: Residency,
+        device: torch.device,
+        *,
+        check: Check = unchecked,
     ) -> None:
         """Take blocks on `meta`, of which those in `residency.resident` have their weights already."""
         super().__init__()
-        self._device, self._fill, self._layout = device, fill, layout
+        self._device, self._fill, self._layout, self._check = device, fill, layout, check
         self._resident = {index: blocks[index] for index in sorted(residency.resident)}
         self._num_blocks = len(blocks)
         self._streamed = [index for index in range(len(blocks)) if index not in residency.resident]
@@ -102,6 +123,7 @@ class StreamedBlocks(nn.Module):
         if self._streamed and self._next % len(self._streamed):
             self._begin()
         for index in range(self._num_blocks):
+            self._check()
             if index in self._resident:
                 yield self._resident[index]
             else:

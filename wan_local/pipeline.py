@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,13 @@ from wan_local.device import compute_dtype, free_bytes, free_ram_bytes, resolve_
 from wan_local.errors import InvalidRequest
 from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, AspectRatio, Geometry, Resolution, Size, output_size
 from wan_local.image import fit, load_image
-from wan_local.planner import Machine, Plan, make_plan
+from wan_local.planner import Machine, Plan, StagePlan, make_plan
 from wan_local.preview import fit_latent_to_rgb
 from wan_local.report import Report
-from wan_local.request import File, Request, Result, Step, as_json
+from wan_local.request import Check, File, Request, Result, Step, as_json, unchecked
 from wan_local.scheduler import Scheduler
 from wan_local.settings import ModelConfig, Settings, load_acceleration_config, load_settings
-from wan_local.stage import network_sizes, stage
+from wan_local.stage import Network, network_sizes, stage
 from wan_local.video import VideoReport, VideoWriter, check_output, largest_bytes
 
 _RANDOM_SEEDS = 2**31  # JavaScript clients lose integers beyond 2^53
@@ -75,10 +76,15 @@ class Job:
     plan: Plan
     seed: int
     output: Path
+    check: Check = unchecked
 
     @property
     def geometry(self) -> Geometry:
         return self.plan.geometry
+
+    def open(self, network: Network, plan: StagePlan | None = None) -> AbstractContextManager[Any]:
+        """Return the `stage` that hands out `network`."""
+        return stage(network, self.files, self.device, self.dtype, plan=plan, check=self.check)
 
 
 class Pipeline:
@@ -87,36 +93,38 @@ class Pipeline:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or load_settings()
 
-    def generate(self, request: Request, *, output: Path | str | None = None) -> Generator[Step | Result]:
+    def generate(
+        self, request: Request, *, output: Path | str | None = None, check: Check = unchecked
+    ) -> Generator[Step | Result]:
         """Yield a `Step` after each piece of work and last the `Result`.
 
-        output: the mp4 to write; a new name in the settings' `output_dir` unless given. Raises as `generate` does.
+        output: the mp4 to write; a new name in the settings' `output_dir` unless given. check: called between the
+        blocks of every network; what it raises (`Cancelled`, say) ends the run there. Raises as `generate` does.
         """
-        job = prepare(request, self.settings, output)
+        job = prepare(request, self.settings, output, check=check)
         files, geometry = job.files, job.geometry
         report = Report(job.device)
         for text in _remarks(job):
             report.note(text)
         yield report.step(1, 1, f"{files.config.title}: {job.plan.describe()}")
 
-        placed = (files, job.device, job.dtype)
-        with report.stage("text"), stage("text_encoder", *placed, plan=job.plan.stage("text")) as text_encoder:
+        with report.stage("text"), job.open("text_encoder", job.plan.stage("text")) as text_encoder:
             prompt_embeds, negative_embeds = _embed_prompts(text_encoder, job, report)
         yield report.step(1, 1, "prompts encoded")
 
-        with report.stage("image"), stage("image_encoder", *placed) as image_encoder:
+        with report.stage("image"), job.open("image_encoder") as image_encoder:
             image_embeds = embed_images(image_encoder, job.images, files.config.image_encoder)
         yield report.step(1, 1, "images encoded")
 
-        with report.stage("condition"), stage("vae", *placed) as vae:
-            condition = encode_condition(vae, job.images, geometry.generated_frames)
+        with report.stage("condition"), job.open("vae") as vae:
+            condition = encode_condition(vae, job.images, geometry.generated_frames, check=check)
         yield report.step(1, 1, "first and last frame encoded")
 
         embeds = Embeds(prompt_embeds, negative_embeds, image_embeds)
         state = yield from sample(job, report, embeds, condition)
 
-        with report.stage("decode"), stage("vae", *placed) as vae, _writer(job, state.calls) as writer:
-            for decoded in decode_frames(vae, state.latents, geometry):
+        with report.stage("decode"), job.open("vae") as vae, _writer(job, state.calls) as writer:
+            for decoded in decode_frames(vae, state.latents, geometry, check=check):
                 writer.write(decoded.frames)
                 message = f"frame {decoded.done} of {geometry.generated_frames}"
                 yield report.step(decoded.done, geometry.generated_frames, message)
@@ -136,9 +144,8 @@ class Embeds:
 def sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Generator[Step, None, Denoised]:
     """Denoise and return the last state. The context's keys and values go with this frame, before decoding begins."""
     request, looped = job.request, job.plan.stage("denoise")
-    placed = (job.files, job.device, job.dtype)
     scheduler = Scheduler(request.num_inference_steps, request.shift)
-    with report.stage("context"), stage("context_embedder", *placed, plan=job.plan.stage("context")) as embedder:
+    with report.stage("context"), job.open("context_embedder", job.plan.stage("context")) as embedder:
         modulations = embedder.modulations(scheduler.timesteps)
         context = embedder(embeds.prompt, embeds.images)
         negative_context = None if embeds.negative is None else embedder(embeds.negative, embeds.images)
@@ -147,7 +154,7 @@ def sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Gener
     policy = make_policy(request.acceleration, request.num_inference_steps, load_acceleration_config(job.settings))
     to_rgb = fit_latent_to_rgb(condition[:, _MASK_CHANNELS:], job.images)
     noise = initial_noise(job.seed, _latent_shape(job)).to(job.device)
-    with report.stage("denoise"), stage("transformer", *placed, plan=looped) as transformer:
+    with report.stage("denoise"), job.open("transformer", looped) as transformer:
         guided = Guided(
             transformer,
             condition,
@@ -166,7 +173,7 @@ def sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Gener
     return state
 
 
-def prepare(request: Request, settings: Settings, output: Path | str | None = None) -> Job:
+def prepare(request: Request, settings: Settings, output: Path | str | None = None, *, check: Check = unchecked) -> Job:
     """Check everything that can be checked before a weight is read: request, images, model, device, memory, output."""
     _refuse_features_to_come(request)
     files = find_model(settings)
@@ -189,7 +196,7 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
     path = _output_path(settings, seed, output)
     check_output(path, largest_bytes(geometry))
     images = (picture_tensor(fit(start, size)), picture_tensor(fit(end, size)))
-    return Job(request, settings, files, device, dtype, images, plan, seed, path)
+    return Job(request, settings, files, device, dtype, images, plan, seed, path, check)
 
 
 def plan_run(

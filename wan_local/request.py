@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,11 +38,17 @@ DEFAULT_NEGATIVE_PROMPT = (
     "background, three legs, many people in the background, walking backwards"
 )
 
+Check = Callable[[], None]  # called often while something long runs; raises Cancelled to end it
+
 Stage = Literal["plan", "text", "image", "condition", "context", "denoise", "decode"]
 
 _DEFAULT_FRAMES = 81
 _DEFAULT_RATE = 16
 _SEED_MIN, _SEED_MAX = -(2**63), 2**64 - 1  # what torch.Generator.manual_seed takes
+
+
+def unchecked() -> None:
+    """Be a `Check` that never asks to stop."""
 
 
 def _unicode(value: str) -> str:

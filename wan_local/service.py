@@ -15,7 +15,7 @@ import httpx
 
 from wan_local.errors import InvalidRequest, NotAvailable
 from wan_local.file_server import FileServer
-from wan_local.jobs import Engine, Failure, Job, Priority, Queue, describe, owner_and_alias, unknown_application
+from wan_local.jobs import Engine, Failure, Job, Priority, Queue, Ticket, describe, owner_and_alias, unknown_application
 from wan_local.request import APPLICATION, Request, Result, Step
 from wan_local.settings import Settings, UrlScheme, load_settings
 from wan_local.webhook import Webhooks, failed, succeeded
@@ -150,8 +150,8 @@ def _engine(settings: Settings) -> Engine:
 
         return Pipeline(settings)
 
-    def generate(request: Request) -> Iterator[Step | Result]:
-        yield from pipeline().generate(request)
+    def generate(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
+        yield from pipeline().generate(request, check=ticket.check)
 
     return generate
 

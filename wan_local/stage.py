@@ -21,8 +21,9 @@ from wan_local.models.image_encoder import build_image_encoder
 from wan_local.models.text_encoder import EmbeddingRows, build_text_encoder
 from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
 from wan_local.models.vae import Vae
-from wan_local.offload import FlatBlock, Residency, StreamedBlocks, spread
+from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks, spread
 from wan_local.planner import NetworkSize, StagePlan
+from wan_local.request import Check, unchecked
 from wan_local.settings import ModelConfig
 
 Network = Literal["text_encoder", "image_encoder", "vae", "context_embedder", "transformer"]
@@ -35,7 +36,8 @@ class _Recipe:
     build: Callable[[ModelConfig], nn.Module]
     part: Part
     where: Callable[[str], bool] = lambda _: True
-    blocks: str | None = None  # the path of its list of blocks, where these can be streamed
+    layers: str | None = None  # the path of its list of blocks
+    streams: bool = False  # whether these blocks can be streamed
     table: str | None = None  # the embedding table of which a prompt needs a few rows
 
 
@@ -43,33 +45,45 @@ _RECIPES: Mapping[Network, _Recipe] = {
     "text_encoder": _Recipe(
         lambda config: build_text_encoder(config.text_encoder),
         "text_encoder",
-        blocks="encoder.block",
+        layers="encoder.block",
+        streams=True,
         table="shared.weight",
     ),
-    "image_encoder": _Recipe(lambda config: build_image_encoder(config.image_encoder), "image_encoder"),
+    "image_encoder": _Recipe(
+        lambda config: build_image_encoder(config.image_encoder), "image_encoder", layers="encoder.layers"
+    ),
     "vae": _Recipe(lambda config: Vae(config.vae), "vae"),
     "context_embedder": _Recipe(
-        lambda config: ContextEmbedder(config.transformer), "transformer", in_context, blocks="blocks"
+        lambda config: ContextEmbedder(config.transformer), "transformer", in_context, layers="blocks", streams=True
     ),
     "transformer": _Recipe(
         lambda config: Transformer(config.transformer),
         "transformer",
         lambda name: not in_context(name),
-        blocks="blocks",
+        layers="blocks",
+        streams=True,
     ),
 }
 
 
 @contextmanager
 def stage(
-    network: Network, files: ModelFiles, device: torch.device, dtype: torch.dtype, *, plan: StagePlan | None = None
+    network: Network,
+    files: ModelFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    plan: StagePlan | None = None,
+    check: Check = unchecked,
 ) -> Iterator[Any]:
     """Hand out `network` on `device`, computing in `dtype` (the VAE: float32), and free it at the end.
 
     plan: which of its blocks stay on the device and where the others wait; all stay unless given.
+    check: called before each tensor that is read and before each block that runs.
     """
-    module = load_network(network, files, device, dtype, plan=plan)
+    module = _on_meta(network, files.config)
     try:
+        _load(module, network, files, _Place(_RECIPES[network].part, device, dtype, check), plan)
         yield module
     finally:
         for part in module.modules():
@@ -92,24 +106,42 @@ def _size_of(recipe: _Recipe, config: ModelConfig) -> NetworkSize:
     numbers = {name: parameter.numel() for name, parameter in module.named_parameters()}
     total = sum(numbers.values())
     wide = sum(count for name, count in numbers.items() if recipe.part == "transformer" and stays_float32(name))
-    if recipe.blocks is None:
+    if recipe.layers is None or not recipe.streams:
         return NetworkSize(total, wide=wide)
-    blocks = list(cast(nn.ModuleList, module.get_submodule(recipe.blocks)))
+    blocks = list(cast(nn.ModuleList, module.get_submodule(recipe.layers)))
     block = sum(parameter.numel() for parameter in blocks[0].parameters())
     table = module.get_parameter(recipe.table).numel() if recipe.table else 0
     return NetworkSize(total, block, len(blocks), table, wide)
 
 
 def load_network(
-    network: Network, files: ModelFiles, device: torch.device, dtype: torch.dtype, *, plan: StagePlan | None = None
+    network: Network,
+    files: ModelFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    plan: StagePlan | None = None,
+    check: Check = unchecked,
 ) -> nn.Module:
     """Build `network` on `meta` and give it its weights, read one tensor at a time straight to where they belong."""
-    recipe = _RECIPES[network]
+    module = _on_meta(network, files.config)
+    _load(module, network, files, _Place(_RECIPES[network].part, device, dtype, check), plan)
+    return module
+
+
+def _on_meta(network: Network, config: ModelConfig) -> nn.Module:
     with torch.device("meta"):
-        module = recipe.build(files.config)
-    tensors, place = PartTensors(files, recipe.part, recipe.where), _Place(recipe.part, device, dtype)
+        return _RECIPES[network].build(config)
+
+
+def _load(module: nn.Module, network: Network, files: ModelFiles, place: _Place, plan: StagePlan | None) -> None:
+    recipe, device = _RECIPES[network], place.device
+    tensors = PartTensors(files, recipe.part, recipe.where)
     if plan is None or plan.resident_blocks is None:
         load_strictly(module, recipe.part, tensors, place)
+        if recipe.layers is not None:
+            blocks = cast(nn.ModuleList, module.get_submodule(recipe.layers))
+            module.set_submodule(recipe.layers, CheckedBlocks(blocks, place.check))
     else:
         _load_streamed(module, recipe, tensors, place, plan)
     for part in module.modules():
@@ -118,13 +150,13 @@ def load_network(
     module.eval().requires_grad_(False)
     if network == "vae" and device.type == "cpu":
         _channels_last(module)
-    return module
 
 
 def _load_streamed(module: nn.Module, recipe: _Recipe, tensors: PartTensors, place: _Place, plan: StagePlan) -> None:
     """Load what stays on the device; other blocks, and rows of the embedding table, come when they are needed."""
-    assert recipe.blocks is not None and plan.resident_blocks is not None and plan.source is not None, plan
-    path, table = recipe.blocks, recipe.table
+    assert recipe.layers is not None and recipe.streams, recipe
+    assert plan.resident_blocks is not None and plan.source is not None, plan
+    path, table = recipe.layers, recipe.table
     blocks = list(cast(nn.ModuleList, module.get_submodule(path)))
     resident = spread(len(blocks), plan.resident_blocks)
     absent = tuple(f"{path}.{index}." for index in range(len(blocks)) if index not in resident)
@@ -139,10 +171,11 @@ def _load_streamed(module: nn.Module, recipe: _Recipe, tensors: PartTensors, pla
 
     def fill(index: int, views: Mapping[str, Tensor]) -> None:
         for name, view in views.items():
+            place.check()
             view.copy_(tensors[f"{path}.{index}.{name}"])
 
     layout, residency = FlatBlock(blocks[0], place.dtype_of), Residency(resident, plan.source)
-    module.set_submodule(path, StreamedBlocks(blocks, layout, fill, residency, place.device))
+    module.set_submodule(path, StreamedBlocks(blocks, layout, fill, residency, place.device, check=place.check))
     if table is not None:
         rows = EmbeddingRows(lambda indices: place(table, tensors.rows(table, indices)))
         cast(Any, module).set_input_embeddings(rows)
@@ -155,8 +188,10 @@ class _Place:
     part: Part
     device: torch.device
     dtype: torch.dtype
+    check: Check
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        self.check()
         return tensor.to(self.device, self.dtype_of(name))
 
     def dtype_of(self, name: str) -> torch.dtype:
