@@ -29,7 +29,7 @@ LINES = (
     ("stage",),
     ("conditioning", "scheduler", "acceleration", "denoise", "preview", "decode", "video", "report"),
     ("pipeline",),
-    ("jobs", "file_server"),
+    ("jobs", "file_server", "quality"),
     ("webhook", "encoding", "lifecycle", "auth"),
     ("service",),
     ("handle", "realtime_connection", "submission"),

@@ -1,0 +1,189 @@
+"""The yardstick itself: figures against known values, a study that goes on where it stopped, a page, a verdict."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+from skimage.metrics import structural_similarity
+
+from wan_local import cli
+from wan_local.cli import terminal
+from wan_local.errors import InvalidRequest
+from wan_local.quality import metrics, own_model, protocol, verdict
+from wan_local.quality.page import write_page
+from wan_local.quality.protocol import EXACT, Cell, Clip, Encoded, Made, Study, Variant
+from wan_local.settings import load_acceleration_config, load_settings
+
+RNG = np.random.default_rng(7)
+
+
+@pytest.fixture(scope="module")
+def pan() -> metrics.Frames:
+    """A photograph that moves two pixels a frame."""
+    picture = data.astronaut()[::2, ::2]
+    return np.stack([picture[40:104, 2 * index : 2 * index + 112] for index in range(12)])
+
+
+def noisy(frames: metrics.Frames, sigma: float) -> metrics.Frames:
+    changed = frames + np.random.default_rng(7).normal(0, sigma, frames.shape)
+    return changed.round().clip(0, 255).astype(np.uint8)
+
+
+def test_psnr_of_a_known_error() -> None:
+    grey = np.full((2, 8, 8, 3), 100, np.uint8)
+    assert metrics.psnr(grey, grey) == 99.0
+    assert metrics.psnr(grey, grey + 10) == pytest.approx(20 * np.log10(255 / 10), abs=1e-5)
+    other = grey.copy()
+    other[1] += 20
+    assert metrics.worst_frame_psnr(grey, other) == pytest.approx(20 * np.log10(255 / 20), abs=1e-5)
+
+
+def test_ssim_agrees_with_scikit_image(pan: metrics.Frames) -> None:
+    other = noisy(pan, 8)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    known = [
+        structural_similarity(metrics.luma(a), metrics.luma(b), **options) for a, b in zip(pan, other, strict=True)
+    ]
+    assert metrics.ssim(pan, pan) == pytest.approx(1.0, abs=1e-5)
+    assert metrics.ssim(pan, other) == pytest.approx(np.mean(known), abs=2e-3)
+
+
+def test_motion_is_the_pan_and_noise_raises_the_warp_error(pan: metrics.Frames) -> None:
+    motion, error = metrics.motion_and_warp_error(pan)
+    assert motion == pytest.approx(2.0, rel=0.1)
+    assert metrics.motion_and_warp_error(noisy(pan, 10))[1] > 5 * error
+    still = np.repeat(pan[:1], 5, axis=0)
+    assert metrics.motion_and_warp_error(still)[0] < 0.05
+
+
+def test_a_jump_at_the_end_a_flicker_and_a_blur_are_seen(pan: metrics.Frames) -> None:
+    jumped = pan.copy()
+    jumped[-1] = 255 - pan[-1]
+    assert metrics.end_pop(pan) == pytest.approx(1.0, abs=0.2) and metrics.end_pop(jumped) > 3
+    wave = np.clip(pan.astype(int) + np.array([6, -6] * 6)[:, None, None, None], 0, 255).astype(np.uint8)
+    assert metrics.flicker(wave) > 10 * metrics.flicker(pan)
+    blurred = np.stack([np.asarray(Image.fromarray(f).resize((28, 16)).resize((112, 64))) for f in pan])
+    assert metrics.sharpness(blurred) < 0.3 * metrics.sharpness(pan)
+
+
+class FakeStudy(Study):
+    """Counts its runs; a variant changes the picture by as many levels as its label says."""
+
+    made = 0
+
+    def encode(self, clip: Clip) -> Encoded:
+        ends = (np.asarray(clip.start), np.asarray(clip.end))
+        return Encoded(None, None, ends, (40.0, 40.0))  # type: ignore[arg-type]
+
+    def make(self, clip: Clip, encoded: Encoded, variant: Variant, cell: Cell, seed: int) -> Made:
+        FakeStudy.made += 1
+        assert clip.truth is not None
+        level = 0 if variant.label == EXACT else int(variant.label.split()[-1])
+        return Made(noisy(clip.truth, 4) + np.uint8(level), 30 - level, 1.0)
+
+
+def make_clip(frames: metrics.Frames, name: str = "a") -> Clip:
+    dark = frames // 2
+    return Clip(name, Image.fromarray(dark[0]), Image.fromarray(dark[-1]), "p", dark)
+
+
+def test_a_study_goes_on_where_it_stopped(pan: metrics.Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStudy, "made", 0)
+    study = FakeStudy(load_settings(model="tiny"), {}, tmp_path)
+    clips, variants = [make_clip(pan), make_clip(pan, "b")], [Variant(EXACT), Variant("add 1"), Variant("add 3")]
+    running = study.run(clips, variants, [Cell()], [1, 2])
+    first = [next(running) for _ in range(4)]
+    running.close()
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"variant": "cut o')  # a stop in the middle of a line
+    rest = list(FakeStudy(load_settings(model="tiny"), {}, tmp_path).run(clips, variants, [Cell()], [1, 2]))
+    keys = [protocol.key_of(row) for row in first + rest]
+    assert len(keys) == len(set(keys)) == 12
+    assert {protocol.key_of(row) for row in study.rows()} == set(keys)
+    exact = [row for row in first + rest if row["variant"] == EXACT]
+    assert all(row["psnr_to_exact"] == 99.0 and row["last_psnr_change"] == 0 for row in exact)
+    [three] = {row["psnr_to_exact"] for row in rest if row["variant"] == "add 3"}
+    assert three == pytest.approx(20 * np.log10(255 / 3), abs=1e-4)
+
+
+def test_the_page_has_a_table_pictures_and_readable_csv(pan: metrics.Frames, tmp_path: Path) -> None:
+    study = FakeStudy(load_settings(model="tiny"), {}, tmp_path / "work")
+    variants = [Variant(EXACT), Variant("add 1"), Variant("add 3")]
+    assert len(list(study.run([make_clip(pan)], variants, [Cell(), Cell(20, 3.0)], [1]))) == 6
+    write_page(study, tmp_path / "page", "A title", "Words.")
+    text = (tmp_path / "page" / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("# A title") and "## 30 steps, shift 5" in text and "## 20 steps, shift 3" in text
+    assert "| add 3 | 1 | 27.0 |" in text
+    pictures = [line[line.index("(") + 1 : -1] for line in text.splitlines() if line.startswith("![")]
+    assert len(pictures) == 3
+    for name in pictures:
+        with Image.open(tmp_path / "page" / name) as picture:
+            assert min(picture.size) > 50 and len(set(picture.convert("L").tobytes())) > 10
+    with (tmp_path / "page" / "rows.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 6 and float(rows[0]["psnr_to_exact"]) == 99.0
+
+
+def summary(variant: str, calls: float, psnr: float, last: float = 0.0, warp: float = 1.0) -> verdict.Summary:
+    means = {"calls": calls, "psnr_to_exact": psnr, "last_psnr_change": last, "warp_error_ratio": warp}
+    return verdict.Summary(variant, "c", 1, means, psnr)
+
+
+def test_the_verdict_takes_the_fewest_calls_of_what_is_acceptable() -> None:
+    near, fewer = summary("regular, tau 0.03", 21, 50), summary("regular, tau 0.1", 18, 45)
+    assert verdict.best([near, fewer], ["regular, tau 0.03", "regular, tau 0.1"]) is fewer
+    for spoilt in (summary("x", 12, 21), summary("x", 12, 50, last=-0.6), summary("x", 12, 50, warp=1.2)):
+        assert verdict.best([near, spoilt], ["regular, tau 0.03", "x"]) is near
+    assert verdict.best([summary("x", 12, 21)], ["x"]) is None
+
+
+def test_every_candidate_is_a_file_of_thresholds_that_the_settings_read(tmp_path: Path) -> None:
+    for variant in own_model.variants(tmp_path, 30)[: len(own_model.candidates())]:
+        load_acceleration_config(load_settings(**variant.settings))
+    chosen = own_model.recommended([summary("reuse, threshold 0.1", 16, 40), summary("static plan", 20, 60)])
+    assert chosen is not None and tomllib.loads(chosen.as_toml())["reuse"] == {"threshold": 0.1}
+
+
+def write_pair(folder: Path, name: str) -> None:
+    for part in ("first", "last"):
+        Image.fromarray(RNG.integers(0, 255, (96, 160, 3), dtype=np.uint8)).save(folder / f"{name}_{part}.png")
+
+
+def test_pairs_are_read_by_their_names_and_a_lone_picture_is_named(tmp_path: Path) -> None:
+    write_pair(tmp_path, "bird")
+    (tmp_path / "bird.txt").write_text(" a bird \n", encoding="utf-8")
+    [clip] = own_model.read_pairs(tmp_path)
+    assert (clip.name, clip.prompt, clip.start.size, clip.truth) == ("bird", "a bird", (160, 96), None)
+    (tmp_path / "bird_last.png").unlink()
+    with pytest.raises(InvalidRequest, match=r"bird_first\.png has no partner bird_last\.png"):
+        own_model.read_pairs(tmp_path)
+    (tmp_path / "bird_first.png").unlink()
+    with pytest.raises(InvalidRequest, match="holds no pair"):
+        own_model.read_pairs(tmp_path)
+
+
+def test_bench_quality_runs_the_real_model_and_writes_page_and_thresholds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs, output = tmp_path / "pairs", tmp_path / "out"
+    pairs.mkdir()
+    write_pair(pairs, "noise")
+    few: Mapping[str, Any] = {"acceleration": "regular"}
+    monkeypatch.setattr(own_model, "variants", lambda folder, steps: [Variant("static plan", few)])
+    flags = ["--model", "tiny", "--device", "cpu", "--num-inference-steps", "12", "--guide-scale", "1"]
+    assert cli.main(["bench", "quality", "--pairs", str(pairs), "--output", str(output), *flags]) == terminal.DONE
+    rows = [json.loads(line) for line in (output / "runs" / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["variant"] for row in rows] == [EXACT, "static plan"]
+    assert rows[0]["calls"] == 12 > rows[1]["calls"] and 30 < rows[1]["psnr_to_exact"] < 99
+    assert capsys.readouterr().out.strip() == str(output / "README.md")
+    assert "static plan" in (output / "README.md").read_text(encoding="utf-8")
+    assert load_acceleration_config(load_settings(acceleration_file=output / "acceleration.toml")).policy == "static"

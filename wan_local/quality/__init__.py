@@ -1,0 +1,1 @@
+"""What a change costs: the same clips with and without it, measured frame by frame, on one page."""

@@ -1,0 +1,93 @@
+"""The protocol on a person's own weights and image pairs, and thresholds of their own as its result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan_local.errors import InvalidRequest
+from wan_local.image import load_image
+from wan_local.quality.protocol import Clip, Variant
+from wan_local.quality.verdict import Summary, best
+
+FIRST, LAST = "_first", "_last"
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_TAUS = (0.03, 0.05, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way that `regular` could be, as tables for the setting `acceleration_file`."""
+
+    label: str
+    tables: Mapping[str, Mapping[str, Any]]
+
+    def as_toml(self) -> str:
+        lines = []
+        for name, table in self.tables.items():
+            lines.append(f"[{name}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+        return "\n".join(lines) + "\n"
+
+
+def candidates() -> tuple[Candidate, ...]:
+    """Return the ways that are compared: merging at three thresholds, the static plan, reuse at two."""
+    merging = [
+        Candidate(f"regular, tau {tau:g}", {"regular": {"policy": "merge"}, "merge": {"tau": tau}}) for tau in _TAUS
+    ]
+    reuse = [
+        Candidate(f"reuse, threshold {value:g}", {"regular": {"policy": "reuse"}, "reuse": {"threshold": value}})
+        for value in (0.05, 0.1)
+    ]
+    return (*merging, Candidate("static plan", {"regular": {"policy": "static"}}), *reuse)
+
+
+def variants(folder: Path, steps: int) -> list[Variant]:
+    """Return what is compared; the candidates' thresholds are written into `folder` for the runs to read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for number, candidate in enumerate(candidates()):
+        path = folder / f"candidate_{number}.toml"
+        path.write_text(candidate.as_toml(), encoding="utf-8")
+        made.append(Variant(candidate.label, {"acceleration": "regular"}, {"acceleration_file": path}))
+    half = max(2, steps // 2)
+    others = (Variant(f"{half} even steps", {"num_inference_steps": half}), Variant("another seed", seed_offset=1000))
+    return [*made, *others]
+
+
+def recommended(summaries: Sequence[Summary]) -> Candidate | None:
+    """Return the candidate that the figures speak for, or None where every step is better."""
+    by_label = {candidate.label: candidate for candidate in candidates()}
+    chosen = best(summaries, list(by_label))
+    return None if chosen is None else by_label[chosen.variant]
+
+
+def read_pairs(folder: Path) -> list[Clip]:
+    """Return the pairs of a folder: `NAME_first.png` and `NAME_last.png` (or jpg, webp), with a prompt in `NAME.txt`.
+
+    Raises InvalidRequest for a folder without pairs or a picture without its partner.
+    """
+    pictures = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in _PICTURES}
+    clips = []
+    for stem, first in pictures.items():
+        if not stem.endswith(FIRST):
+            continue
+        name = stem.removesuffix(FIRST)
+        partner = pictures.get(name + LAST)
+        if partner is None:
+            raise _pairs_error(f"{first} has no partner {name}{LAST}.png", folder)
+        words = folder / f"{name}.txt"
+        prompt = words.read_text(encoding="utf-8").strip() if words.exists() else ""
+        start, end = (load_image(path, field="pairs") for path in (first, partner))
+        clips.append(Clip(name, start, end, prompt))
+    if not clips:
+        raise _pairs_error(f"{folder} holds no pair", folder)
+    return clips
+
+
+def _pairs_error(what: str, folder: Path) -> InvalidRequest:
+    message = f"{what}. A pair is NAME{FIRST}.png and NAME{LAST}.png, with its prompt in NAME.txt if it has one."
+    return InvalidRequest.field("pairs", "value_error", message, value=str(folder))
