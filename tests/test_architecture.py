@@ -20,7 +20,7 @@ LINES = (
     ("planner", "key_map", "header"),
     ("anatomy", "gguf_header", "pickle_header"),
     ("weight_files", "kinds"),
-    ("device", "image", "metadata", "dequantize", "checkpoint", "quantize"),
+    ("device", "image", "metadata", "dequantize", "checkpoint", "quantize", "safety"),
     ("stored_tensor",),
     ("sources",),
     ("layers",),

@@ -200,7 +200,7 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_weights_are_read")
 class TestBeforeAnyWeightIsRead:
-    @pytest.mark.parametrize("field", ["enable_safety_checker", "enable_prompt_expansion"])
+    @pytest.mark.parametrize("field", ["enable_prompt_expansion"])
     def test_what_is_not_there_yet_is_refused_by_name(self, settings: Settings, field: str) -> None:
         with pytest.raises(InvalidRequest, match=field) as caught:
             generate(make_request(**{field: True}), settings=settings)

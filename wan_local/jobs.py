@@ -362,7 +362,8 @@ def _release(job: Job, error: BaseException) -> None:
 def describe(error: BaseException) -> Failure:
     """Word an error as the hosted service does. Codes that its clients retry (429, 502, 503) are never given."""
     if isinstance(error, InvalidRequest):
-        return Failure(422, {"detail": error.detail})
+        flagged = any(entry["type"] == "content_policy_violation" for entry in error.detail)
+        return Failure(422, {"detail": error.detail}, {"x-fal-retryable": "false"} if flagged else {})
     if isinstance(error, Cancelled):
         body = {"detail": "Request was cancelled", "error_type": "client_cancelled"}
         return Failure(499, body, {"x-fal-error-type": "client_cancelled"})

