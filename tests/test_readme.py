@@ -17,7 +17,7 @@ from wan_local.request import File, Request, Result, Step
 from wan_local.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/safety.md")
 
 
 def blocks(language: str) -> list[str]:
@@ -83,7 +83,7 @@ def test_every_request_field_is_described_with_its_default() -> None:
 def test_links_to_files_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
-            assert (ROOT / target).exists(), f"{page}: {target}"
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
 
 class _StandIn:

@@ -269,7 +269,7 @@ class TestBeforeAnyWeightIsRead:
     def test_a_flagged_image_is_named_by_its_field(
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch, field: str
     ) -> None:
-        """The real classifier with a threshold that a flat brown reaches: no unsafe picture is needed to see it work."""
+        """The real classifier with a threshold that a flat brown reaches: that takes no unsafe picture."""
         strict = replace(CONFIG, flag_one=0.15)
         monkeypatch.setattr(safety, "load_safety_config", lambda: strict)
         brown = Image.new("RGB", (256, 256), (0x82, 0x5C, 0x43))

