@@ -325,7 +325,7 @@ def test_a_crash_in_the_classifier_is_an_error_and_leaves_no_file(
 @pytest.mark.parametrize("switch", ["true", 1, "yes", True])
 def test_the_client_gets_the_endpoints_422(settings: Settings, switch: Any) -> None:
     """Case 19 of the endpoint's contract."""
-    service = Service(Pipeline(settings).generate, output_dir=settings.output_dir)
+    service = Service(lambda request, _: Pipeline(settings).generate(request), output_dir=settings.output_dir)
     arguments = {
         "prompt": "hardcore porn",
         "start_image_url": str(IMAGES / "first_frame.png"),
