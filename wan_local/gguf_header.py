@@ -20,6 +20,7 @@ _VERSIONS = (2, 3)
 _MAX_TENSORS, _MAX_KEYS, _MAX_DIMENSIONS = 100_000, 100_000, 8
 _MAX_STRING = 64 * 2**20
 _SHORTEST_TENSOR, _SHORTEST_KEY = 8 + 4 + 4 + 8, 8 + 4 + 1  # bytes of their descriptions
+_MAX_TEXTS, _WINDOW_BYTES = 1_000_000, 2**20
 _KEPT_ARRAY = 64  # longer arrays, such as vocabularies, are checked and skipped
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -105,6 +106,12 @@ class _Cursor:
             raise _Damaged(f"it ends at byte {self.position}")
         return content
 
+    def peek(self, count: int) -> bytes:
+        """Return up to `count` next bytes and stay where we are."""
+        content = self.stream.read(count)
+        self.stream.seek(self.position)
+        return content
+
     def skip(self, count: int) -> None:
         if count > self.left:
             raise _Damaged(f"{count} bytes are announced at {self.position} and {self.left} are left")
@@ -150,13 +157,28 @@ def _value(cursor: _Cursor, kind: int) -> Any:
             return [cursor.number(_SCALARS[item]) for _ in range(count)]
         cursor.skip(count * length)
     elif item == _STRING:
-        if count * 8 > cursor.left:
-            raise _Damaged(f"{count} texts are announced at {cursor.position}")
-        for _ in range(count):
-            cursor.skip(cursor.number("Q"))
+        _skip_texts(cursor, count)
     else:
         raise _Damaged(f"an array of type {item} at {cursor.position}")
     return None
+
+
+def _skip_texts(cursor: _Cursor, count: int) -> None:
+    """Step over texts, which lie each behind its length, without making them."""
+    if count > min(_MAX_TEXTS, cursor.left // 8):
+        raise _Damaged(f"{count} texts are announced at {cursor.position}")
+    window, place = b"", 0
+    for _ in range(count):
+        if place + 8 > len(window):
+            cursor.skip(place)
+            window, place = cursor.peek(_WINDOW_BYTES), 0
+            if len(window) < 8:
+                raise _Damaged(f"it ends at byte {cursor.size}, among {count} texts")
+        length = int.from_bytes(window[place : place + 8], "little")
+        if length > cursor.left:
+            raise _Damaged(f"a text of {length} bytes is announced at {cursor.position + place}")
+        place += 8 + length
+    cursor.skip(place)
 
 
 def _described(cursor: _Cursor, count: int) -> dict[str, _Description]:

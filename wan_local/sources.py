@@ -49,6 +49,10 @@ class SourceTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._reader.read(self._stored[name])
 
+    def stored(self, name: str) -> StoredTensor:
+        """Return where a tensor is in its file, and as what."""
+        return self._stored[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header."""
         return self._stored[name].shape

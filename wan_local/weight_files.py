@@ -44,7 +44,8 @@ def read_file_header(file: Path) -> Header:
             start = stream.read(4)
     except FileNotFoundError as error:
         raise ModelNotFound(f"there is no file {str(file)!r}") from error
-    if start == MAGIC or (file.suffix.lower() == ".gguf" and not start.lstrip().startswith((b"<", b"vers", b"{"))):
+    text = not start or start.lstrip()[:1] in (b"<", b"{", b"#") or start == b"vers"
+    if start == MAGIC or (file.suffix.lower() == ".gguf" and not text):
         return read_gguf_header(file)
     if start == b"PK\x03\x04":
         return read_pickle_header(file)
