@@ -19,7 +19,8 @@ LINES = (
     ("request", "geometry", "settings"),
     ("planner", "key_map", "header"),
     ("anatomy", "gguf_header", "pickle_header"),
-    ("weight_files", "kinds"),
+    ("weight_files", "kinds", "scales"),
+    ("inspection",),
     ("device", "image", "metadata", "dequantize", "checkpoint", "quantize", "safety"),
     ("stored_tensor",),
     ("sources",),
@@ -49,7 +50,7 @@ NEIGHBOURS = {
     ("__main__", "__init__"),
 }
 WITHOUT_TORCH = ("errors", "request", "geometry", "settings", "planner", "header", "anatomy", "gguf_header")
-WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds")
+WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "inspection")
 IMPORTERS_OF_KERNELS = ("layers", "device")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")
 

@@ -65,6 +65,7 @@ class Kind:
 def identify(tensors: Mapping[str, TensorInfo], hint: str = "") -> Kind:
     """Return what the tensors of one file or set are. `hint`: names of file and folder, to tell twins apart."""
     shapes = {name: info.shape for name, info in without_prefix(tensors).items()}
+    shapes |= {weight_name(name): shape for name, shape in shapes.items() if name.endswith("._data")}
     recognisers = (_lora, _quantized_by_others, _transformer, _vae, _text_encoder, _image_encoder, _neighbour)
     for recognise in recognisers:
         kind = recognise(shapes, hint.lower())
@@ -72,6 +73,14 @@ def identify(tensors: Mapping[str, TensorInfo], hint: str = "") -> Kind:
             return kind
     first = ", ".join(sorted(tensors)[:3])
     return Kind("other", f"an unknown network (its tensors are called {first}, ...)", False, advice=GET_TRANSFORMER)
+
+
+def weight_name(name: str) -> str:
+    """Return the name of the weight that a stored tensor is a piece of: its numbers, its scale, or its shift.
+
+    Pieces are called so by Comfy (`scale_weight`, `weight_scale`), quanto (`weight._data`, `weight._scale`) and here.
+    """
+    return re.sub(r"\.(scale_weight|weight_scale|weight_shift|weight(\._data|\._scale|\._shift)+)$", ".weight", name)
 
 
 def numbers_of(config: TransformerConfig) -> dict[str, int]:
@@ -171,7 +180,7 @@ def _flf2v(net: _Denoiser) -> Kind | None:
     return Kind("transformer", f"an FLF2V transformer of no known size: {numbers}", False, task="flf2v", advice=advice)
 
 
-_FFN = ("blocks.0.ffn.0.weight", "blocks.0.ffn.net.0.proj.weight")
+_FFN = ("blocks.0.ffn.0.bias", "blocks.0.ffn.net.0.proj.bias")  # never packed, as weights may be
 
 
 def _with_channels(net: _Denoiser) -> Kind:
@@ -238,7 +247,7 @@ def _vae(shapes: Shapes, hint: str) -> Kind | None:
     if latent == 16 and stem[1] == 3 and dialect:
         widths = {config.vae.base_dim: config for config in known_models()}
         if stem[0] in widths:
-            name = "Wan2.1 VAE" if stem[0] == 96 else f"VAE of {widths[stem[0]].title}"
+            name = "Wan2.1 VAE" if stem[0] == 96 else f"VAE of {_short(widths[stem[0]])}"
             return Kind("vae", name, True, dialect)
         return Kind("vae", f"a VAE like Wan2.1's of width {stem[0]} (96 is needed)", False, dialect, advice=GET_VAE)
     return Kind("vae", f"a video VAE of another model ({latent} latent channels)", False, advice=GET_VAE)
@@ -253,7 +262,7 @@ def _text_encoder(shapes: Shapes, hint: str) -> Kind | None:
     count = max(_count(shapes, prefix) for prefix in ("encoder.block", "blocks", "enc.blk"))
     known = {(c.text_encoder.vocab_size, c.text_encoder.d_model, c.text_encoder.num_layers): c for c in known_models()}
     if (*table, count) in known:
-        name = "UMT5-XXL" if table == (_UMT5_VOCABULARY, 4096) else f"text encoder of {known[*table, count].title}"
+        name = "UMT5-XXL" if table == (_UMT5_VOCABULARY, 4096) else f"text encoder of {_short(known[*table, count])}"
         decoder = ("decoder.", "lm_head.", "dec.")
         notes = ("its decoder is not used",) if any(entry.startswith(decoder) for entry in shapes) else ()
         return Kind("text_encoder", name, True, dialect, layers=count, notes=notes)
@@ -278,7 +287,7 @@ def _image_encoder(shapes: Shapes, hint: str) -> Kind | None:
     for config in known_models():
         image = config.image_encoder
         if (patch, count) == ((image.hidden_size, 3, image.patch_size, image.patch_size), image.num_hidden_layers):
-            name = "CLIP ViT-H/14" if image.hidden_size == 1280 else f"image encoder of {config.title}"
+            name = "CLIP ViT-H/14" if image.hidden_size == 1280 else f"image encoder of {_short(config)}"
             return Kind("image_encoder", name, True, dialect, layers=count)
     named = {1024: "CLIP ViT-L", 768: "CLIP ViT-B", 1664: "CLIP ViT-bigG", 1152: "SigLIP"}
     name = named.get(patch[0], "a vision transformer of another model")
@@ -359,6 +368,10 @@ def _neighbour(shapes: Shapes, hint: str) -> Kind | None:
         if any(re.match(pattern, tensor) for tensor in shapes):
             return Kind("other", name, False, advice=advice)
     return None
+
+
+def _short(config: ModelConfig) -> str:
+    return config.title.split(" (", 1)[0]
 
 
 def _count(shapes: Shapes, prefix: str) -> int:

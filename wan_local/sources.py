@@ -15,24 +15,12 @@ from torch import Tensor
 
 from wan_local.anatomy import part_shapes
 from wan_local.errors import ModelNotFound, WrongModel
+from wan_local.inspection import TOKENIZER_FILES, WHERE, sets_below, tokenizer_folder
 from wan_local.key_map import PARTS, Part
-from wan_local.kinds import GET_IMAGE, GET_TEXT, GET_TRANSFORMER, GET_VAE, Kind, identify
+from wan_local.kinds import GET_TRANSFORMER, Kind, identify
 from wan_local.settings import ModelConfig
 from wan_local.stored_tensor import StoredTensor, TensorReader, stored_tensors
-from wan_local.weight_files import WeightFiles, read_weights, weight_sets
-
-_WHERE: Mapping[Part, str] = {
-    "transformer": GET_TRANSFORMER,
-    "vae": GET_VAE,
-    "text_encoder": GET_TEXT,
-    "image_encoder": GET_IMAGE,
-}
-_TOKENIZER_FOLDERS = ("tokenizer", "google/umt5-xxl", "umt5-xxl")
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-_GET_TOKENIZER = (
-    "Get tokenizer/ of Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers (or google/umt5-xxl): 20 MB, no weights; name the folder "
-    "as tokenizer."
-)
+from wan_local.weight_files import WeightFiles, read_weights
 
 
 class SourceTensors(Mapping[str, Tensor]):
@@ -126,9 +114,9 @@ def open_source(
     given = {part: Path(place).expanduser() for part, place in named.items() if place is not None}
     weights, kinds = _find_parts(path, given)
     folder = _tokenizer_folder(Path(tokenizer).expanduser() if tokenizer is not None else None, path, given)
-    missing: dict[str, str] = {part: _WHERE[part] for part in PARTS if part not in weights}
+    missing: dict[str, str] = {part: WHERE[part] for part in PARTS if part not in weights}
     if missing or folder is None:
-        advice = missing if folder else {**missing, "tokenizer": _GET_TOKENIZER}
+        advice = missing if folder else {**missing, "tokenizer": WHERE["tokenizer"]}
         raise ModelNotFound(
             f"{str(path)!r} is not all that a model needs: {', '.join(advice)} missing. "
             + " ".join(f"{part}: {where}" for part, where in advice.items())
@@ -169,7 +157,7 @@ def _find_parts(path: Path, given: Mapping[Part, Path]) -> tuple[dict[Part, Weig
         weights[part], kinds[part] = _named_part(part, place)
     if not path.exists():
         raise ModelNotFound(f"there is no file or folder {str(path)!r}. {GET_TRANSFORMER}")
-    candidates = [path] if path.is_file() else _sets_below(path)
+    candidates = [path] if path.is_file() else sets_below(path)
     refused: list[str] = []
     found: dict[Part, list[tuple[WeightFiles, Kind]]] = {part: [] for part in PARTS}
     for candidate in candidates:
@@ -199,14 +187,6 @@ def _preferred(several: list[tuple[WeightFiles, Kind]]) -> list[tuple[WeightFile
     return safe or several
 
 
-def _sets_below(folder: Path) -> list[Path]:
-    """Return the sets of weights in a folder; each subfolder that diffusers' layout names counts as one."""
-    parts = [folder / part for part in PARTS if (folder / part).is_dir()]
-    if (folder / "transformer").is_dir():
-        return parts
-    return weight_sets(folder)
-
-
 def _named_part(part: Part, place: Path) -> tuple[WeightFiles, Kind]:
     """Return a part that was given by name: a file, its folder, or a model's folder that has it."""
     if (place / part).is_dir():
@@ -214,7 +194,7 @@ def _named_part(part: Part, place: Path) -> tuple[WeightFiles, Kind]:
     files = read_weights(place)
     kind = identify(files.tensors, f"{place.name} {place.parent.name}")
     if kind.part != part:
-        raise WrongModel(f"{place.name!r} was given as {part} and is {kind.name}. {_WHERE[part]}")
+        raise WrongModel(f"{place.name!r} was given as {part} and is {kind.name}. {WHERE[part]}")
     if not kind.usable:
         raise WrongModel(f"{place.name!r} is {kind.name}. {kind.advice}")
     return files, kind
@@ -222,19 +202,11 @@ def _named_part(part: Part, place: Path) -> tuple[WeightFiles, Kind]:
 
 def _tokenizer_folder(given: Path | None, path: Path, parts: Mapping[Part, Path]) -> Path | None:
     """Return the folder with UMT5's tokenizer: the one given, or one beside or below what was given."""
+    near = [path, *parts.values()] if given is None else [given]
+    for place in near:
+        found = tokenizer_folder(place if place.is_dir() else place.parent)
+        if found is not None:
+            return found
     if given is not None:
-        folder = given.parent if given.is_file() else given
-        for candidate in (folder, *(folder / name for name in _TOKENIZER_FOLDERS)):
-            if _has_tokenizer(candidate):
-                return candidate
-        raise ModelNotFound(f"{str(given)!r} holds no {' or '.join(_TOKENIZER_FILES)}. {_GET_TOKENIZER}")
-    near = [path, *parts.values()]
-    for folder in (place if place.is_dir() else place.parent for place in near):
-        for candidate in (*(folder / name for name in _TOKENIZER_FOLDERS), folder):
-            if _has_tokenizer(candidate):
-                return candidate
+        raise ModelNotFound(f"{str(given)!r} holds no {' or '.join(TOKENIZER_FILES)}. {WHERE['tokenizer']}")
     return None
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)

@@ -1,0 +1,71 @@
+"""`wan-local inspect`: what a file or folder of weights is, by its headers. Reads no weights, needs no card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan_local.cli.terminal import DONE, FAILED
+
+if TYPE_CHECKING:
+    from wan_local.cli.flags import Commands
+    from wan_local.inspection import Inspection, PartReport
+
+
+def add(commands: Commands) -> None:
+    """Add the command with its flags."""
+    parser = commands.add_parser("inspect", help="say what a file or folder of weights is, by its headers alone")
+    parser.set_defaults(run=_inspect)
+    parser.add_argument("path", type=Path, metavar="PATH", help="a file, or a folder in any layout")
+    parser.add_argument("--json", action="store_true", help="print it as one JSON object")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from wan_local.inspection import inspect
+
+    found = inspect(options.path.expanduser())
+    if options.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        _describe(found)
+    return DONE if found.usable else FAILED
+
+
+def _describe(found: Inspection) -> None:
+    print(f"{found.path}: {found.layout}, {_gigabytes(found.nbytes)}")
+    for part in found.parts:
+        _describe_part(part)
+    for name, where in found.missing.items():
+        print(f"  missing: {name}. {where}")
+
+
+def _describe_part(part: PartReport) -> None:
+    kind = part.kind
+    words = [kind.name, *([kind.what] if kind.task and kind.part == "transformer" else [])]
+    words += [f"{kind.layers} blocks"] if kind.layers else []
+    words += [f"{kind.dialect} names"] if kind.dialect else []
+    print(f"  {kind.part}: {', '.join(words)}")
+    dtypes = ", ".join(f"{dtype} {_gigabytes(count)}" for dtype, count in part.dtypes.items())
+    files = f"{part.files} files" if part.files > 1 else part.path.name
+    print(f"    {files}: {_count(part.parameters)} numbers, {dtypes}; quantization: {part.quantization}")
+    if part.once_bytes:
+        print(
+            f"    {_gigabytes(part.nbytes - part.once_bytes)} of it is needed in the denoising loop, "
+            f"{_gigabytes(part.once_bytes)} once before it"
+        )
+    for note in kind.notes:
+        print(f"    note: {note}")
+    if part.problem:
+        print(f"    not usable: {part.problem}. Download it again.")
+    elif not kind.usable:
+        print(f"    not usable here. {kind.advice}")
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"

@@ -1,0 +1,266 @@
+"""What lies at a path, by headers alone: which model, in which layout and numbers, how many bytes, and what is missing.
+
+The facts behind `wan-local inspect`. No torch; of the data only the scales of 8-bit floats are read, a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan_local.anatomy import in_context, part_shapes
+from wan_local.errors import ModelNotFound
+from wan_local.gguf_header import TYPES
+from wan_local.header import TensorInfo
+from wan_local.key_map import PARTS, Part, canonical_names, ignorable, without_prefix
+from wan_local.kinds import GET_IMAGE, GET_TEXT, GET_TRANSFORMER, GET_VAE, Kind, identify, weight_name
+from wan_local.scales import check_scales, is_scale
+from wan_local.settings import ModelConfig, known_models
+from wan_local.weight_files import WeightFiles, read_json, read_weights, weight_sets
+
+WHERE: Mapping[str, str] = {
+    "transformer": GET_TRANSFORMER,
+    "vae": GET_VAE,
+    "text_encoder": GET_TEXT,
+    "image_encoder": GET_IMAGE,
+    "tokenizer": "Get tokenizer/ of Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers, or google/umt5-xxl: 20 MB, no weights.",
+}
+TOKENIZER_FOLDERS = ("tokenizer", "google/umt5-xxl", "umt5-xxl")
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+STORE_MANIFEST = "manifest.json"
+_BLOCKS = {kind.name for kind in TYPES.values() if kind.items > 1}
+_GGUF_MIXES = {  # general.file_type, where it says more than the type of most tensors
+    11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """One set of weights. `dtypes`: bytes by dtype as stored. `once_bytes`: of them, needed only before the loop.
+
+    `problem`: what keeps it from being used although it is of the right kind; empty if nothing does.
+    """
+
+    kind: Kind
+    path: Path
+    files: int
+    nbytes: int
+    parameters: int
+    dtypes: Mapping[str, int]
+    quantization: str
+    once_bytes: int = 0
+    problem: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return self.kind.usable and not self.problem
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """All that lies at a path. `missing`: what a whole model needs beside it, with where to get it."""
+
+    path: Path
+    layout: str
+    parts: tuple[PartReport, ...]
+    missing: Mapping[str, str]
+
+    @property
+    def usable(self) -> bool:
+        """Whether wan_local can do something with every set of weights here."""
+        return all(part.usable for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as a table that JSON can hold."""
+        return {
+            "path": str(self.path),
+            "layout": self.layout,
+            "usable": self.usable,
+            "bytes": self.nbytes,
+            "parts": [_part_as_json(part) for part in self.parts],
+            "missing": dict(self.missing),
+        }
+
+
+def inspect(path: Path) -> Inspection:
+    """Return what lies at `path`, a file or a folder; its headers are read, and checked in full.
+
+    Raises ModelNotFound for nothing, CorruptModel for what is damaged, NotAvailable for a format that is not known.
+    """
+    if path.is_dir():
+        return _inspect_folder(path)
+    report = _report(read_weights(path))
+    return Inspection(path, _layout_of_file(report), (report,), _still_needed([report], path.parent))
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Return the folder with UMT5's tokenizer in or below `folder`."""
+    for candidate in (*(folder / name for name in TOKENIZER_FOLDERS), folder):
+        if any((candidate / name).is_file() for name in TOKENIZER_FILES):
+            return candidate
+    return None
+
+
+def sets_below(folder: Path) -> list[Path]:
+    """Return the sets of weights in a folder; each subfolder that diffusers' layout names counts as one."""
+    if (folder / "transformer").is_dir():
+        return [folder / part for part in PARTS if (folder / part).is_dir()]
+    return weight_sets(folder)
+
+
+def _inspect_folder(folder: Path) -> Inspection:
+    reports = [_report(read_weights(path)) for path in sets_below(folder)]
+    if not reports:
+        raise ModelNotFound(
+            f"{str(folder)!r} holds no weights: no .safetensors, .gguf or .pth in it or one folder below"
+        )
+    return Inspection(folder, _layout_of_folder(folder, reports), tuple(reports), _still_needed(reports, folder))
+
+
+def _report(weights: WeightFiles) -> PartReport:
+    kind = identify(weights.tensors, f"{weights.path.name} {weights.path.parent.name} {_own_name(weights.metadata)}")
+    dtypes: dict[str, int] = {}
+    for info in weights.tensors.values():
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
+    check_scales(weights.tensors)
+    plain = without_prefix(weights.tensors)
+    problem, once_bytes = "", 0
+    part = next((part for part in PARTS if part == kind.part), None)
+    if part is not None and kind.usable:
+        ours = _our_names(part, kind, plain)
+        problem = _what_is_wrong(part, kind, ours)
+        if part == "transformer":
+            once_bytes = sum(plain[name].nbytes for name, our in ours.items() if in_context(our))
+    return PartReport(
+        kind, weights.path, len(weights.files), weights.nbytes, _parameters(part, plain),
+        dict(sorted(dtypes.items(), key=lambda entry: -entry[1])), _quantization(weights, plain), once_bytes, problem,
+    )  # fmt: skip
+
+
+def _own_name(metadata: Mapping[str, Any]) -> str:
+    names = (metadata.get("general.name"), metadata.get("modelspec.title"))
+    return " ".join(name for name in names if isinstance(name, str))[:200]
+
+
+def _our_names(part: Part, kind: Kind, plain: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Map each stored name to the tensor of ours that it is a piece of: its numbers, its scale, or its shift."""
+    pieces = {name: weight_name(name) for name in plain if not ignorable(part, name)}
+    ours = canonical_names(part, kind.dialect, sorted({weight for weight in pieces.values() if not _is_mark(weight)}))
+    return {name: ours[weight] for name, weight in pieces.items() if weight in ours}
+
+
+def _is_mark(name: str) -> bool:
+    return name.endswith(("scaled_fp8", ".comfy_quant", ".scale_input", ".input_scale", ".output_scale"))
+
+
+def _what_is_wrong(part: Part, kind: Kind, ours: Mapping[str, str]) -> str:
+    config = _config_for(kind)
+    expected = part_shapes(part, config)
+    have = set(ours.values())
+    if part == "image_encoder":
+        have = {third for name in have for third in (_thirds(name) if ".qkv_proj." in name else (name,))}
+    missing, unexpected = sorted(expected.keys() - have), sorted(have - expected.keys())
+    if missing:
+        return f"{len(missing)} of its {len(expected)} tensors are missing, among them {', '.join(missing[:3])}"
+    if unexpected:
+        return f"it has {len(unexpected)} tensors that {config.title} has not, among them {', '.join(unexpected[:3])}"
+    return ""
+
+
+def _thirds(name: str) -> list[str]:
+    return [name.replace("qkv_proj", f"{letter}_proj") for letter in "qkv"]
+
+
+def _config_for(kind: Kind) -> ModelConfig:
+    """Return the known model that a part is of: the transformer's own, else the one that its kind is called after."""
+    if kind.config is not None:
+        return kind.config
+    real, tiny = known_models()
+    return tiny if "tiny" in kind.name else real
+
+
+def _parameters(part: Part | None, plain: Mapping[str, TensorInfo]) -> int:
+    """Return how many numbers the weights hold, scales and what is not used left out."""
+    counted = 0
+    for name, info in plain.items():
+        if is_scale(name) or _is_mark(name) or (part is not None and ignorable(part, name)):
+            continue
+        packed = 2 if info.dtype == "U8" and (name.endswith("._data._data") or f"{name}_scale" in plain) else 1
+        counted += math.prod(info.shape) * packed
+    return counted
+
+
+def _quantization(weights: WeightFiles, plain: Mapping[str, TensorInfo]) -> str:
+    by_dtype: dict[str, int] = {}
+    for info in plain.values():
+        by_dtype[info.dtype] = by_dtype.get(info.dtype, 0) + info.nbytes
+    main = max(by_dtype, key=lambda dtype: by_dtype[dtype], default="")
+    if weights.container == "gguf":
+        mix = weights.metadata.get("general.file_type")
+        return f"GGUF {_GGUF_MIXES.get(mix, main) if isinstance(mix, int) else main}" if main in _BLOCKS else "none"
+    if any(name.endswith("._data") for name in plain):
+        kinds = {"I8": "int8", "U8": "int4", "F8_E4M3": "fp8"}
+        stored = {info.dtype for name, info in plain.items() if name.endswith("._data")}
+        return f"quanto {', '.join(sorted(kinds.get(dtype, dtype) for dtype in stored))}"
+    scaled = {plain[weight_name(name)].dtype for name in plain if is_scale(name) and weight_name(name) in plain}
+    names = {"I8": "int8", "U8": "int4", "F8_E4M3": "fp8 e4m3", "F8_E5M2": "fp8 e5m2"}
+    if scaled:
+        return f"{', '.join(sorted(names.get(dtype, dtype) for dtype in scaled))}, scaled"
+    return f"{names[main]}, unscaled" if main in names else "none"
+
+
+def _layout_of_file(report: PartReport) -> str:
+    if report.quantization.startswith("GGUF") or report.path.suffix.lower() == ".gguf":
+        return "GGUF"
+    if report.quantization.startswith("quanto"):
+        return "quanto"
+    return f"one part, {report.kind.dialect} names" if report.kind.dialect else "unknown"
+
+
+def _layout_of_folder(folder: Path, reports: list[PartReport]) -> str:
+    if (folder / STORE_MANIFEST).is_file() and read_json(folder / STORE_MANIFEST).get("kind") == "wan_local store":
+        return "wan_local store"
+    if any(report.quantization.startswith("quanto") for report in reports):
+        return "quanto"
+    if (folder / "transformer").is_dir():
+        return "diffusers"
+    pickles = {report.path.suffix for report in reports}
+    if ".pth" in pickles and any(report.kind.part == "transformer" for report in reports):
+        return "official"
+    return "files side by side" if len(reports) > 1 else _layout_of_file(reports[0])
+
+
+def _still_needed(reports: list[PartReport], folder: Path) -> dict[str, str]:
+    """Return what is missing for a run, where there is a part of a model and not just a LoRA or a stranger."""
+    have = {report.kind.part for report in reports if report.usable}
+    if not have & set(PARTS):
+        return {}
+    needed = [part for part in PARTS if part not in have] + ([] if tokenizer_folder(folder) else ["tokenizer"])
+    return {name: WHERE[name] for name in needed}
+
+
+def _part_as_json(part: PartReport) -> dict[str, Any]:
+    return {
+        "part": part.kind.part,
+        "name": part.kind.name,
+        "task": part.kind.task,
+        "usable": part.usable,
+        "problem": part.problem or ("" if part.kind.usable else part.kind.advice),
+        "path": str(part.path),
+        "files": part.files,
+        "names": part.kind.dialect,
+        "layers": part.kind.layers,
+        "bytes": part.nbytes,
+        "loop_bytes": part.nbytes - part.once_bytes if part.kind.part == "transformer" else None,
+        "parameters": part.parameters,
+        "dtypes": dict(part.dtypes),
+        "quantization": part.quantization,
+        "notes": list(part.kind.notes),
+    }
