@@ -38,7 +38,7 @@ def make_guided(guide_scale: float, *, negative: bool) -> Guided:
 def test_guidance_is_unconditional_plus_scale_times_difference() -> None:
     guided = make_guided(3.0, negative=True)
     assert guided.negative_context is not None
-    latents, modulation = torch.randn(LATENTS), guided.modulations[500]
+    latents, modulation = torch.randn(LATENTS), guided.modulations[500.0]
     noise_pred, conditional = guided.predict(latents, 500)
     inputs = torch.cat((latents, guided.condition), dim=1)
     [v_u] = guided.transformer(inputs, modulation, [guided.negative_context])

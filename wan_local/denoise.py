@@ -25,7 +25,7 @@ class Guided:
 
     transformer: Transformer
     condition: Tensor
-    modulations: Mapping[int, Modulation]
+    modulations: Mapping[float, Modulation]
     context: list[ContextKV]
     negative_context: list[ContextKV] | None
     guide_scale: float
@@ -33,7 +33,7 @@ class Guided:
     chunk_tokens: int | None = None
     residual_dtype: torch.dtype | None = None
 
-    def predict(self, latents: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+    def predict(self, latents: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """Return the guided velocity v_u + w (v_c - v_u) and v_c itself, both [1, 16, T, H, W] float32."""
         inputs = torch.cat((latents, self.condition), dim=1)
         if self.negative_context is None:
@@ -46,7 +46,7 @@ class Guided:
             [unconditional] = self._velocities(inputs, timestep, self.negative_context)
         return unconditional + self.guide_scale * (conditional - unconditional), conditional
 
-    def _velocities(self, inputs: Tensor, timestep: int, *contexts: list[ContextKV]) -> list[Tensor]:
+    def _velocities(self, inputs: Tensor, timestep: float, *contexts: list[ContextKV]) -> list[Tensor]:
         velocities: list[Tensor] = self.transformer(
             inputs,
             self.modulations[timestep],
@@ -80,7 +80,7 @@ def denoise(guided: Guided, scheduler: Scheduler, latents: Tensor, policy: Polic
     while index < len(scheduler):
         merged, noise_pred = 0, policy.reuse(latents, scheduler.sigmas, index)
         if noise_pred is None:
-            noise_pred, conditional = guided.predict(latents, int(scheduler.timesteps[index]))
+            noise_pred, conditional = guided.predict(latents, float(scheduler.timesteps[index]))
             _check_finite(noise_pred, done + 1, total)
             calls += 1
             merged = policy.points_to_merge(Called(latents, noise_pred, conditional), scheduler.sigmas, index)

@@ -40,7 +40,14 @@ from wan_local.report import Report
 from wan_local.request import Check, File, Request, Result, Step, as_json, unchecked
 from wan_local.safety import FrameCheck, check_images, check_prompt, load_checker, require_checker, safety_stage
 from wan_local.scheduler import Scheduler
-from wan_local.settings import ModelConfig, Settings, load_acceleration_config, load_safety_config, load_settings
+from wan_local.settings import (
+    ModelConfig,
+    Settings,
+    load_acceleration_config,
+    load_profile,
+    load_safety_config,
+    load_settings,
+)
 from wan_local.stage import Network, network_sizes, stage
 from wan_local.video import VideoReport, VideoWriter, check_output, largest_bytes
 
@@ -78,6 +85,7 @@ class Job:
     seed: int
     output: Path
     check: Check = unchecked
+    remarks: tuple[str, ...] = ()
 
     @property
     def geometry(self) -> Geometry:
@@ -146,7 +154,7 @@ class Embeds:
 def sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Generator[Step, None, Denoised]:
     """Denoise and return the last state. The context's keys and values go with this frame, before decoding begins."""
     request, looped = job.request, job.plan.stage("denoise")
-    scheduler = Scheduler(request.num_inference_steps, request.shift)
+    scheduler = _scheduler(job)
     with report.stage("context"), job.open("context_embedder", job.plan.stage("context")) as embedder:
         modulations = embedder.modulations(scheduler.timesteps)
         context = embedder(embeds.prompt, embeds.images)
@@ -181,6 +189,7 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
     check_prompt(request.prompt, load_safety_config(), enabled=request.enable_safety_checker)
     if request.enable_safety_checker:
         require_checker(settings)
+    request, remarks = _profiled(request, settings)
     files = find_model(settings)
     device = resolve_device(settings.device)
     start = load_image(request.start_image_url, field="start_image_url")
@@ -202,7 +211,31 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
     path = _output_path(settings, seed, output)
     check_output(path, largest_bytes(geometry))
     images = (picture_tensor(fit(start, size)), picture_tensor(fit(end, size)))
-    return Job(request, settings, files, device, dtype, images, plan, seed, path, check)
+    return Job(request, settings, files, device, dtype, images, plan, seed, path, check, remarks)
+
+
+def _scheduler(job: Job) -> Scheduler:
+    if job.settings.profile is None:
+        return Scheduler(job.request.num_inference_steps, job.request.shift)
+    profile = load_profile(job.settings.profile)
+    return Scheduler.distilled(profile.steps, profile.shift)
+
+
+def _profiled(request: Request, settings: Settings) -> tuple[Request, tuple[str, ...]]:
+    """Return the request with the profile's values over its own, and what was changed in words."""
+    if settings.profile is None:
+        return request, ()
+    profile = load_profile(settings.profile)
+    values = {
+        "num_inference_steps": len(profile.steps),
+        "shift": profile.shift,
+        "guide_scale": profile.guide_scale,
+        "acceleration": "none",
+    }
+    given = {name: getattr(request, name) for name in values}
+    changed = [f"{name} {given[name]} -> {value}" for name, value in values.items() if given[name] != value]
+    words = f"profile {settings.profile} (experimental; {profile.title}): {', '.join(changed) or 'nothing changed'}."
+    return request.model_copy(update=values), (words,)
 
 
 def plan_run(settings: Settings, request: Request, *, machine: Machine | None) -> tuple[ModelConfig, Plan]:
@@ -266,7 +299,7 @@ def _output_path(settings: Settings, seed: int, output: Path | str | None) -> Pa
 
 def _remarks(job: Job) -> list[str]:
     """What a caller may want to know before the run."""
-    remarks = []
+    remarks = list(job.remarks)
     if job.request.num_frames > NATIVE_FRAMES:
         remarks.append(
             f"{job.request.num_frames} frames: the model was trained on {NATIVE_FRAMES}; colours may shift early on. "

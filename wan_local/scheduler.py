@@ -5,6 +5,7 @@ diffusers' own grid is off by up to 0.004 (shift 5); here the official one is pu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Solver = Literal["unipc", "dpm++"]
+Solver = Literal["unipc", "dpm++", "euler"]
 
 NUM_TRAIN_TIMESTEPS = 1000
 _U_MAX = float(np.float32(0.999))  # the official code keeps 1 - 1/1000 in float32 and the rest in float64
@@ -30,7 +31,8 @@ def sigma_grid(num_inference_steps: int, shift: float, *, solver: Solver = "unip
 class Scheduler:
     """One run's schedule and solver state; made anew for every run.
 
-    `sigmas` float32 [steps + 1] ends with 0. `timesteps` int64 [steps] are `1000 * sigma`, cut and not rounded.
+    `sigmas` float32 [steps + 1] ends with 0. `timesteps` int64 [steps] are `1000 * sigma`, cut and not rounded; those
+    of distilled weights are float32 and not cut.
     """
 
     def __init__(self, num_inference_steps: int, shift: float, *, solver: Solver = "unipc") -> None:
@@ -45,6 +47,19 @@ class Scheduler:
             torch.from_numpy(grid * NUM_TRAIN_TIMESTEPS).long(),
         )
         self._solver.set_begin_index(0)
+
+    @classmethod
+    def distilled(cls, steps: Sequence[float], shift: float) -> Scheduler:
+        """Return Euler's method on exactly these points of the unshifted grid, as distilled weights are sampled.
+
+        Source: https://github.com/ModelTC/LightX2V (its step-distillation scheduler).
+        """
+        made = cls(len(steps), shift, solver="euler")
+        u = np.asarray(steps, np.float64)
+        grid = torch.from_numpy(np.append(shift * u / (1.0 + (shift - 1.0) * u), 0.0)).float()
+        made._set(grid, grid[:-1] * NUM_TRAIN_TIMESTEPS)
+        made._solver.set_begin_index(0)
+        return made
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -79,8 +94,11 @@ class Scheduler:
 
 def _make_solver(solver: Solver, shift: float) -> Any:
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
+    if solver == "euler":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS)
     kind = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}[solver]
     return kind(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,

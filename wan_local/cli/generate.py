@@ -29,6 +29,9 @@ def add(commands: Commands) -> None:
     add_request_flags(parser.add_argument_group("the video (as the endpoint names it)"))
     local = parser.add_argument_group("where and how")
     add_place_flags(local)
+    local.add_argument(
+        "--profile", metavar="distill4", help="sample as distilled weights want it: four steps, no guidance"
+    )
     local.add_argument("--output", type=Path, metavar="FILE.mp4", help="where the video goes")
     local.add_argument("--preview", type=Path, metavar="DIR", help="write a small picture there after each step")
     local.add_argument("--json", action="store_true", help="print the result as one JSON object")

@@ -188,10 +188,10 @@ class ContextEmbedder(nn.Module):
         blocks = cast(Iterable[_ContextBlock], self.blocks)  # a list, or blocks that are streamed
         return [block.attn2(text_BMD, image_BMD, text_bias) for block in blocks]
 
-    def modulations(self, timesteps: Tensor) -> dict[int, Modulation]:
+    def modulations(self, timesteps: Tensor) -> dict[float, Modulation]:
         """Return every timestep's modulation, each computed alone so that its bits depend on nothing else."""
         device = self.condition_embedder.time_proj.weight.device
-        return {int(t): self.condition_embedder.time(t.reshape(1).to(device)) for t in timesteps}
+        return {float(t): self.condition_embedder.time(t.reshape(1).to(device)) for t in timesteps}
 
 
 def fold_padding(prompt_embeds: Tensor) -> tuple[Tensor, Tensor | None]:
