@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from wan_local import checkpoint
+from wan_local import checkpoint, kinds
 from wan_local.geometry import Canvas, Size
 from wan_local.request import Request
 from wan_local.settings import Settings, known_models, load_settings
@@ -28,7 +28,8 @@ STAMPS = {"480p": stamp(32 * 48, 48, 32, 32), "720p": stamp(48 * 64, 64, 48, 48)
 def stamp_settings(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Settings:
     """Return settings for the embedded model on stamps, with everything it writes below `folder`."""
     small = tuple(replace(config, canvases=STAMPS) for config in known_models())
-    monkeypatch.setattr(checkpoint, "known_models", lambda: small)
+    for module in (checkpoint, kinds):
+        monkeypatch.setattr(module, "known_models", lambda: small)
     return load_settings(model="tiny", device="cpu", output_dir=folder / "outputs", **changes)
 
 

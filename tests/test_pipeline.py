@@ -12,46 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_local import checkpoint, pipeline
+from tests.stamps import END, START, stamp_request, stamp_settings
+from wan_local import pipeline
 from wan_local.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotAvailable, NumericalError, OutputError
-from wan_local.geometry import Canvas, Size
+from wan_local.geometry import Size
 from wan_local.image import fit
 from wan_local.pipeline import Pipeline, generate
 from wan_local.planner import Plan
-from wan_local.request import Request, Result, Step
-from wan_local.settings import Settings, known_models, load_settings
+from wan_local.request import Result, Step
+from wan_local.settings import Settings, load_settings
 from wan_local.video import read_video
-
-IMAGES = Path(__file__).parent / "images"
-START, END = IMAGES / "first_frame.png", IMAGES / "last_frame.png"
-
-
-def stamp(area: int, long: int, short: int, square: int) -> Canvas:
-    wide, tall = Size(height=short, width=long), Size(height=long, width=short)
-    return Canvas(area, {"16:9": wide, "9:16": tall, "1:1": Size(square, square)})
-
-
-STAMPS = {"480p": stamp(32 * 48, 48, 32, 32), "720p": stamp(48 * 64, 64, 48, 48)}
 
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """The embedded model on canvases the size of a stamp: all that is tested here is there, in a tenth of the time."""
-    small = tuple(replace(config, canvases=STAMPS) for config in known_models())
-    monkeypatch.setattr(checkpoint, "known_models", lambda: small)
-    return load_settings(model="tiny", device="cpu", output_dir=tmp_path / "outputs")
-
-
-def make_request(**changes: Any) -> Request:
-    arguments = {
-        "prompt": "a small blue bird takes off",
-        "start_image_url": START,
-        "end_image_url": END,
-        "resolution": "480p",
-        "num_inference_steps": 2,
-        "seed": 42,
-    }
-    return Request(**{**arguments, **changes})
+    return stamp_settings(tmp_path, monkeypatch)
 
 
 def left_over(folder: Path) -> list[str]:
@@ -64,7 +39,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_two_images_become_a_video_that_begins_and_ends_with_them(tmp_path: Path) -> None:
     settings, output = load_settings(model="tiny", device="cpu"), tmp_path / "bird.mp4"
-    result = generate(make_request(num_inference_steps=20), settings=settings, output=output)
+    result = generate(stamp_request(num_inference_steps=20), settings=settings, output=output)
     frames = read_video(output)
     assert frames.shape == (81, 80, 80, 3)
     for path, frame in ((START, frames[0]), (END, frames[-1])):
@@ -103,7 +78,7 @@ def test_two_images_become_a_video_that_begins_and_ends_with_them(tmp_path: Path
 def test_frame_counts_and_aspect_ratios_come_out_as_asked(
     settings: Settings, changes: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
-    result = generate(make_request(**changes), settings=settings)
+    result = generate(stamp_request(**changes), settings=settings)
     assert result.video.path is not None and result.video.path.parent == settings.output_dir
     assert read_video(result.video.path).shape == shape
 
@@ -111,24 +86,24 @@ def test_frame_counts_and_aspect_ratios_come_out_as_asked(
 def test_auto_follows_the_start_image_whatever_the_end_image_is(settings: Settings) -> None:
     wide = Image.effect_noise((320, 140), 60).convert("RGB")
     tall = Image.effect_noise((100, 300), 60).convert("RGB")
-    result = generate(make_request(start_image_url=wide, end_image_url=tall), settings=settings)
+    result = generate(stamp_request(start_image_url=wide, end_image_url=tall), settings=settings)
     assert (result.report["width"], result.report["height"]) == (48, 16)
 
 
 def test_a_seed_gives_the_same_frames_again_and_another_gives_others(settings: Settings) -> None:
-    paths = [generate(make_request(seed=seed), settings=settings).video.path for seed in (7, 7, 8)]
+    paths = [generate(stamp_request(seed=seed), settings=settings).video.path for seed in (7, 7, 8)]
     first, again, other = (read_video(path) for path in paths if path is not None)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 def test_a_random_seed_is_below_2_to_31_and_returned(settings: Settings) -> None:
-    seeds = {pipeline.prepare(make_request(seed=None), settings).seed for _ in range(3)}
+    seeds = {pipeline.prepare(stamp_request(seed=None), settings).seed for _ in range(3)}
     assert len(seeds) == 3 and all(0 <= seed < 2**31 for seed in seeds)
 
 
 def test_steps_tell_every_stage_in_order_with_previews_and_an_eta(settings: Settings) -> None:
-    events = list(Pipeline(settings).generate(make_request(num_inference_steps=3)))
+    events = list(Pipeline(settings).generate(stamp_request(num_inference_steps=3)))
     steps, result = [event for event in events if isinstance(event, Step)], events[-1]
     assert isinstance(result, Result) and len(steps) == len(events) - 1
     order = list(dict.fromkeys(step.stage for step in steps))
@@ -142,7 +117,7 @@ def test_steps_tell_every_stage_in_order_with_previews_and_an_eta(settings: Sett
 
 @pytest.mark.parametrize("stage", ["text", "condition", "denoise", "decode"])
 def test_closing_the_generator_in_any_stage_leaves_nothing(settings: Settings, tmp_path: Path, stage: str) -> None:
-    running = Pipeline(settings).generate(make_request(), output=tmp_path / "cancelled.mp4")
+    running = Pipeline(settings).generate(stamp_request(), output=tmp_path / "cancelled.mp4")
     for event in running:
         if isinstance(event, Step) and event.stage == stage:
             running.close()
@@ -153,7 +128,7 @@ def test_closing_the_generator_in_any_stage_leaves_nothing(settings: Settings, t
 def test_a_run_that_streams_all_its_weights_gives_the_same_video(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = generate(make_request(), settings=settings).video.path
+    whole = generate(stamp_request(), settings=settings).video.path
     make_plan, streamed_stages = pipeline.make_plan, []
 
     def plan_that_streams(*args: Any, **kwargs: Any) -> Plan:
@@ -166,7 +141,7 @@ def test_a_run_that_streams_all_its_weights_gives_the_same_video(
         return replace(plan, stages=tuple(stages))
 
     monkeypatch.setattr(pipeline, "make_plan", plan_that_streams)
-    streamed = generate(make_request(), settings=settings).video.path
+    streamed = generate(stamp_request(), settings=settings).video.path
     assert len(streamed_stages) == 3
     assert whole is not None and streamed is not None
     assert np.array_equal(read_video(streamed), read_video(whole))
@@ -177,7 +152,7 @@ def test_nan_in_the_latents_writes_no_video(
 ) -> None:
     monkeypatch.setattr(pipeline, "encode_condition", _encode_and_spoil)
     with pytest.raises(NumericalError, match="step 1 of 2"):
-        generate(make_request(), settings=settings, output=tmp_path / "nan.mp4")
+        generate(stamp_request(), settings=settings, output=tmp_path / "nan.mp4")
     assert left_over(tmp_path) == []
 
 
@@ -203,13 +178,13 @@ class TestBeforeAnyWeightIsRead:
     @pytest.mark.parametrize("field", ["enable_prompt_expansion"])
     def test_what_is_not_there_yet_is_refused_by_name(self, settings: Settings, field: str) -> None:
         with pytest.raises(InvalidRequest, match=field) as caught:
-            generate(make_request(**{field: True}), settings=settings)
+            generate(stamp_request(**{field: True}), settings=settings)
         assert caught.value.detail[0]["type"] == "feature_not_supported"
 
     @pytest.mark.parametrize("field", ["start_image_url", "end_image_url"])
     def test_a_missing_image_is_refused_with_its_field(self, settings: Settings, field: str) -> None:
         with pytest.raises(InvalidRequest) as caught:
-            generate(make_request(**{field: "/no/such/picture.png"}), settings=settings)
+            generate(stamp_request(**{field: "/no/such/picture.png"}), settings=settings)
         assert caught.value.detail[0]["loc"] == ["body", field]
 
     def test_the_real_model_without_weights_is_an_error_and_never_the_tiny_one(
@@ -219,26 +194,26 @@ class TestBeforeAnyWeightIsRead:
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         real = load_settings(models_dir=tmp_path / "models", output_dir=tmp_path / "outputs")
         with pytest.raises(ModelNotFound, match="80 GB"):
-            generate(make_request(), settings=real)
+            generate(stamp_request(), settings=real)
         assert left_over(tmp_path) == []
 
     def test_too_little_memory_is_refused(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pipeline, "free_bytes", lambda _: 2**20)
         with pytest.raises(DoesNotFit, match="32x32 x 81 frames"):
-            generate(make_request(), settings=settings)
+            generate(stamp_request(), settings=settings)
 
     def test_an_output_that_cannot_be_written_is_refused(self, settings: Settings, tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="does not exist"):
-            generate(make_request(), settings=settings, output=tmp_path / "no" / "folder" / "x.mp4")
+            generate(stamp_request(), settings=settings, output=tmp_path / "no" / "folder" / "x.mp4")
 
     @pytest.mark.parametrize("device", ["cuda:97", "mps", "quantum"])
     def test_a_device_that_is_not_there_is_refused(self, tmp_path: Path, device: str) -> None:
         with pytest.raises(NotAvailable, match=device):
-            generate(make_request(), settings=load_settings(model="tiny", device=device, output_dir=tmp_path))
+            generate(stamp_request(), settings=load_settings(model="tiny", device=device, output_dir=tmp_path))
 
 
 def test_remarks_tell_of_long_videos_long_prompts_and_equal_images(settings: Settings) -> None:
-    request = make_request(num_frames=85, end_image_url=START, prompt="red square moving " * 300)
+    request = stamp_request(num_frames=85, end_image_url=START, prompt="red square moving " * 300)
     result = generate(request, settings=settings)
     notes = " ".join(result.report["notes"])
     assert "85 frames" in notes and "same picture" in notes and "beyond 512 were left out" in notes

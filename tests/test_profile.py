@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.test_pipeline import make_request
-from tests.test_pipeline import settings as settings  # noqa: PLC0414  (a fixture)
+from tests.stamps import stamp_request, stamp_settings
 from wan_local.pipeline import generate
 from wan_local.scheduler import Scheduler
-from wan_local.settings import Settings, load_profile, load_settings
+from wan_local.settings import load_profile, load_settings
 
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625, 0.0)  # published with the four-step weights
 
@@ -32,9 +33,9 @@ def test_each_step_is_eulers() -> None:
     torch.testing.assert_close(x, by_hand)
 
 
-def test_a_run_with_the_profile_says_what_it_overrode(settings: Settings) -> None:
-    distilled = load_settings(model="tiny", device="cpu", output_dir=settings.output_dir, profile="distill4")
-    result = generate(make_request(num_inference_steps=30), settings=distilled)
+def test_a_run_with_the_profile_says_what_it_overrode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = stamp_settings(tmp_path, monkeypatch, profile="distill4")
+    result = generate(stamp_request(num_inference_steps=30), settings=settings)
     assert result.report["model_calls"] == 4 and result.report["acceleration"] == {"policy": "none"}
     [note] = [note for note in result.report["notes"] if "distill4" in note]
     for words in ("num_inference_steps 30 -> 4", "guide_scale 5.0 -> 1.0", "acceleration regular -> none"):
