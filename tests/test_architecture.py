@@ -21,7 +21,7 @@ LINES = (
     ("anatomy", "gguf_header", "pickle_header"),
     ("weight_files", "kinds", "scales"),
     ("inspection",),
-    ("device", "image", "metadata", "dequantize", "checkpoint", "quantize", "safety"),
+    ("device", "download", "image", "metadata", "dequantize", "checkpoint", "quantize", "safety"),
     ("stored_tensor",),
     ("sources",),
     ("layers",),
@@ -42,6 +42,7 @@ LINES = (
 )
 # Within a line, these alone, from left to right: (importer, imported).
 NEIGHBOURS = {
+    ("image", "download"),
     ("settings", "geometry"),
     ("quantize", "checkpoint"),
     ("denoise", "scheduler"),

@@ -13,7 +13,6 @@ import logging
 import math
 import re
 import struct
-import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,10 +33,6 @@ MIN_SIDE = 64
 MAX_ASPECT = 4
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
-_CONNECT_SECONDS = 10.0
-_READ_SECONDS = 30.0
-_DOWNLOAD_SECONDS = 120.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _WHITE = (255, 255, 255, 255)
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 # What Pillow's decoders raise on damaged files; it has no common root for them. RuntimeError is libavif's.
@@ -90,6 +85,14 @@ def load_image(source: ImageSource, *, field: str, allow_local: bool = True) -> 
         raise refusal.because("image_load_error", f"The image is damaged or of an unknown kind ({error}).") from error
 
 
+def fetch(source: str | Path | bytes, *, field: str, allow_local: bool = True, allow_private: bool = True) -> bytes:
+    """Return the bytes of the image file at `source`, undecoded; `allow_private=False` as in `download`.
+
+    Raises InvalidRequest as `load_image` does.
+    """
+    return _read(source, _Refusal(field, source), allow_local=allow_local, allow_private=allow_private)
+
+
 def fit(image: Image.Image, size: Size) -> Image.Image:
     """Return `image` resized (Lanczos) to cover `size` and cropped around its centre to exactly `size`."""
     width, height = image.size
@@ -121,7 +124,7 @@ class _Refusal:
         return self.because("file_too_large", msg, max_size=MAX_BYTES)
 
 
-def _read(source: str | Path | bytes, refusal: _Refusal, *, allow_local: bool) -> bytes:
+def _read(source: str | Path | bytes, refusal: _Refusal, *, allow_local: bool, allow_private: bool = True) -> bytes:
     """Return the file's bytes, at most MAX_BYTES of them."""
     if isinstance(source, bytes):
         if len(source) > MAX_BYTES:
@@ -130,7 +133,7 @@ def _read(source: str | Path | bytes, refusal: _Refusal, *, allow_local: bool) -
     if isinstance(source, str):
         scheme = source.partition(":")[0].lower() if ":" in source else ""
         if scheme in ("http", "https"):
-            return _download(source, refusal)
+            return _download(source, refusal, allow_private=allow_private)
         if scheme == "data":
             return _decode_data_uri(source, refusal)
         if scheme != "file" and "://" in source:
@@ -140,34 +143,15 @@ def _read(source: str | Path | bytes, refusal: _Refusal, *, allow_local: bool) -
     return _read_local(source, refusal)
 
 
-def _download(url: str, refusal: _Refusal) -> bytes:
-    """Fetch over http(s), following redirects, and stop at the first byte too many."""
-    import httpx  # here, not above: most images are local
+def _download(url: str, refusal: _Refusal, *, allow_private: bool) -> bytes:
+    from wan_local.download import DownloadError, TooManyBytes, download  # here, not above: most images are local
 
-    content = bytearray()
-    deadline = time.monotonic() + _DOWNLOAD_SECONDS
     try:
-        host = httpx.URL(url).host
-        with (
-            httpx.Client(
-                follow_redirects=True,
-                timeout=httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS),
-                trust_env=host not in _LOOPBACK,  # a proxy cannot reach this machine's loopback
-                headers={"accept": "image/*,*/*;q=0.5", "accept-encoding": "identity"},
-            ) as client,
-            client.stream("GET", url) as response,
-        ):
-            if not response.is_success:
-                raise refusal.unreachable(f"HTTP {response.status_code} {response.reason_phrase}")
-            for chunk in response.iter_bytes(2**16):
-                content += chunk
-                if len(content) > MAX_BYTES:
-                    raise refusal.too_large()
-                if time.monotonic() > deadline:
-                    raise refusal.unreachable(f"not done after {_DOWNLOAD_SECONDS:.0f} s")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise refusal.unreachable(f"{type(error).__name__}: {error}") from error
-    return bytes(content)
+        return download(url, max_bytes=MAX_BYTES, allow_private=allow_private)
+    except DownloadError as error:
+        raise refusal.unreachable(str(error)) from error
+    except TooManyBytes:
+        raise refusal.too_large() from None
 
 
 def _decode_data_uri(uri: str, refusal: _Refusal) -> bytes:
