@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from wan_local.errors import Cancelled, DoesNotFit, InvalidRequest, WanLocalError
-from wan_local.jobs import Job, Queue, StartTimeout, Ticket, describe, owner_and_alias, unknown_application
+from wan_local.failure import StartTimeout, describe, owner_and_alias, unknown_application
+from wan_local.jobs import Job, Queue, Ticket
 from wan_local.request import File, Request, Result, Step
 
 SOON = 5.0
@@ -276,6 +277,17 @@ def test_a_start_timeout_does_not_touch_a_running_job(make: Make) -> None:
     time.sleep(0.2)
     engine.gate.set()
     assert finished(queue, job).error is None
+
+
+def test_a_start_timeout_is_noticed_by_whoever_only_looks(make: Make) -> None:
+    engine = StubEngine(held=True)
+    queue = make(engine)
+    queue.submit(request("blocker"))
+    job = queue.submit(request("late"), start_timeout=0.05)
+    assert not queue.wait(job, 0.0)
+    time.sleep(0.06)
+    assert queue.wait(job, 0.0)
+    assert isinstance(job.error, StartTimeout)
 
 
 def test_wait_gives_up_when_its_time_is_over(make: Make) -> None:

@@ -23,7 +23,7 @@ _NAMES_BY_MODULE = {
     ),
     "encoding": ("encode", "encode_file", "encode_image"),
     "errors": (
-        "Cancelled", "CorruptModel", "DoesNotFit", "InvalidRequest", "ModelNotFound", "NotAvailable",
+        "Busy", "Cancelled", "CorruptModel", "DoesNotFit", "InvalidRequest", "ModelNotFound", "NotAvailable",
         "NumericalError", "OutputError", "WanLocalError", "WrongModel",
     ),
     "handle": ("AsyncRequestHandle", "Completed", "InProgress", "Queued", "Status", "SyncRequestHandle"),
@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from wan_local.encoding import encode as encode
     from wan_local.encoding import encode_file as encode_file
     from wan_local.encoding import encode_image as encode_image
+    from wan_local.errors import Busy as Busy
     from wan_local.errors import Cancelled as Cancelled
     from wan_local.errors import CorruptModel as CorruptModel
     from wan_local.errors import DoesNotFit as DoesNotFit

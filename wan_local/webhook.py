@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from wan_local.jobs import Failure
+from wan_local.failure import Failure
 
 RETRY_SECONDS = (1.0, 5.0, 25.0, 125.0)  # the waits before the second and each later attempt
 

@@ -1,0 +1,192 @@
+"""The queue on disk: what was accepted and what came of it, so that no job is lost with its process.
+
+Takes jobs; keeps one small file for each request that has not ended and one for each outcome. Every file appears
+complete under its name (written aside, synced, renamed), so a process that dies at any moment leaves a journal that
+can be read. Requests must be such as JSON can carry: image sources are strings or paths.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from wan_local.errors import InvalidRequest, OutputError
+from wan_local.failure import Failure, RecordedFailure, describe
+from wan_local.jobs import Job
+from wan_local.request import File, Request, Result
+
+_REQUEST, _OUTCOME = ".request.json", ".outcome.json"
+_SPELLED_OUT = 19  # digits of a number in a name, so that names sort as numbers do
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a journal holds: jobs that have ended, oldest first, and jobs that have not, in the order of the line."""
+
+    ended: list[Job]
+    waiting: list[Job]
+
+
+class Journal:
+    """A folder of records. The queue calls it with its lock held, so that the order on disk is that of the line."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers: dict[str, int] = {}
+        self._last = 0
+        self._closed = False
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def recover(self) -> Recovered:
+        """Read everything; what cannot be read is left where it is and said so."""
+        for stale in self._folder.glob("*.part"):
+            stale.unlink()
+        ended = [job for path in self._records(_OUTCOME) if (job := self._outcome(path))]
+        done = {job.id for job in ended}
+        waiting = []
+        for path in self._records(_REQUEST):
+            job = self._request(path)
+            if job is not None and job.id in done:
+                path.unlink()  # the process died between writing the outcome and forgetting the request
+            elif job is not None:
+                waiting.append(job)
+        return Recovered(ended, waiting)
+
+    def accept(self, job: Job) -> None:
+        """Write down a request that is about to be lined up. Raises OutputError, and then it must not be accepted."""
+        assert job.request is not None, "a job that waits has its request"
+        now = time.time() - (time.perf_counter() - job.submitted_at)
+        record = {
+            "id": job.id,
+            "priority": job.priority,
+            "start_timeout": job.start_timeout,
+            "webhook_url": job.webhook_url,
+            "submitted_at": now,
+            "request": _request_as_json(job.request),
+        }
+        self._last += 1
+        self._numbers[job.id] = self._last
+        try:
+            self._write(self._path(job.id, _REQUEST), record)
+        except OSError as error:
+            raise OutputError(f"the request could not be written to {self._folder}: {error}") from error
+
+    def end(self, job: Job) -> None:
+        """Write down what came of a job. After `close`, nothing: what is stopped now will be started again."""
+        if self._closed:
+            return
+        if job.id not in self._numbers:
+            self._last += 1
+            self._numbers[job.id] = self._last
+        seconds = 0.0 if job.started_at is None else time.perf_counter() - job.started_at
+        record: dict[str, Any] = {"id": job.id, "ended_at": time.time(), "seconds": seconds, "logs": job.logs}
+        record["started"] = job.started_at is not None
+        if job.result is not None:
+            video = job.result.video
+            record["result"] = {**job.result.model_dump(), "path": None if video.path is None else str(video.path)}
+        else:
+            assert job.error is not None, "a job ends with a result or with an error"
+            failure = describe(job.error)
+            record["failure"] = [failure.status_code, failure.body, failure.headers]
+        try:
+            self._write(self._path(job.id, _OUTCOME), record)
+            self._path(job.id, _REQUEST).unlink(missing_ok=True)
+        except OSError as error:  # the outcome is known to this process all the same
+            _log.error("the outcome of request %s could not be written: %s", job.id, error)
+
+    def forget(self, job_id: str) -> None:
+        """Remove what is known of a job that has ended."""
+        if job_id in self._numbers and not self._closed:
+            with suppress(OSError):  # it is read again at the next start, and forgotten then
+                self._path(job_id, _OUTCOME).unlink(missing_ok=True)
+            del self._numbers[job_id]
+
+    def close(self) -> None:
+        """Write nothing any more."""
+        self._closed = True
+
+    def _records(self, ending: str) -> list[Path]:
+        return sorted(self._folder.glob(f"*{ending}"))
+
+    def _path(self, job_id: str, ending: str) -> Path:
+        return self._folder / f"{self._numbers[job_id]:0{_SPELLED_OUT}d}-{job_id}{ending}"
+
+    def _write(self, path: Path, record: dict[str, Any]) -> None:
+        part = path.with_name(f"{path.name}.part")
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                json.dump(record, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            with suppress(OSError):  # there is none unless writing failed
+                part.unlink()
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            number = int(path.name.partition("-")[0])
+            self._numbers[str(record["id"])] = number
+            self._last = max(self._last, number)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            _log.error("%s cannot be read and is left there: %s", path, error)
+            return None
+        return dict(record)
+
+    def _request(self, path: Path) -> Job | None:
+        record = self._read(path)
+        if record is None:
+            return None
+        try:
+            request = Request(**_request_from_json(record["request"]))
+            job = Job(record["id"], request, record["priority"], record["start_timeout"], record["webhook_url"])
+            job.submitted_at = time.perf_counter() - (time.time() - record["submitted_at"])
+        except (ValidationError, LookupError, TypeError) as error:
+            _log.error("%s cannot be read and is left there: %s", path, error)
+            return None
+        return job
+
+    def _outcome(self, path: Path) -> Job | None:
+        record = self._read(path)
+        if record is None:
+            return None
+        try:
+            job = Job(record["id"], None, state="COMPLETED", logs=record["logs"])
+            job.finished_at = time.perf_counter() - (time.time() - record["ended_at"])
+            job.started_at = job.finished_at - record["seconds"] if record["started"] else None
+            if "result" in record:
+                video = {**record["result"]["video"], "path": record["result"]["path"]}
+                job.result = Result(video=File(**video), seed=record["result"]["seed"])
+            else:
+                job.error = _recorded(Failure(*record["failure"]))
+        except (ValidationError, LookupError, TypeError) as error:
+            _log.error("%s cannot be read and is left there: %s", path, error)
+            return None
+        return job
+
+
+def _recorded(failure: Failure) -> Exception:
+    detail = failure.body.get("detail")
+    if failure.status_code == InvalidRequest.status_code and isinstance(detail, list):
+        return InvalidRequest(detail)
+    return RecordedFailure(failure)
+
+
+def _request_as_json(request: Request) -> dict[str, Any]:
+    fields = {name: getattr(request, name) for name in type(request).model_fields}
+    return {name: {"path": str(value)} if isinstance(value, Path) else value for name, value in fields.items()}
+
+
+def _request_from_json(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: Path(value["path"]) if isinstance(value, dict) else value for name, value in record.items()}

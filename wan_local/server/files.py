@@ -1,0 +1,214 @@
+"""The server's files: uploads that it is given, videos that it gives out, each at an address that cannot be guessed.
+
+An upload's name is drawn here and never taken from its sender; a video's address follows from its path and a secret of
+this folder, so both are good across restarts. Nothing else can be reached.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import mimetypes
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from wan_local.errors import OutputError, WanLocalError
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
+_MAX_VIDEOS = 100_000  # of which the oldest is forgotten first
+_MAX_PARTS = 1000
+_YOUNG_SECONDS = 3600.0  # an upload that is younger is not removed to make room
+_STALE_SECONDS = 24 * 3600.0  # what was begun that long ago will not be ended
+
+
+class TooLarge(WanLocalError):
+    """An upload is larger than it may be, or there is no room for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One upload: its token and where its bytes will lie."""
+
+    token: str
+    path: Path
+
+
+class ServedFiles:
+    """Uploads below `folder`, and videos wherever they are; addresses below `base_url`."""
+
+    def __init__(self, folder: Path, *, base_url: str, max_upload_bytes: int, max_uploads_bytes: int) -> None:
+        self._folder = folder
+        self._base_url = base_url
+        self._max_upload_bytes = max_upload_bytes
+        self._max_uploads_bytes = max_uploads_bytes
+        self._videos: OrderedDict[str, Path] = OrderedDict()
+        self._lock = threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._secret = _secret(folder / ".secret")
+        self._remove_stale()
+
+    def target_of(self, path: Path) -> str:
+        """Return the path of the address at which a video is served."""
+        path = path.resolve()
+        digest = hmac.new(self._secret, str(path).encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
+        token = base64.urlsafe_b64encode(digest[:24]).decode()
+        with self._lock:
+            self._videos[token] = path
+            if len(self._videos) > _MAX_VIDEOS:
+                self._videos.popitem(last=False)
+        return f"/files/{token}/{quote(path.name)}"
+
+    def url_of(self, path: Path) -> str:
+        return self._base_url + self.target_of(path)
+
+    def path_of(self, token: str, name: str) -> Path | None:
+        """Return the file at /files/token/name, or None. The name is compared and never used as a path."""
+        with self._lock:
+            path = self._videos.get(token)
+        if path is None and _TOKEN.fullmatch(token):
+            found = [entry for entry in self._folder.glob(f"{token}.*") if entry.suffix not in (".part", ".parts")]
+            path = found[0] if found else None
+        return path if path is not None and path.name == name and path.is_file() else None
+
+    def path_of_url(self, url: str) -> Path | None:
+        """Return the file that one of our own addresses means, whatever name the server was reached by."""
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            return None
+        segments = parts.path.split("/")
+        if parts.scheme not in ("http", "https") or len(segments) != 4 or segments[:2] != ["", "files"]:
+            return None
+        return self.path_of(segments[2], unquote(segments[3]))
+
+    def is_upload(self, path: Path) -> bool:
+        return path.parent == self._folder
+
+    def begin(self, content_type: str) -> Upload:
+        """Return a new upload; the file appears when `write` or `join` has ended. Raises TooLarge without room."""
+        self._make_room()
+        suffix = mimetypes.guess_extension(content_type.partition(";")[0].strip().lower()) or ".bin"
+        token = secrets.token_urlsafe(24)
+        return Upload(token, self._folder / f"{token}{suffix}")
+
+    def find(self, token: str, suffix: str) -> Upload | None:
+        """Return the upload that was begun under this token, or None for what cannot be one."""
+        if not _TOKEN.fullmatch(token) or not re.fullmatch(r"\.[a-z0-9]{1,10}", suffix):
+            return None
+        return Upload(token, self._folder / f"{token}{suffix}")
+
+    def upload_target(self, upload: Upload) -> str:
+        return f"/files/{upload.token}/{upload.path.name}"
+
+    def upload(self, data: bytes, content_type: str) -> str:
+        """Keep a copy and return its address. Raises OutputError and TooLarge."""
+        return self._base_url + self.upload_target(self.keep(data, content_type))
+
+    def keep(self, data: bytes, content_type: str) -> Upload:
+        upload = self.begin(content_type)
+        part = upload.path.with_name(f"{upload.path.name}.part")
+        try:
+            part.write_bytes(data)
+            part.replace(upload.path)
+        except OSError as error:
+            raise OutputError(f"the upload of {len(data)} bytes could not be kept: {error}") from error
+        finally:
+            part.unlink(missing_ok=True)
+        return upload
+
+    async def write(self, upload: Upload, chunks: AsyncIterator[bytes]) -> str:
+        """Write an upload as it comes; return its etag. Raises TooLarge, and then nothing is left."""
+        return await self._stream(upload.path, chunks, self._max_upload_bytes)
+
+    async def write_part(self, upload: Upload, number: int, chunks: AsyncIterator[bytes]) -> str:
+        """Write one part of an upload; return its etag. Raises TooLarge when all parts together are too much."""
+        if not 1 <= number <= _MAX_PARTS:
+            raise TooLarge(f"part {number}: an upload has 1 to {_MAX_PARTS} parts")
+        folder = self._parts(upload)
+        folder.mkdir(exist_ok=True)
+        others = sum(entry.stat().st_size for entry in folder.iterdir() if entry.name != str(number))
+        return await self._stream(folder / str(number), chunks, self._max_upload_bytes - others)
+
+    def join(self, upload: Upload, numbers: Sequence[int]) -> None:
+        """Put the parts together in this order. Raises LookupError for a part that was not uploaded."""
+        folder = self._parts(upload)
+        missing = [number for number in numbers if not (folder / str(number)).is_file()]
+        if missing or not numbers:
+            raise LookupError(f"parts {missing} were not uploaded" if missing else "an upload has at least one part")
+        part = upload.path.with_name(f"{upload.path.name}.part")
+        with part.open("wb") as whole:
+            for number in numbers:
+                with (folder / str(number)).open("rb") as piece:
+                    shutil.copyfileobj(piece, whole)
+        part.replace(upload.path)
+        shutil.rmtree(folder)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _parts(self, upload: Upload) -> Path:
+        return self._folder / f"{upload.token}.parts"
+
+    async def _stream(self, path: Path, chunks: AsyncIterator[bytes], max_bytes: int) -> str:
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        digest, size = hashlib.md5(usedforsecurity=False), 0
+        try:
+            with part.open("wb") as file:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    if size > max_bytes:
+                        raise TooLarge(f"an upload has at most {self._max_upload_bytes} bytes")
+                    digest.update(chunk)
+                    file.write(chunk)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return f'"{digest.hexdigest()}"'
+
+    def _make_room(self) -> None:
+        """Remove the oldest uploads while all together are too many bytes."""
+        files = sorted(
+            (entry for entry in self._folder.iterdir() if entry.is_file() and entry.name != ".secret"),
+            key=lambda entry: entry.stat().st_mtime,
+        )
+        total = sum(entry.stat().st_size for entry in files)
+        for entry in files:
+            if total <= self._max_uploads_bytes:
+                return
+            status = entry.stat()
+            if time.time() - status.st_mtime < _YOUNG_SECONDS:
+                break
+            entry.unlink(missing_ok=True)
+            total -= status.st_size
+        if total > self._max_uploads_bytes:
+            raise TooLarge(f"{self._folder} holds {total} bytes of uploads; at most {self._max_uploads_bytes} are kept")
+
+    def _remove_stale(self) -> None:
+        """Remove what an earlier process left unfinished."""
+        for entry in self._folder.iterdir():
+            old = time.time() - entry.stat().st_mtime > _STALE_SECONDS
+            if entry.suffix == ".part":
+                entry.unlink(missing_ok=True)
+            elif entry.suffix == ".parts" and old:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _secret(path: Path) -> bytes:
+    """Return this folder's secret, drawn at its first use and readable by this user only."""
+    with suppress(FileNotFoundError):
+        content = path.read_bytes()
+        if len(content) == hashlib.sha256().digest_size:
+            return content
+    path.touch(mode=0o600)
+    path.write_bytes(secrets.token_bytes(hashlib.sha256().digest_size))
+    return path.read_bytes()
