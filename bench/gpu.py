@@ -30,9 +30,9 @@ from wan_local.denoise import Guided
 from wan_local.geometry import Geometry, Size
 from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
 from wan_local.models.vae import Vae
-from wan_local.offload import FlatBlock, Residency, StreamedBlocks, spread
+from wan_local.offload import FlatBlock, Residency, StreamedBlocks
 from wan_local.pipeline import generate
-from wan_local.planner import StagePlan, chunk_tokens
+from wan_local.planner import StagePlan, chunk_tokens, spread
 from wan_local.request import Request
 from wan_local.settings import ModelConfig, load_model_config, load_settings
 from wan_local.stage import stage
@@ -210,7 +210,7 @@ def _streamed_step(bench: Bench, geometry: Geometry, resident: int | None) -> No
     with torch.device("meta"):
         network, once = Transformer(config), ContextEmbedder(config)
     blocks = list(network.blocks)
-    layout = FlatBlock(blocks[0], lambda name: torch.float32 if stays_float32(name) else bench.dtype)
+    layouts = [FlatBlock(block, lambda name: torch.float32 if stays_float32(name) else bench.dtype) for block in blocks]
     example = {name: tensor.cpu() for name, tensor in _random_state(blocks[0], bench).items()}
 
     def fill(_: int, views: Mapping[str, Tensor]) -> None:
@@ -219,9 +219,9 @@ def _streamed_step(bench: Bench, geometry: Geometry, resident: int | None) -> No
 
     keep = spread(len(blocks), len(blocks) if resident is None else resident)
     for index in keep:
-        layout.onto(blocks[index], torch.empty(layout.nbytes, dtype=torch.uint8, device=device))
+        layouts[index].onto(blocks[index], torch.empty(layouts[index].nbytes, dtype=torch.uint8, device=device))
         fill(index, dict(blocks[index].named_parameters()))
-    network.blocks = StreamedBlocks(blocks, layout, fill, Residency(keep, "ram"), device)
+    network.blocks = StreamedBlocks(blocks, layouts, fill, Residency(keep, "ram"), device)
     rest = {name: tensor for name, tensor in _random_state(network, bench).items() if not name.startswith("blocks.")}
     network.load_state_dict(rest, strict=False, assign=True)
     once.load_state_dict(_random_state(once, bench), assign=True)

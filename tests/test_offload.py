@@ -17,8 +17,8 @@ from wan_local.checkpoint import ModelFiles, find_model, open_model
 from wan_local.conditioning import Tokens, embed_prompt
 from wan_local.errors import WrongModel
 from wan_local.models.transformer import Transformer
-from wan_local.offload import FlatBlock, Residency, StreamedBlocks, spread
-from wan_local.planner import StagePlan
+from wan_local.offload import FlatBlock, Residency, StreamedBlocks
+from wan_local.planner import StagePlan, spread
 from wan_local.settings import load_settings
 from wan_local.stage import stage
 
@@ -100,8 +100,8 @@ def make_blocks(count: int, resident: frozenset[int], *, nap: float = 0.0) -> St
             {"weight": torch.full((3,), 1 + index / 100), "bias": torch.tensor([index], dtype=torch.float64)},
             assign=True,
         )
-    layout = FlatBlock(blocks[0], lambda name: torch.float64 if name == "bias" else torch.float32)
-    return StreamedBlocks(blocks, layout, fill, Residency(resident, "file"), CPU)
+    layouts = [FlatBlock(block, lambda name: torch.float64 if name == "bias" else torch.float32) for block in blocks]
+    return StreamedBlocks(blocks, layouts, fill, Residency(resident, "file"), CPU)
 
 
 def walk(blocks: StreamedBlocks, nap: float = 0.0) -> Tensor:
@@ -164,8 +164,8 @@ def test_an_error_while_reading_reaches_the_one_who_computes() -> None:
 
     with torch.device("meta"):
         modules = [Scale() for _ in range(5)]
-    layout = FlatBlock(modules[0], lambda _: torch.float32)
-    blocks = StreamedBlocks(modules, layout, fill, Residency(frozenset(), "file"), CPU)
+    layouts = [FlatBlock(module, lambda _: torch.float32) for module in modules]
+    blocks = StreamedBlocks(modules, layouts, fill, Residency(frozenset(), "file"), CPU)
     with pytest.raises(OSError, match="the disk is gone"):
         walk(blocks)
     blocks.close()

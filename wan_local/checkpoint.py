@@ -16,8 +16,10 @@ from safetensors import safe_open
 
 from wan_local import kinds
 from wan_local.errors import ModelNotFound, WrongModel
+from wan_local.extent import DTYPES, read_tensor
 from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical, ignorable
+from wan_local.manifest import Manifest, read_manifest
 from wan_local.settings import TINY, ModelConfig, Settings, hub_cache_dir, known_models
 from wan_local.weight_files import read_part, read_weights, weight_sets
 
@@ -29,6 +31,12 @@ class ModelFiles:
     folder: Path
     config: ModelConfig
     tensors: Mapping[Part, Mapping[str, TensorInfo]]
+    manifest: Manifest | None = None  # of a store
+
+    @property
+    def rotated(self) -> tuple[str, ...]:
+        """Return how the names of linears end whose quantized weights are rotated."""
+        return () if self.manifest is None else self.manifest.rotated
 
     @property
     def embedded(self) -> bool:
@@ -43,10 +51,16 @@ class PartTensors(Mapping[str, torch.Tensor]):
         self._infos = {ours: (name, info) for ours, name, info in named if where(ours) and not ignorable(part, name)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        stored_name, info = self._infos[name]
-        with safe_open(info.file, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(stored_name)
-        return tensor
+        _, info = self._infos[name]
+        return read_tensor(info.file, info.offset, DTYPES[info.dtype], info.shape)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return what the header says of a tensor."""
+        return self._infos[name][1]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype in which a tensor is stored."""
+        return DTYPES[self._infos[name][1].dtype]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from its header."""
@@ -108,7 +122,7 @@ def open_model(folder: Path) -> ModelFiles:
             "Give the folder that holds transformer/, vae/, text_encoder/, image_encoder/ and tokenizer/."
         )
     tensors = {part: read_part(folder / part) for part in PARTS}
-    return ModelFiles(folder, identify(tensors["transformer"], folder), tensors)
+    return ModelFiles(folder, identify(tensors["transformer"], folder), tensors, read_manifest(folder))
 
 
 def identify(transformer: Mapping[str, TensorInfo], folder: Path) -> ModelConfig:

@@ -5,13 +5,77 @@ Shape legend: B batch, L tokens, H heads, K channels of a head, D channels of a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wan_local.quantize import SCALE, SHIFT, QuantizedWeight, dequantize, linear_w8a8, rotate
+from wan_local.settings import Int8Arithmetic
+
 _ROTARY_THETA = 10_000.0
+
+
+def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias [..., N] in the dtype of x [..., K]; a quantized weight is used as its arithmetic says.
+
+    Where it is dequantized, that lasts for this call: one linear's weight at a time is whole.
+    """
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    if weight.rotated:
+        x = rotate(x)
+    if weight.format == "int8" and weight.arithmetic == "w8a8":
+        return linear_w8a8(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+    return F.linear(x, dequantize(weight, x.dtype), bias)
+
+
+class Linear(nn.Module):
+    """A linear layer by `linear`, of plain weights or, after `hold`, of quantized ones.
+
+    `rotated`: the weight wants its input rotated. `arithmetic`: what int8 weights are used by.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_scale: nn.Parameter | None
+    weight_shift: nn.Parameter | None
+
+    def __init__(self, dim_in: int, dim_out: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
+        self.bias = nn.Parameter(torch.empty(dim_out)) if bias else None
+        self.register_parameter(SCALE, None)
+        self.register_parameter(SHIFT, None)
+        self.rotated = False
+        self.arithmetic: Int8Arithmetic = "weight-only"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Return the dtype of what a linear with a bias takes and gives; a quantized weight has another."""
+        return (self.weight if self.bias is None else self.bias).dtype
+
+    def hold(self, tensors: Mapping[str, Tensor], *, rotated: bool, arithmetic: Int8Arithmetic) -> None:
+        """Take quantized weights from now on: `weight`, `weight_scale` and for int4 `weight_shift`, maybe on meta."""
+        for name in ("weight", SCALE, SHIFT):
+            tensor = tensors.get(name)
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        self.rotated, self.arithmetic = rotated, arithmetic
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight_scale is None:
+            return linear(x, self.weight, self.bias)
+        weight = QuantizedWeight(self.weight, self.weight_scale, self.weight_shift, self.rotated, self.arithmetic)
+        return linear(x, weight, self.bias)
+
+
+def adopt_linears(module: nn.Module) -> None:
+    """Put a `Linear` of the same shape in the place of every `nn.Linear` below `module`, before there are weights."""
+    for name, part in list(module.named_modules()):
+        if isinstance(part, nn.Linear):
+            module.set_submodule(name, Linear(part.in_features, part.out_features, bias=part.bias is not None))
 
 
 class LayerNorm(nn.Module):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_local.planner import SLOTS, Source
+from wan_local.quantize import stays_as_stored
 from wan_local.request import Check, unchecked
 
 Fill = Callable[[int, Mapping[str, Tensor]], None]  # write block i's tensors into these views, converting dtypes
@@ -35,13 +36,6 @@ class Residency:
     source: Source
 
 
-def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
-    """Return which blocks stay: evenly between the streamed ones, so that each copy can hide behind equal compute."""
-    streamed = num_blocks - num_resident
-    gone = {(2 * index + 1) * num_blocks // (2 * streamed) for index in range(streamed)} if streamed else set()
-    return frozenset(range(num_blocks)) - gone
-
-
 class CheckedBlocks(nn.ModuleList):
     """A network's list of blocks that is asked, before each one runs, whether to go on."""
 
@@ -56,13 +50,24 @@ class CheckedBlocks(nn.ModuleList):
 
 
 class FlatBlock:
-    """The layout of one block's tensors in a flat buffer of bytes; the same for all blocks of a network."""
+    """The layout of one block's tensors in a flat buffer of bytes.
 
-    def __init__(self, block: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> None:
+    dtype_of: what a plain parameter is on the device; quantized ones stay as they are. order: a key to sort names by,
+    so that the buffer looks as the file does; the module's own order unless given.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        dtype_of: Callable[[str], torch.dtype],
+        order: Callable[[str], tuple[str, int]] | None = None,
+    ) -> None:
         self._fields: list[tuple[str, torch.dtype, torch.Size, int]] = []
         offset = 0
-        for name, parameter in block.named_parameters():
-            dtype = dtype_of(name)
+        parameters = dict(block.named_parameters())
+        for name in parameters if order is None else sorted(parameters, key=order):
+            parameter = parameters[name]
+            dtype = parameter.dtype if stays_as_stored(name, parameter.dtype) else dtype_of(name)
             self._fields.append((name, dtype, parameter.shape, offset))
             nbytes = parameter.numel() * dtype.itemsize
             offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -91,25 +96,29 @@ class StreamedBlocks(nn.Module):
     def __init__(
         self,
         blocks: Sequence[nn.Module],
-        layout: FlatBlock,
+        layouts: Sequence[FlatBlock],
         fill: Fill,
         residency: Residency,
         device: torch.device,
         *,
         check: Check = unchecked,
     ) -> None:
-        """Take blocks on `meta`, of which those in `residency.resident` have their weights already."""
+        """Take blocks on `meta`, of which those in `residency.resident` have their weights already.
+
+        layouts: of each block; they may differ.
+        """
         super().__init__()
-        self._device, self._fill, self._layout, self._check = device, fill, layout, check
+        self._device, self._fill, self._layouts, self._check = device, fill, layouts, check
+        self._blocks = list(blocks)
         self._resident = {index: blocks[index] for index in sorted(residency.resident)}
         self._num_blocks = len(blocks)
         self._streamed = [index for index in range(len(blocks)) if index not in residency.resident]
         slots = min(SLOTS, len(self._streamed))
-        self._flat = [torch.empty(layout.nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-        templates = [blocks[index] for index in self._streamed[:slots]]
-        self._slots = [layout.onto(block, flat) for block, flat in zip(templates, self._flat, strict=True)]
+        nbytes = max((layouts[index].nbytes for index in self._streamed), default=0)
+        self._flat = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
+        self._slots = [self._put(index, slot) for slot, index in enumerate(self._streamed[:slots])]
         on_card = device.type == "cuda"
-        self._host = _HostBlocks(self._streamed, layout, fill, residency.source, device) if on_card else None
+        self._host = _HostBlocks(self._streamed, layouts, fill, residency.source, device) if on_card else None
         self._copies = _Copies(device, slots) if on_card else None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan_local-offload")
         self._pending: dict[int, Future[None]] = {}
@@ -127,7 +136,7 @@ class StreamedBlocks(nn.Module):
             if index in self._resident:
                 yield self._resident[index]
             else:
-                yield from self._streamed_block()
+                yield from self._streamed_block(index)
 
     def modules_held(self) -> list[nn.Module]:
         """Return every module that holds weights now."""
@@ -145,7 +154,7 @@ class StreamedBlocks(nn.Module):
             self._host.close()
         self._flat, self._host = [], None
 
-    def _streamed_block(self) -> Iterator[nn.Module]:
+    def _streamed_block(self, index: int) -> Iterator[nn.Module]:
         number = self._next
         slot = number % len(self._flat)
         self._pending.pop(number).result()  # the copy is under way (on a CPU: done)
@@ -153,12 +162,19 @@ class StreamedBlocks(nn.Module):
             self._copies.wait_until_copied(slot)
         self._next = number + 1
         try:
+            if self._slots[slot] is not self._blocks[index]:
+                self._slots[slot].to("meta")
+                self._slots[slot] = self._put(index, slot)
             yield self._slots[slot]
         finally:
             if self._flat:  # a pass that was left may end after `close`
                 if self._copies is not None:
                     self._copies.mark_freed(slot)
                 self._submit(number + len(self._flat))
+
+    def _put(self, index: int, slot: int) -> nn.Module:
+        """Let block `index` be what lies in a slot."""
+        return self._layouts[index].onto(self._blocks[index], self._flat[slot])
 
     def _begin(self) -> None:
         """Ask for the first blocks, after whatever was asked for before has ended."""
@@ -176,39 +192,47 @@ class StreamedBlocks(nn.Module):
         """Bring the `number`-th block of the endless sequence into its slot; runs on the worker."""
         slot, position = number % len(self._flat), number % len(self._streamed)
         if self._host is None or self._copies is None:
-            self._fill(self._streamed[position], self._layout.views(self._flat[slot]))
+            index = self._streamed[position]
+            self._fill(index, self._layouts[index].views(self._flat[slot]))
             return
         if self._host.reuses_buffers:
             self._copies.wait_on_host(slot)
-        self._copies.copy(self._flat[slot], self._host.block(position, slot), slot)
+        nbytes = self._layouts[self._streamed[position]].nbytes
+        self._copies.copy(self._flat[slot][:nbytes], self._host.block(position, slot), slot)
 
 
 class _HostBlocks:
     """The streamed blocks in host memory: one slab with all of them, or a small ring that is filled from the file."""
 
     def __init__(
-        self, streamed: Sequence[int], layout: FlatBlock, fill: Fill, source: Source, device: torch.device
+        self, streamed: Sequence[int], layouts: Sequence[FlatBlock], fill: Fill, source: Source, device: torch.device
     ) -> None:
-        self._streamed, self._layout, self._fill = streamed, layout, fill
+        self._streamed, self._layouts, self._fill = streamed, layouts, fill
         self.reuses_buffers = source == "file"
-        count = SLOTS if self.reuses_buffers else len(streamed)
-        self._slab = torch.empty((count, layout.nbytes), dtype=torch.uint8)
+        sizes = [layouts[index].nbytes for index in streamed]
+        if self.reuses_buffers:
+            sizes = [max(sizes, default=0)] * SLOTS
+        self._slab = torch.empty(sum(sizes), dtype=torch.uint8)
+        self._pieces = self._slab.split(sizes) if sizes else ()
         self._registered = _register(self._slab, device)
         if not self.reuses_buffers:
             for position, index in enumerate(streamed):
-                fill(index, layout.views(self._slab[position]))
+                fill(index, layouts[index].views(self._pieces[position]))
 
     def block(self, position: int, slot: int) -> Tensor:
         """Return the flat bytes of the `position`-th streamed block."""
         if not self.reuses_buffers:
-            return self._slab[position]
-        self._fill(self._streamed[position], self._layout.views(self._slab[slot]))
-        return self._slab[slot]
+            whole: Tensor = self._pieces[position]
+            return whole
+        layout = self._layouts[self._streamed[position]]
+        self._fill(self._streamed[position], layout.views(self._pieces[slot]))
+        piece: Tensor = self._pieces[slot][: layout.nbytes]
+        return piece
 
     def close(self) -> None:
         if self._registered:
             torch.cuda.cudart().cudaHostUnregister(self._slab.data_ptr())
-        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._slab, self._pieces = torch.empty(0, dtype=torch.uint8), ()
 
 
 def _register(slab: Tensor, device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from wan_local.errors import DoesNotFit
 from wan_local.geometry import PATCH, Geometry
-from wan_local.settings import ModelConfig, TransformerConfig
+from wan_local.settings import Int8Arithmetic, ModelConfig, TransformerConfig
 
 Source = Literal["ram", "file"]  # where streamed blocks wait
 
@@ -32,7 +32,9 @@ _PIXEL_FRAMES = 12  # of three channels
 class NetworkSize:
     """How many numbers a network holds: in all, in one of its blocks, and in a table of which few rows are needed.
 
-    `wide` of them stay float32 whatever the compute dtype.
+    `wide` of them stay float32 whatever the compute dtype. Quantized weights are not among them: they take `packed`
+    bytes in all, whatever is computed in, and the largest one stands for `unpacked` numbers. `blocks` has the numbers
+    and the packed bytes of each block where these count or differ.
     """
 
     total: int
@@ -40,9 +42,24 @@ class NetworkSize:
     num_blocks: int = 0
     table: int = 0
     wide: int = 0
+    packed: int = 0
+    unpacked: int = 0
+    blocks: tuple[tuple[int, int], ...] = ()
 
     def weight_bytes(self, compute_bytes: int) -> int:
-        return self.total * compute_bytes + self.wide * (_FLOAT32_BYTES - compute_bytes)
+        return self.total * compute_bytes + self.wide * (_FLOAT32_BYTES - compute_bytes) + self.packed
+
+    def block_bytes(self, compute_bytes: int) -> list[int]:
+        """Return the bytes of each block."""
+        blocks = self.blocks or ((self.block, 0),) * self.num_blocks
+        return [numbers * compute_bytes + packed for numbers, packed in blocks]
+
+
+def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
+    """Return which blocks stay: evenly between the streamed ones, so that each copy can hide behind equal compute."""
+    streamed = num_blocks - num_resident
+    gone = {(2 * index + 1) * num_blocks // (2 * streamed) for index in range(streamed)} if streamed else set()
+    return frozenset(range(num_blocks)) - gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +78,7 @@ class StagePlan:
 
     `resident_blocks` stay on the device and the others stream from `source`; None: all stay.
     `device` is where it runs, None for the run's own. `seconds` it will take about, None where that is not known.
+    `int8_arithmetic` is what int8 weights are used by; None: as suits the device.
     """
 
     name: str
@@ -70,6 +88,7 @@ class StagePlan:
     source: Source | None = None
     device: str | None = None
     seconds: float | None = None
+    int8_arithmetic: Int8Arithmetic | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -174,15 +193,23 @@ def _streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, m
     budget, compute = _budget(machine), machine.compute_bytes
     if stage.peak_bytes <= budget:
         return stage
-    block = size.block * compute
-    rest = size.weight_bytes(compute) - size.table * compute - size.num_blocks * block
+    blocks = size.block_bytes(compute)
+    rest = size.weight_bytes(compute) - size.table * compute - sum(blocks)
     activation = stage.activation_bytes + more_bytes
-    room = budget - activation - rest - SLOTS * block
-    resident = max(0, min(size.num_blocks - SLOTS, room // block))
-    waiting = (size.num_blocks - resident) * block
-    in_ram = machine.device != "cpu" and waiting <= machine.free_ram_bytes * _RAM_SHARE
-    weights = rest + (resident + SLOTS) * block
-    return StagePlan(stage.name, weights, activation, resident, "ram" if in_ram else "file")
+    for resident in range(max(0, len(blocks) - SLOTS), -1, -1):
+        stay = spread(len(blocks), resident)
+        waiting = [block for index, block in enumerate(blocks) if index not in stay]
+        weights = rest + sum(blocks) - sum(waiting) + SLOTS * max(waiting)
+        if activation + weights <= budget:
+            break
+    in_ram = machine.device != "cpu" and sum(waiting) <= machine.free_ram_bytes * _RAM_SHARE
+    return replace(
+        stage,
+        weight_bytes=weights,
+        activation_bytes=activation,
+        resident_blocks=resident,
+        source="ram" if in_ram else "file",
+    )
 
 
 def chunk_tokens(transformer: TransformerConfig, tokens: int, compute_bytes: int) -> int:

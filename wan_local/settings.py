@@ -18,10 +18,14 @@ from wan_local.geometry import Canvas, Resolution, Size
 
 UrlScheme = Literal["http", "file"]
 Precision = Literal["auto", "reference"]
+WeightFormat = Literal["bf16", "int8", "int4", "fp8"]
+Int8Arithmetic = Literal["w8a8", "weight-only"]
 AccelerationPolicy = Literal["merge", "static", "reuse"]
 Profile = Literal["distill4"]
 
 TINY = "tiny"
+FIRST_KEPT, LAST_KEPT = 2, 3  # blocks that suffer most from rounding (arXiv 2606.00957)
+QUANTIZED_PARTS = ("transformer", "text_encoder", "image_encoder")
 _CONFIGS = ("flf2v_14b", "flf2v_tiny")
 _POLICIES = ("merge", "static", "reuse")
 _PROFILES = ("distill4",)
@@ -56,6 +60,27 @@ class Settings:
     safety_model: str | None = None
     profile: Profile | None = None
     api_key: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormats:
+    """The format of each part's block linears. `keep_edges`: the transformer's first two and last three stay bf16."""
+
+    transformer: WeightFormat = "bf16"
+    text_encoder: WeightFormat = "bf16"
+    image_encoder: WeightFormat = "bf16"
+    keep_edges: bool = False
+
+    def of_block(self, part: str, index: int, num_blocks: int) -> WeightFormat:
+        """Return the format of block `index` of a part."""
+        at_an_edge = index < FIRST_KEPT or index >= num_blocks - LAST_KEPT
+        if part == "transformer" and self.keep_edges and at_an_edge:
+            return "bf16"
+        formats: dict[str, WeightFormat] = {name: getattr(self, name) for name in QUANTIZED_PARTS}
+        return formats.get(part, "bf16")
+
+
+PLAIN = WeightFormats()
 
 
 @dataclass(frozen=True, slots=True)

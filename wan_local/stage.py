@@ -5,15 +5,17 @@ The only room where modules are loaded and freed; freed also after an error, a c
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from wan_local.block_reader import BlockReader
 from wan_local.checkpoint import ModelFiles, PartTensors
 from wan_local.errors import WrongModel
 from wan_local.key_map import Part, canonical
@@ -21,10 +23,12 @@ from wan_local.models.image_encoder import build_image_encoder
 from wan_local.models.text_encoder import EmbeddingRows, build_text_encoder
 from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
 from wan_local.models.vae import Vae
-from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks, spread
-from wan_local.planner import NetworkSize, StagePlan
+from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks
+from wan_local.planner import NetworkSize, StagePlan, spread
+from wan_local.quantize import STORED_DTYPES, default_arithmetic, stays_as_stored
+from wan_local.quantized_layers import hold_in_format, hold_quantized
 from wan_local.request import Check, unchecked
-from wan_local.settings import ModelConfig
+from wan_local.settings import PLAIN, ModelConfig, WeightFormats
 
 Network = Literal["text_encoder", "image_encoder", "vae", "context_embedder", "transformer"]
 
@@ -95,23 +99,47 @@ def stage(
             torch.cuda.empty_cache()
 
 
-def network_sizes(config: ModelConfig) -> dict[str, NetworkSize]:
-    """Return how large each network of a model is, from its architecture alone: no weights are needed."""
-    return {network: _size_of(recipe, config) for network, recipe in _RECIPES.items()}
+def network_sizes(config: ModelConfig, weights: ModelFiles | WeightFormats = PLAIN) -> dict[str, NetworkSize]:
+    """Return how large each network of a model is, with the weights in those files or in those formats.
+
+    Formats need no weights: the architecture tells.
+    """
+    return {network: _size_of(recipe, config, weights) for network, recipe in _RECIPES.items()}
 
 
-def _size_of(recipe: _Recipe, config: ModelConfig) -> NetworkSize:
+def _size_of(recipe: _Recipe, config: ModelConfig, weights: ModelFiles | WeightFormats) -> NetworkSize:
     with torch.device("meta"):
         module = recipe.build(config)
-    numbers = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    total = sum(numbers.values())
-    wide = sum(count for name, count in numbers.items() if recipe.part == "transformer" and stays_float32(name))
+    if isinstance(weights, WeightFormats):
+        hold_in_format(module, recipe.part, weights)
+    else:
+        hold_quantized(module, weights, recipe.part, PartTensors(weights, recipe.part, recipe.where), "weight-only")
+    total, packed = _count(module)
+    wide = sum(
+        parameter.numel()
+        for name, parameter in module.named_parameters()
+        if recipe.part == "transformer" and stays_float32(name) and not stays_as_stored(name, parameter.dtype)
+    )
+    unpacked = max(
+        (p.numel() * (1 + (p.dtype == torch.uint8)) for p in module.parameters() if p.dtype in STORED_DTYPES), default=0
+    )
+    size = NetworkSize(total, wide=wide, packed=packed, unpacked=unpacked)
     if recipe.layers is None or not recipe.streams:
-        return NetworkSize(total, wide=wide)
-    blocks = list(cast(nn.ModuleList, module.get_submodule(recipe.layers)))
-    block = sum(parameter.numel() for parameter in blocks[0].parameters())
+        return size
+    blocks = tuple(_count(block) for block in cast(nn.ModuleList, module.get_submodule(recipe.layers)))
     table = module.get_parameter(recipe.table).numel() if recipe.table else 0
-    return NetworkSize(total, block, len(blocks), table, wide)
+    return replace(size, block=blocks[0][0], num_blocks=len(blocks), table=table, blocks=blocks)
+
+
+def _count(module: nn.Module) -> tuple[int, int]:
+    """Return how many numbers take the compute dtype, and how many bytes the quantized ones are."""
+    numbers = packed = 0
+    for name, parameter in module.named_parameters():
+        if stays_as_stored(name, parameter.dtype):
+            packed += parameter.nbytes
+        else:
+            numbers += parameter.numel()
+    return numbers, packed
 
 
 def load_network(
@@ -137,6 +165,7 @@ def _on_meta(network: Network, config: ModelConfig) -> nn.Module:
 def _load(module: nn.Module, network: Network, files: ModelFiles, place: _Place, plan: StagePlan | None) -> None:
     recipe, device = _RECIPES[network], place.device
     tensors = PartTensors(files, recipe.part, recipe.where)
+    hold_quantized(module, files, recipe.part, tensors, (plan and plan.int8_arithmetic) or default_arithmetic(device))
     if plan is None or plan.resident_blocks is None:
         load_strictly(module, recipe.part, tensors, place)
         if recipe.layers is not None:
@@ -169,13 +198,16 @@ def _load_streamed(module: nn.Module, recipe: _Recipe, tensors: PartTensors, pla
                 f"{source!r} of the {recipe.part} is {list(tensors.shape(source))}; {list(value.shape)} is needed"
             )
 
-    def fill(index: int, views: Mapping[str, Tensor]) -> None:
-        for name, view in views.items():
-            place.check()
-            view.copy_(tensors[f"{path}.{index}.{name}"])
+    reader, residency = BlockReader(tensors, path), Residency(resident, plan.source)
+    layouts = [
+        FlatBlock(block, place.dtype_of, functools.partial(reader.order, index)) for index, block in enumerate(blocks)
+    ]
 
-    layout, residency = FlatBlock(blocks[0], place.dtype_of), Residency(resident, plan.source)
-    module.set_submodule(path, StreamedBlocks(blocks, layout, fill, residency, place.device, check=place.check))
+    def fill(index: int, views: Mapping[str, Tensor]) -> None:
+        place.check()
+        reader.fill(index, views)
+
+    module.set_submodule(path, StreamedBlocks(blocks, layouts, fill, residency, place.device, check=place.check))
     if table is not None:
         rows = EmbeddingRows(lambda indices: place(table, tensors.rows(table, indices)))
         cast(Any, module).set_input_embeddings(rows)
@@ -192,7 +224,7 @@ class _Place:
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         self.check()
-        return tensor.to(self.device, self.dtype_of(name))
+        return tensor.to(self.device, tensor.dtype if stays_as_stored(name, tensor.dtype) else self.dtype_of(name))
 
     def dtype_of(self, name: str) -> torch.dtype:
         if self.part == "vae" or (self.part == "transformer" and stays_float32(name)):

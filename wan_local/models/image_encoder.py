@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wan_local.layers import adopt_linears
 from wan_local.settings import ImageEncoderConfig
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def build_image_encoder(config: ImageEncoderConfig) -> CLIPVisionModel:
             hidden_act=config.hidden_act,
         )
     )
+    adopt_linears(encoder)
     for module in encoder.modules():  # in no checkpoint, so it must not stay on `meta`
         if "position_ids" in dict(module.named_buffers(recurse=False)):
             module.register_buffer("position_ids", torch.arange(config.tokens, device="cpu")[None], persistent=False)

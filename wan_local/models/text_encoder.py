@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from wan_local.layers import Linear, adopt_linears
 from wan_local.settings import TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def build_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
     """Return the module on the current default device (`meta` while loading)."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    return UMT5EncoderModel(
+    encoder = UMT5EncoderModel(
         UMT5Config(
             vocab_size=config.vocab_size,
             d_model=config.d_model,
@@ -29,6 +30,25 @@ def build_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
             dropout_rate=0.0,
         )
     )
+    for block in encoder.encoder.block:
+        theirs = block.layer[1].DenseReluDense
+        block.layer[1].DenseReluDense = GatedFeedForward(config.d_model, config.d_ff, theirs.act)
+    adopt_linears(encoder)
+    return encoder
+
+
+class GatedFeedForward(nn.Module):
+    """The feed-forward of a block, `wo(gelu(wi_0 x) * wi_1 x)`: transformers' own casts to the dtype of a weight."""
+
+    def __init__(self, dim: int, inner_dim: int, act: nn.Module) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1 = Linear(dim, inner_dim, bias=False), Linear(dim, inner_dim, bias=False)
+        self.wo = Linear(inner_dim, dim, bias=False)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.wo(self.act(self.wi_0(x)) * self.wi_1(x))
+        return out
 
 
 class EmbeddingRows(nn.Module):

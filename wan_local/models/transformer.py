@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_local.anatomy import in_context as in_context  # noqa: PLC0414 (whoever loads this network asks it)
-from wan_local.layers import LayerNorm, RMSNorm, Rotary, apply_rotary, attention, rotary_embedding, split_heads
+from wan_local.layers import LayerNorm, Linear, RMSNorm, Rotary, apply_rotary, attention, rotary_embedding, split_heads
 from wan_local.settings import TransformerConfig
 
 _IMAGE_NORM_EPS = 1e-5
@@ -59,7 +59,7 @@ class _Gelu(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, *, approximate: str) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim_in, dim_out)
+        self.proj = Linear(dim_in, dim_out)
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class FeedForward(nn.Module):
         super().__init__()
         # the middle entry keeps the place of diffusers' dropout, so that the second linear is called net.2
         self.net = nn.ModuleList(
-            [_Gelu(dim, inner_dim, approximate=approximate), nn.Identity(), nn.Linear(inner_dim, dim_out)]
+            [_Gelu(dim, inner_dim, approximate=approximate), nn.Identity(), Linear(inner_dim, dim_out)]
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class _TwoLinears(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim_out), nn.Linear(dim_out, dim_out)
+        self.linear_1, self.linear_2 = Linear(dim_in, dim_out), Linear(dim_out, dim_out)
 
 
 class ImageProjection(nn.Module):
@@ -112,7 +112,7 @@ class ConditionEmbedder(nn.Module):
         super().__init__()
         self.freq_dim = config.freq_dim
         self.time_embedder = _TwoLinears(config.freq_dim, config.dim)
-        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.time_proj = Linear(config.dim, 6 * config.dim)
         self.text_embedder = _TwoLinears(config.text_dim, config.dim)
         self.image_embedder = ImageProjection(config)
 
@@ -135,12 +135,12 @@ class _ContextAttention(nn.Module):
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_attention_heads
-        self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.add_k_proj, self.add_v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.to_k, self.to_v = Linear(dim, dim), Linear(dim, dim)
+        self.add_k_proj, self.add_v_proj = Linear(dim, dim), Linear(dim, dim)
         self.norm_k, self.norm_added_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
 
     def forward(self, text_BMD: Tensor, image_BMD: Tensor, text_bias: Tensor | None) -> ContextKV:
-        dtype = self.to_v.weight.dtype
+        dtype = self.to_v.compute_dtype
         return ContextKV(
             k=split_heads(self.norm_k(self.to_k(text_BMD)), self.num_heads).to(dtype),
             v=split_heads(self.to_v(text_BMD), self.num_heads),
@@ -219,8 +219,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_attention_heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q, self.norm_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
 
     def keys_and_values(self, x_BLD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
@@ -240,8 +240,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_attention_heads
-        self.to_q = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_q = Linear(dim, dim)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q = RMSNorm(dim, eps=config.eps)
 
     def forward(self, x_BLD: Tensor, context: ContextKV) -> Tensor:
@@ -273,7 +273,7 @@ class TransformerBlock(nn.Module):
         modulation = (self.scale_shift_table + projection_B6D).unsqueeze(2).unbind(1)
         shift, scale = modulation[0], modulation[1]
         spans = [slice(i, i + chunk_tokens) for i in range(0, hidden_BLD.shape[1], chunk_tokens)]
-        compute, shape = self.attn1.to_q.weight.dtype, (*hidden_BLD.shape[:2], self.attn1.num_heads, -1)
+        compute, shape = self.attn1.to_q.compute_dtype, (*hidden_BLD.shape[:2], self.attn1.num_heads, -1)
         k_BLNK = torch.empty_like(hidden_BLD, dtype=compute).view(shape)
         v_BLNK = torch.empty_like(k_BLNK)
         for span in spans:
@@ -292,7 +292,7 @@ class TransformerBlock(nn.Module):
         attended: tuple[Rotary, Tensor, Tensor],
     ) -> Tensor:
         """Return the block's output for some of the tokens, given all tokens' keys and values."""
-        residual, compute = hidden_BLD.dtype, self.attn1.to_q.weight.dtype
+        residual, compute = hidden_BLD.dtype, self.attn1.to_q.compute_dtype
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation
         x = (self.norm1(hidden_BLD) * (1 + scale_a) + shift_a).to(compute)
         hidden_BLD = (hidden_BLD.float() + self.attn1(x, *attended).float() * gate_a).to(residual)
@@ -313,7 +313,7 @@ class Transformer(nn.Module):
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, kernel_size=patch, stride=patch)
         self.blocks: nn.Module = nn.ModuleList([TransformerBlock(config) for _ in range(config.num_layers)])
         self.norm_out = LayerNorm(config.dim, eps=config.eps, affine=False)
-        self.proj_out = nn.Linear(config.dim, config.out_channels * patch[0] * patch[1] * patch[2])
+        self.proj_out = Linear(config.dim, config.out_channels * patch[0] * patch[1] * patch[2])
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.dim))
 
     def forward(
