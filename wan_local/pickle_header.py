@@ -186,7 +186,8 @@ class _Machine:
             items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else self._to_mark()
             stack[-1].update(zip(items[::2], items[1::2], strict=True))
         elif name in ("APPEND", "APPENDS"):
-            stack[-1].extend([stack.pop()] if name == "APPEND" else self._to_mark())
+            items = [stack.pop()] if name == "APPEND" else self._to_mark()
+            stack[-1].extend(items)
         else:
             raise _Code(f"instruction {name}")
 
