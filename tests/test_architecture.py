@@ -24,7 +24,7 @@ LINES = (
     ("extent",),
     ("device", "download", "image", "lock", "metadata", "dequantize", "checkpoint", "quantize", "safety"),
     ("stored_tensor", "block_reader"),
-    ("sources",),
+    ("sources", "lora"),
     ("layers",),
     ("models", "quantized_layers"),
     ("offload",),

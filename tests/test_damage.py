@@ -87,7 +87,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a byte too many": (lambda c: c + b"\0", "cut short or was changed"),
     "header of 2^60 bytes": (lambda c: (2**60).to_bytes(8, "little") + c[8:], "1152921504606846976 announced"),
     "header as long as the file": (lambda c: (len(c) - 8).to_bytes(8, "little") + c[8:], "is not JSON"),
-    "header a byte longer": (lambda c: (header_length(c) + 1).to_bytes(8, "little") + c[8:], "is not JSON|lies at|hold"),
+    "header a byte longer": (lambda c: (header_length(c) + 1).to_bytes(8, "little") + c[8:], "is not JSON|lies|hold"),
     "header a byte shorter": (lambda c: (header_length(c) - 1).to_bytes(8, "little") + c[8:], "is not JSON|hold"),
     "no JSON": (lambda c: with_header(c, lambda _: b"{this is no JSON at all!}"), "is not JSON"),
     "no UTF-8": (lambda c: with_header(c, lambda _: b'{"\xff\xfe": 1}'), "is not JSON"),
