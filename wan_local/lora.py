@@ -243,7 +243,7 @@ def _check_shapes(file: Path, target: str, change: _Change, shape: tuple[int, ..
         made = next(iter(sizes.values()))
     if made != shape and not _widens(target, made, shape) and math.prod(made) != math.prod(shape):
         raise WrongModel(
-            f"{name!r} in {file.name!r} changes a tensor of {list(made)}, and {target!r} is {list(shape)}: the LoRA was "
+            f"{name!r} in {file.name!r} changes a tensor of {list(made)}, and {target!r} is {list(shape)}: it was "
             "made for a model of another size"
         )
 
