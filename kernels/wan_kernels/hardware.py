@@ -1,0 +1,123 @@
+"""What a kernel is launched with: a static table by card and shape class, and what `wan-local tune` found on this card.
+
+No autotuning at run time: it allocates at the peak of memory, does not run on a CPU, and takes minutes at first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wan_kernels.language import power_of_two
+
+SHARED_MEMORY_LIMIT = 101_376  # bytes a block of threads may have on sm_86, sm_89 and sm_120; sm_90 has 232,448
+ARCHITECTURES = (86, 89, 90, 120)
+TUNED = Path(".wan_local") / "kernels.json"  # below the home folder
+
+
+@dataclass(frozen=True, slots=True)
+class RowLaunch:
+    """One program a row: the power of two that holds it, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class TileLaunch:
+    """One program a tile: rows, columns, and the depth of one `tl.dot`; 0 where the kernel fixes it."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# (op, shape class) -> candidates, the first of which is used on every card that has no line of its own. Chosen from
+# code compiled ahead of time (registers, spills, instructions an MMA): no card has timed them yet.
+CANDIDATES: Mapping[tuple[str, str], tuple[TileLaunch, ...]] = {
+    ("attention_int8", "fp16"): (
+        TileLaunch(128, 0, 0, 8, 3),
+        TileLaunch(128, 0, 0, 8, 2),
+        TileLaunch(128, 0, 0, 8, 4),
+        TileLaunch(64, 0, 0, 4, 3),
+    ),
+    ("attention_int8", "int8"): (
+        TileLaunch(128, 0, 0, 8, 3),
+        TileLaunch(128, 0, 0, 8, 2),
+        TileLaunch(128, 0, 0, 8, 4),
+    ),
+    ("linear_int8", "large"): (
+        TileLaunch(128, 256, 64, 8, 3),
+        TileLaunch(128, 128, 64, 8, 3),
+        TileLaunch(128, 128, 64, 8, 4),
+        TileLaunch(128, 256, 64, 8, 2),
+    ),
+    ("linear_int8", "small"): (
+        TileLaunch(64, 64, 64, 4, 3),
+        TileLaunch(32, 64, 64, 4, 3),
+    ),
+}
+
+# Where another launch than the first suits a card: the wider tensor-core instructions of sm_90 read both operands from
+# shared memory, and 128 x 256 tiles spill there.
+BY_ARCHITECTURE: Mapping[tuple[int, str, str], TileLaunch] = {
+    (90, "linear_int8", "large"): TileLaunch(128, 128, 64, 8, 3),
+}
+
+
+def row_launch(width: int) -> RowLaunch:
+    """Return how rows of `width` columns are launched: as many warps as keep some 32 columns a thread."""
+    block = max(power_of_two(width), 64)
+    return RowLaunch(block, min(max(block // 1024, 1), 16))
+
+
+def tile_launch(op: str, shape_class: str, device: torch.device) -> TileLaunch:
+    """Return what `op` is launched with on `device`: what was tuned there, else what the table says."""
+    if device.type != "cuda":
+        return table_launch(op, shape_class, 0)
+    major, minor = torch.cuda.get_device_capability(device)
+    tuned = _tuned(Path.home() / TUNED).get(tuned_key(op, shape_class, device))
+    return tuned or table_launch(op, shape_class, 10 * major + minor)
+
+
+def table_launch(op: str, shape_class: str, architecture: int) -> TileLaunch:
+    """Return what the table says for `architecture` (86 for sm_86)."""
+    return BY_ARCHITECTURE.get((architecture, op, shape_class), CANDIDATES[op, shape_class][0])
+
+
+def tuned_key(op: str, shape_class: str, device: torch.device) -> str:
+    """Return the name under which a tuned launch is kept: card, its multiprocessors, Triton, op and shape class."""
+    from wan_kernels.language import triton
+
+    card = torch.cuda.get_device_properties(device)
+    return f"{card.name}|{card.multi_processor_count}|triton {triton.__version__}|{op}|{shape_class}"
+
+
+def save_tuned(found: Mapping[str, TileLaunch], home: Path | None = None) -> Path:
+    """Add `found` to what was tuned before and return the file; it appears complete or not at all."""
+    path = (home or Path.home()) / TUNED
+    rows = {key: _as_list(launch) for key, launch in {**_tuned(path), **found}.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    part.replace(path)
+    _tuned.cache_clear()
+    return path
+
+
+@functools.lru_cache(maxsize=4)
+def _tuned(path: Path) -> Mapping[str, TileLaunch]:
+    if not path.exists():
+        return {}
+    return {key: TileLaunch(*numbers) for key, numbers in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _as_list(launch: TileLaunch) -> list[int]:
+    return [launch.block_m, launch.block_n, launch.block_k, launch.num_warps, launch.num_stages]

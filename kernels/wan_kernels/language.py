@@ -1,0 +1,44 @@
+"""Triton where it is installed. Where it is not, a stand-in: every op can be imported, and its reference runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["HAS_TRITON", "KernelUnavailable", "ceil_div", "jit", "launchable", "power_of_two", "tl", "triton"]
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+else:
+    triton = tl = None
+
+
+class KernelUnavailable(RuntimeError):
+    """A kernel was called that cannot run here; the message says what is missing."""
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Return `function` as a Triton kernel, or as it is where there is no Triton to run it."""
+    return triton.jit(function) if HAS_TRITON else function
+
+
+def launchable(op: str) -> None:
+    """Raise KernelUnavailable where there is no Triton to launch `op` with."""
+    if not HAS_TRITON:
+        raise KernelUnavailable(
+            f"{op} needs Triton on a card, and it is not installed. Install it with `pip install 'wan_local[kernels]'` "
+            "(Linux) or `pip install triton-windows`, or choose attention='sdpa' and kernels='off'."
+        )
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def power_of_two(value: int) -> int:
+    """Return the smallest power of two that is not less than `value`."""
+    return 1 << (value - 1).bit_length()

@@ -1,0 +1,126 @@
+"""quantize_rows: bring each row to int8 with one scale of its own, after a rotation if wanted.
+
+    scale_m = max(max_d |x_md|, 1e-12) / 127        q_md = round_half_even(x_md / scale_m)        x ~ q * scale
+
+A zero row gives q = 0, so whatever is multiplied with it comes out exact. A row with NaN or infinity gives a scale that
+is not finite, so that it cannot hide in the integers.
+
+The rotation multiplies each group of 64 columns with R = (J/2 - I) x (J/2 - I) x (J/2 - I) (Kronecker product, J the
+4 x 4 matrix of ones). R is a regular Hadamard matrix (each row sums to 1; ConvRot, arXiv 2512.03673), symmetric and its
+own inverse: (x R)(W R)^T = x W^T, and outlier channels are spread over their group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wan_kernels.hardware import row_launch
+from wan_kernels.language import jit, launchable, tl
+
+ROTATION_GROUP = 64
+INT8_MAX = 127.0
+SMALLEST = 1e-12  # of a row's largest value: 0/0 must not happen, and 1e-12/127 is an ordinary float32
+ROUND_TO_EVEN = 12_582_912.0  # 1.5 * 2^23: adding it leaves an integer, rounded half to even, in the low bits
+
+
+def rotate_reference(x: Tensor) -> Tensor:
+    """Return x R, group by group of 64 along the last axis; applied twice it gives x back."""
+    assert x.shape[-1] % ROTATION_GROUP == 0, f"{x.shape[-1]} columns are not whole groups of {ROTATION_GROUP}"
+    groups: Tensor = x.unflatten(-1, (-1, 4, 4, 4))
+    for axis in (-3, -2, -1):
+        groups = groups.sum(dim=axis, keepdim=True) / 2 - groups
+    turned: Tensor = groups.flatten(-4)
+    return turned
+
+
+def quantize_rows_reference(x: Tensor, rotate: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return q int8 [..., D] and scale float32 [...]; computed in `dtype`."""
+    x = x.to(dtype)
+    if rotate:
+        x = rotate_reference(x)
+    scale = x.abs().amax(dim=-1).clamp(min=SMALLEST) / INT8_MAX
+    q = (x / scale.unsqueeze(-1)).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    return q, scale.float()
+
+
+@jit
+def rotated(x, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return x R for a row of BLOCK float32 columns."""
+    x = tl.reshape(x, (BLOCK // 64, 4, 4, 4))
+    x = 0.5 * tl.sum(x, axis=1, keep_dims=True) - x
+    x = 0.5 * tl.sum(x, axis=2, keep_dims=True) - x
+    x = 0.5 * tl.sum(x, axis=3, keep_dims=True) - x
+    return tl.reshape(x, (BLOCK,))
+
+
+@jit
+def rounded_int8(x):  # type: ignore[no-untyped-def]
+    """Return float32 within +-127 as int8, rounded half to even, without a conversion instruction."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@jit
+def store_quantized(x, q_ptr, scale_ptr, row, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Quantize a row of float32, zero beyond D, and store it: q_ptr [M, D] int8, scale_ptr [M] float32."""
+    columns = tl.arange(0, BLOCK)
+    # x * 0 is NaN where x is NaN or infinite: the maximum alone would step over a NaN
+    scale = tl.maximum(tl.max(tl.abs(x)), 1e-12) / 127.0 + tl.sum(x * 0.0)
+    tl.store(q_ptr + row * D + columns, rounded_int8(x * (1.0 / scale)), mask=columns < D)
+    tl.store(scale_ptr + row, scale)
+
+
+@jit
+def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [M, D] any float
+    q_ptr,  # [M, D] int8
+    scale_ptr,  # [M] float32
+    D,
+    ROTATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    if ROTATE:
+        x = rotated(x, BLOCK)
+    store_quantized(x, q_ptr, scale_ptr, row, D, BLOCK)
+
+
+def quantize_rows_triton(x: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
+    """Launch the kernel: one program a row."""
+    launchable("quantize_rows")
+    check_rows(x, rotate)
+    q, scale = _empty(x)
+    if scale.numel():
+        launch = row_launch(x.shape[-1])
+        _quantize_rows_kernel[(scale.numel(),)](
+            x, q, scale, x.shape[-1], ROTATE=rotate, BLOCK=launch.block, num_warps=launch.num_warps
+        )
+    return q, scale
+
+
+def check_rows(x: Tensor, rotate: bool) -> None:
+    """Assert what every kernel that works row by row takes for granted."""
+    assert x.is_contiguous(), f"rows of shape {tuple(x.shape)} are not contiguous: strides {x.stride()}"
+    assert not rotate or x.shape[-1] % ROTATION_GROUP == 0, f"{x.shape[-1]} columns are not whole groups of 64"
+
+
+def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("wan_kernels::quantize_rows", mutates_args=(), device_types="cuda")
+def quantize_rows(x: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
+    """Return q int8 [..., D] and scale float32 [...] of x [..., D]; with `rotate`, of x R (D a multiple of 64)."""
+    return quantize_rows_triton(x, rotate)
+
+
+@quantize_rows.register_kernel("cpu")
+def _(x: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
+    return quantize_rows_reference(x, rotate)
+
+
+@quantize_rows.register_fake
+def _(x: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
+    return _empty(x)

@@ -1,0 +1,162 @@
+"""Values of an attention, brought to what `attention_int8` multiplies with: scaled fp16 in place, or int8 transposed.
+
+    fp16:  v_scale_c = 2^(ceil(log2(max_m |v_mc|)) - 8)      v16 = v / v_scale, |v16| <= 256
+    int8:  v_mean_c = mean_m v_mc      v_scale_c = max_m |v_mc - v_mean_c| / 127      v8 = round((v - v_mean) / v_scale)
+
+A channel's power of two costs no bit, keeps sums over 64 keys under 2^14, and lifts small channels out of fp16's
+subnormal numbers: bf16 values beyond 65,504 are met in video models. int8 values lie transposed, keys innermost: the
+tensor cores' 8-bit operand wants it, and turning it inside the kernel costs more than the multiplication.
+
+Shape legend: B batch, M keys, H heads, K channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wan_kernels.attention_int8 import KEY_BLOCK
+from wan_kernels.language import ceil_div, jit, launchable, tl
+from wan_kernels.quantize_rows import INT8_MAX, SMALLEST, rounded_int8
+
+_LARGEST_EXPONENT = 8
+_ELEMENTS = 4096  # a program of the elementwise kernel takes
+
+
+def scale_values_reference(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return v16 float16 [B, M, H, K] and v_scale float32 [B, H, K]."""
+    v_scale = _power_of_two_scale(v)
+    return (v.float() / v_scale.unsqueeze(1)).half(), v_scale
+
+
+def _power_of_two_scale(v: Tensor) -> Tensor:
+    low, high = torch.aminmax(v, dim=1)
+    absmax = torch.maximum(-low, high).float()
+    _, exponent = torch.frexp(absmax.clamp(min=SMALLEST))  # absmax < 2^exponent
+    return torch.ldexp(torch.ones_like(absmax), exponent - _LARGEST_EXPONENT) + absmax * 0  # NaN and infinity stay
+
+
+def quantize_values_reference(v: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Return v8 int8 [B, H, K, ceil(M/64)*64], v_scale and v_mean float32 [B, H, K]."""
+    v_scale, v_mean = _scale_and_mean(v, dtype)
+    keys = v.shape[1]
+    v8 = _empty_values(v).zero_()
+    q = ((v.to(dtype) - v_mean.unsqueeze(1)) / v_scale.unsqueeze(1)).round().clamp(-INT8_MAX, INT8_MAX)
+    v8[..., :keys] = q.permute(0, 2, 3, 1).to(torch.int8)
+    return v8, v_scale.float(), v_mean.float()
+
+
+def _scale_and_mean(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    low, high = (x.to(dtype) for x in torch.aminmax(v, dim=1))
+    v_mean = v.mean(dim=1, dtype=dtype)
+    absmax = torch.maximum(high - v_mean, v_mean - low)
+    return absmax.clamp(min=SMALLEST) / INT8_MAX + absmax * 0, v_mean
+
+
+def _empty_values(v: Tensor) -> Tensor:
+    batch, keys, heads, head_dim = v.shape
+    return v.new_empty((batch, heads, head_dim, ceil_div(keys, KEY_BLOCK) * KEY_BLOCK), dtype=torch.int8)
+
+
+@jit
+def _scale_values_kernel(  # type: ignore[no-untyped-def]
+    v_ptr,  # [B, M, C] bfloat16 or float16
+    v16_ptr,  # [B, M, C] float16; may be the same memory
+    inverse_ptr,  # [B, C] float32, 1 / v_scale
+    per_batch,
+    C,
+    BLOCK: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = offsets < per_batch
+    v = tl.load(v_ptr + batch * per_batch + offsets, mask=there, other=0.0).to(tl.float32)
+    inverse = tl.load(inverse_ptr + batch * C + offsets % C, mask=there, other=0.0)
+    tl.store(v16_ptr + batch * per_batch + offsets, (v * inverse).to(tl.float16), mask=there)
+
+
+@jit
+def _quantize_values_kernel(  # type: ignore[no-untyped-def]
+    v_ptr,  # [B, M, H, K] any float
+    v8_ptr,  # [B, H, K, P] int8, P keys with padding
+    v_scale_ptr,  # [B, H, K] float32
+    v_mean_ptr,  # [B, H, K] float32
+    heads,
+    keys,
+    padded,
+    HEAD_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows, dims = tl.program_id(0) * KEYS + tl.arange(0, KEYS), tl.arange(0, HEAD_DIM)
+    there = rows < keys
+    channels = (batch * heads + head) * HEAD_DIM + dims
+    v_rows = ((batch * keys + rows) * heads + head) * HEAD_DIM
+    v = tl.load(v_ptr + v_rows[:, None] + dims[None, :], mask=there[:, None], other=0.0).to(tl.float32)
+    inverse = 1.0 / tl.load(v_scale_ptr + channels)
+    x = (v - tl.load(v_mean_ptr + channels)[None, :]) * inverse[None, :]
+    x = tl.where(there[:, None], tl.clamp(x, -127.0, 127.0), 0.0)
+    tl.store(v8_ptr + channels[None, :] * padded + rows[:, None], rounded_int8(x))
+
+
+def scale_values_triton(v: Tensor) -> Tensor:
+    """Launch the elementwise kernel in place; float32 values (tests) go to memory of their own first."""
+    launchable("scale_values_")
+    assert v.is_contiguous() and v.element_size() == 2, f"{v.dtype} values, strides {v.stride()}"
+    v_scale = _power_of_two_scale(v)
+    per_batch = v.numel() // v.shape[0]
+    _scale_values_kernel[(ceil_div(per_batch, _ELEMENTS), v.shape[0])](
+        v, v.view(torch.float16), 1 / v_scale, per_batch, v_scale[0].numel(), BLOCK=_ELEMENTS, num_warps=4
+    )
+    return v_scale
+
+
+def quantize_values_triton(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernel: one program for 64 keys of a head."""
+    launchable("quantize_values")
+    assert v.is_contiguous(), f"values are not contiguous: strides {v.stride()}"
+    v_scale, v_mean = _scale_and_mean(v, torch.float32)
+    v8 = _empty_values(v)
+    batch, keys, heads, head_dim = v.shape
+    _quantize_values_kernel[(v8.shape[-1] // KEY_BLOCK, heads, batch)](
+        v, v8, v_scale, v_mean, heads, keys, v8.shape[-1], HEAD_DIM=head_dim, KEYS=KEY_BLOCK, num_warps=4
+    )
+    return v8, v_scale, v_mean
+
+
+@torch.library.custom_op("wan_kernels::scale_values_", mutates_args=("v",), device_types="cuda")
+def scale_values_(v: Tensor) -> Tensor:
+    """Turn v [B, M, H, K], bfloat16 or float16, into v16 in its own memory; return v_scale float32 [B, H, K].
+
+    Afterwards the memory holds float16, whatever the tensor says: read it as `v.view(torch.float16)`.
+    """
+    return scale_values_triton(v)
+
+
+@scale_values_.register_kernel("cpu")
+def _(v: Tensor) -> Tensor:
+    v16, v_scale = scale_values_reference(v)
+    v.view(torch.float16).copy_(v16)
+    return v_scale
+
+
+@scale_values_.register_fake
+def _(v: Tensor) -> Tensor:
+    return v.new_empty((v.shape[0], v.shape[2], v.shape[3]), dtype=torch.float32)
+
+
+@torch.library.custom_op("wan_kernels::quantize_values", mutates_args=(), device_types="cuda")
+def quantize_values(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return v8 int8 [B, H, K, ceil(M/64)*64], v_scale and v_mean float32 [B, H, K], of v [B, M, H, K]."""
+    return quantize_values_triton(v)
+
+
+@quantize_values.register_kernel("cpu")
+def _(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return quantize_values_reference(v)
+
+
+@quantize_values.register_fake
+def _(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = v.new_empty((v.shape[0], v.shape[2], v.shape[3]), dtype=torch.float32)
+    return _empty_values(v), statistics, torch.empty_like(statistics)

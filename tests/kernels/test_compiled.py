@@ -1,0 +1,192 @@
+"""Every kernel as it is launched at the 14B model's sizes, compiled for the cards people own: no card is needed.
+
+What counts: it fits the shared memory of a consumer card, its hot loop touches no stack, and the tensor cores do the
+products. How fast it is, only a card can say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no build for this system")
+
+import triton
+
+from tests.kernels.ahead_of_time import Compiled, compile_launch, recorded
+from wan_kernels.hardware import ARCHITECTURES, CANDIDATES, SHARED_MEMORY_LIMIT, TileLaunch, table_launch
+
+# by name: an op stands before its module of the same name in the package
+attention_int8, decode_int4, gate_norm_modulate, gelu_quantize, linear_int8, quantize_rows, rms_rope, values = (
+    import_module(f"wan_kernels.{name}")
+    for name in (
+        "attention_int8", "decode_int4", "gate_norm_modulate", "gelu_quantize",
+        "linear_int8", "quantize_rows", "rms_rope", "values",
+    )
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+TOKENS, DIM, FFN_DIM, HEADS = 75_600, 5120, 13_824, 40  # 720p, 81 frames
+F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention(dtype: torch.dtype) -> None:
+    heads = (1, HEADS, TOKENS, 128)
+    q, scale = meta(*heads, dtype=I8), meta(1, HEADS, TOKENS, dtype=F32)
+    k_scale, statistics = meta(1, HEADS, -(-TOKENS // 64), dtype=F32), meta(1, HEADS, 128, dtype=F32)
+    padded = -(-TOKENS // 64) * 64
+    v = meta(1, HEADS, 128, padded, dtype=I8) if dtype == I8 else meta(1, TOKENS, HEADS, 128, dtype=dtype)
+    mean = statistics if dtype == I8 else None
+    attention_int8.attention_int8_triton(q, scale, q, k_scale, v, statistics, mean, BF16)
+
+
+def linear(outputs: int, inputs: int, *, residual: bool) -> None:
+    a, a_scale = meta(1, TOKENS, inputs, dtype=I8), meta(1, TOKENS, dtype=F32)
+    w, w_scale, bias = meta(outputs, inputs, dtype=I8), meta(outputs, dtype=F32), meta(outputs, dtype=BF16)
+    if residual:
+        x, gate = meta(1, TOKENS, outputs, dtype=BF16), meta(1, outputs, dtype=F32)
+        linear_int8.linear_int8_residual_triton(a, a_scale, w, w_scale, bias, x, gate)
+    else:
+        linear_int8.linear_int8_triton(a, a_scale, w, w_scale, bias, False, BF16)
+
+
+def norm(*, quantize: bool) -> None:
+    x, vector = meta(1, TOKENS, DIM, dtype=BF16), meta(1, DIM, dtype=F32)
+    operands = (x, x, vector, vector, vector, False, 1e-6)
+    if quantize:
+        gate_norm_modulate.gate_norm_modulate_quantize_triton(*operands, True)
+    else:
+        gate_norm_modulate.gate_norm_modulate_triton(*operands, BF16)
+
+
+def turn(kind: str) -> None:
+    x, weight, table = meta(1, TOKENS, DIM, dtype=BF16), meta(DIM, dtype=F32), meta(TOKENS, 64, dtype=F32)
+    if kind == "keys":
+        rms_rope.rms_rope_quantize_keys_triton(x, weight, table, table, meta(1, HEADS, 128, dtype=F32), 1e-6)
+    elif kind == "queries":
+        rms_rope.rms_rope_quantize_triton(x, weight, table, table, HEADS, 1e-6)
+    else:
+        rms_rope.rms_rope_triton(x, weight, table, table, HEADS, 1e-6, BF16)
+
+
+def decode() -> None:
+    packed, group = meta(DIM, FFN_DIM // 2, dtype=torch.uint8), meta(DIM, FFN_DIM // 64, dtype=BF16)
+    decode_int4.decode_int4_triton(packed, group, group, meta(DIM, FFN_DIM, dtype=I8))
+
+
+Case = tuple[Any, str, Callable[[], None]]
+MATRIX: dict[str, Case] = {
+    "attention, fp16 values": (attention_int8, "_attention_kernel", lambda: attention(torch.float16)),
+    "attention, int8 values": (attention_int8, "_attention_kernel", lambda: attention(I8)),
+    "linear": (linear_int8, "_linear_kernel", lambda: linear(FFN_DIM, DIM, residual=False)),
+    "linear onto the residual": (linear_int8, "_linear_kernel", lambda: linear(DIM, FFN_DIM, residual=True)),
+}
+ROWS: dict[str, Case] = {
+    "gate, norm, modulate": (gate_norm_modulate, "_gate_norm_modulate_kernel", lambda: norm(quantize=False)),
+    "gate, norm, modulate, quantize": (
+        gate_norm_modulate,
+        "_gate_norm_modulate_kernel",
+        lambda: norm(quantize=True),
+    ),
+    "rms, rope": (rms_rope, "_rms_rope_kernel", lambda: turn("floats")),
+    "rms, rope, queries": (rms_rope, "_rms_rope_kernel", lambda: turn("queries")),
+    "rms, rope, keys": (rms_rope, "_keys_kernel", lambda: turn("keys")),
+    "row norms": (rms_rope, "_inverse_rms_kernel", lambda: turn("keys")),
+    "gelu, quantize": (
+        gelu_quantize,
+        "_gelu_quantize_kernel",
+        lambda: gelu_quantize.gelu_quantize_triton(meta(1, TOKENS, FFN_DIM, dtype=BF16), True),
+    ),
+    "quantize rows": (
+        quantize_rows,
+        "_quantize_rows_kernel",
+        lambda: quantize_rows.quantize_rows_triton(meta(1, TOKENS, DIM, dtype=BF16), True),
+    ),
+    "decode int4": (decode_int4, "_decode_int4_kernel", decode),
+    "scale values": (
+        values,
+        "_scale_values_kernel",
+        lambda: values.scale_values_triton(meta(1, TOKENS, HEADS, 128, dtype=BF16)),
+    ),
+    "quantize values": (
+        values,
+        "_quantize_values_kernel",
+        lambda: values.quantize_values_triton(meta(1, TOKENS, HEADS, 128, dtype=BF16)),
+    ),
+}
+
+
+def compiled(case: Case, arch: int) -> Compiled:
+    module, kernel, launch = case
+    others = ("_inverse_rms_kernel", "_keys_kernel") if module is rms_rope else ()
+    with recorded(module, kernel) as recorder:
+        hidden = [recorded(module, other) for other in others if other != kernel]
+        for other in hidden:
+            other.__enter__()
+        launch()
+        for other in hidden:
+            other.__exit__(None, None, None)
+    return compile_launch(recorder, arch)
+
+
+def check_hot_loop(code: Compiled, arch: int, case: str) -> None:
+    assert code.shared <= SHARED_MEMORY_LIMIT
+    loop = code.hot_loop
+    integer = code.count("(IMMA|IGMMA)", loop)
+    assert integer, "the tensor cores do not multiply int8 in the hot loop"
+    if "fp16" in case:
+        assert code.count("(HMMA|HGMMA)", loop), "the tensor cores do not multiply fp16 in the hot loop"
+    assert code.count("(LDL|STL)", loop) == 0, "the hot loop spills"
+    if "linear" in case and arch != 90:
+        assert code.count("PRMT", loop) == 0, "bytes are repacked in the hot loop"
+        instructions = sum(line.endswith(";") for line in loop.splitlines())
+        assert instructions <= 2.0 * integer, f"{instructions} instructions for {integer} products"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("case", list(MATRIX))
+def test_products_run_on_tensor_cores_without_spilling(case: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = MATRIX[case][0]
+    monkeypatch.setattr(module, "tile_launch", lambda op, shape_class, _: table_launch(op, shape_class, arch))
+    check_hot_loop(compiled(MATRIX[case], arch), arch, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(ROWS))
+def test_rows_are_read_in_wide_loads_and_stay_in_registers(case: str) -> None:
+    code = compiled(ROWS[case], 86)
+    assert code.shared <= SHARED_MEMORY_LIMIT
+    assert code.count("(LDL|STL)") == 0, "it spills"
+    if case != "decode int4":  # a byte holds two weights there, and scales are shared
+        assert code.count(r"LDG\.E\.\S*128") >= 1, "no wide load"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", list(CANDIDATES))
+def test_every_launch_that_tuning_may_choose_fits_a_consumer_card(
+    op: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, shape_class = op
+    if name == "attention_int8":
+        module, case = attention_int8, MATRIX[f"attention, {shape_class} values"]
+    else:
+        module, case = linear_int8, MATRIX["linear onto the residual"]
+    for candidate in CANDIDATES[op][1:]:
+
+        def chosen(*_: object, candidate: TileLaunch = candidate) -> TileLaunch:
+            return candidate
+
+        monkeypatch.setattr(module, "tile_launch", chosen)
+        code = compiled(case, 86)
+        assert code.shared <= SHARED_MEMORY_LIMIT
+        assert code.count("(LDL|STL)", code.hot_loop) == 0, f"{candidate} spills in its hot loop"
