@@ -25,6 +25,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	-@command -v npm >/dev/null && npm ci --prefix tests/js --ignore-scripts --no-audit --no-fund --silent
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 # Mend what can be mended by machine.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def live_server(folder: Path, engine: Engine, **wanted: Any) -> Iterator[Live]:
         thread.start()
         while not running.started:
             time.sleep(0.005)
-        verify: Any = True if certificate is None else str(certificate.bundle)
+        verify: Any = True if certificate is None else ssl.create_default_context(cafile=certificate.bundle)
         with httpx.Client(base_url=options.base_url, trust_env=False, verify=verify, timeout=20) as http:
             yield Live(options.base_url, server.service, http, server.folder)
         running.should_exit = True

@@ -123,7 +123,9 @@ class Endpoint:
         job = await self._submitted(request)
         if isinstance(job, Response):
             return job
-        return JSONResponse(self._envelope(job, request, logs=None), headers={"x-fal-request-id": job.id})
+        envelope = self._envelope(job, request, logs=None)
+        envelope |= {"status": "IN_QUEUE", "queue_position": envelope.get("queue_position", 0), "metrics": {}}
+        return JSONResponse(envelope, headers={"x-fal-request-id": job.id})
 
     async def look(self, target: str, request: HttpRequest) -> Response:
         """Answer with a request's status, its status as a stream, or its result."""
