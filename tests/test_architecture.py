@@ -52,7 +52,7 @@ NEIGHBOURS = {
     ("__main__", "__init__"),
 }
 WITHOUT_TORCH = ("errors", "request", "geometry", "settings", "planner", "header", "anatomy", "gguf_header")
-WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "inspection")
+WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "inspection", "hub")
 IMPORTERS_OF_KERNELS = ("layers", "device")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")
 

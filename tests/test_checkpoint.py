@@ -87,7 +87,13 @@ def test_without_weights_the_error_says_what_to_download_how_much_and_the_comman
     with pytest.raises(ModelNotFound) as caught:
         find_model(load_settings(models_dir=tmp_path))
     message = str(caught.value)
-    for part in ("Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", "80 GB", "hf download", 'model="tiny"', str(tmp_path)):
+    for part in (
+        "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+        "80 GB",
+        "wan-local download",
+        'model="tiny"',
+        str(tmp_path),
+    ):
         assert part in message
 
 

@@ -165,7 +165,7 @@ def _how_to_get(config: ModelConfig, settings: Settings) -> str:
     assert config.repository is not None
     folder = settings.models_dir / config.repository.split("/")[1]
     return (
-        f"Download {config.repository} (about {config.download_gigabytes} GB) with `hf download {config.repository} "
-        f"--local-dir {folder}`, or give the folder you have it in as model (or WAN_LOCAL_MODEL). "
+        f"Run `wan-local download` (it fetches {config.repository}, about {config.download_gigabytes} GB, to {folder}; "
+        "`--format` has smaller ones), or give the folder you have weights in as model (or WAN_LOCAL_MODEL). "
         'To try the package without weights, ask for model="tiny".'
     )

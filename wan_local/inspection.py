@@ -119,7 +119,7 @@ def _inspect_folder(folder: Path) -> Inspection:
     reports = [_report(read_weights(path)) for path in sets_below(folder)]
     if not reports:
         raise ModelNotFound(
-            f"{str(folder)!r} holds no weights: no .safetensors, .gguf or .pth in it or one folder below"
+            f"{str(folder)!r} holds no weights: no .safetensors, .gguf or .pth in it or two folders below"
         )
     return Inspection(folder, _layout_of_folder(folder, reports), tuple(reports), _still_needed(reports, folder))
 

@@ -150,6 +150,24 @@ class ImageEncoderConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DownloadSource:
+    """Files of one repository of the hub, by patterns of their paths."""
+
+    repository: str
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadConfig:
+    """One choice of `wan-local download`. `runs`: whether a run loads it as it is, without converting."""
+
+    title: str
+    gigabytes: int
+    runs: bool
+    sources: tuple[DownloadSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MergingConfig:
     """Thresholds of step merging; `configs/acceleration.toml` says what each is."""
 
@@ -323,6 +341,15 @@ def load_safety_config() -> SafetyConfig:
 def turn_off_onnx_telemetry() -> None:
     """Keep onnxruntime from sending usage data and from keeping an id on disk; it reads this when it is loaded."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+
+def load_downloads() -> dict[str, DownloadConfig]:
+    """Read what `wan-local download` can fetch, by the name of its `--format`."""
+    downloads = {}
+    for name, table in _read_toml("downloads").items():
+        sources = tuple(DownloadSource(**_tuples(source)) for source in table.pop("sources"))
+        downloads[name] = DownloadConfig(sources=sources, **table)
+    return downloads
 
 
 def known_models() -> tuple[ModelConfig, ...]:

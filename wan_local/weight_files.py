@@ -70,8 +70,9 @@ def read_part(folder: Path) -> dict[str, TensorInfo]:
 
 
 def weight_sets(folder: Path) -> list[Path]:
-    """Return one path for each set of weights that lies in `folder` or one folder below: a file or a first shard."""
-    files = [file for pattern in ("*", "*/*") for file in sorted(folder.glob(pattern)) if file.is_file()]
+    """Return one path for each set of weights in `folder` or up to two folders below: a file or a first shard."""
+    found = [file for pattern in ("*", "*/*", "*/*/*") for file in sorted(folder.glob(pattern)) if file.is_file()]
+    files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     firsts = []
     for file in files:
         shard = _SHARD.fullmatch(file.name)

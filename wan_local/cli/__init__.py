@@ -15,7 +15,7 @@ from types import FrameType
 from typing import cast
 
 from wan_local import __version__
-from wan_local.cli import bench, generate, inspect, plan, serve
+from wan_local.cli import bench, download, generate, inspect, plan, serve
 from wan_local.cli.flags import flag, given
 from wan_local.cli.terminal import FAILED, INTERRUPTED, TERMINATED, WRONG_REQUEST, say
 from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
@@ -24,6 +24,7 @@ _COMMANDS = (
     generate,
     plan,
     inspect,
+    download,
     bench,
     serve,
 )
