@@ -17,7 +17,7 @@ KERNELS = ROOT / "kernels" / "wan_kernels"
 LINES = (
     ("errors",),
     ("request", "geometry", "settings"),
-    ("failure", "planner", "key_map", "header", "manifest"),
+    ("failure", "hub", "planner", "key_map", "header", "manifest"),
     ("anatomy", "gguf_header", "pickle_header"),
     ("weight_files", "kinds", "scales"),
     ("inspection",),
