@@ -26,7 +26,8 @@ from wan_local.conditioning import embed_images, embed_prompt, encode_condition,
 from wan_local.decode import decode_frames
 from wan_local.geometry import Size
 from wan_local.image import fit
-from wan_local.pipeline import Embeds, Job, prepare, sample
+from wan_local.pipeline import Embeds, sample
+from wan_local.preparation import Job, prepare
 from wan_local.preview import to_uint8
 from wan_local.report import Report
 from wan_local.request import Request
@@ -66,7 +67,7 @@ def frames_of(job: Job) -> tuple[Frames, int]:
         images = embed_images(encoder, job.images, config.image_encoder)
     with stage("vae", *placed) as vae:
         condition = encode_condition(vae, job.images, job.geometry.generated_frames)
-    running = sample(job, Report(CPU), Embeds(prompts[0], prompts[1], images), condition)
+    running = sample(job, job.workspace(Report(CPU)), Embeds(prompts[0], prompts[1], images), condition)
     while True:
         try:
             next(running)

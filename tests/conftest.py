@@ -12,9 +12,13 @@ _LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 @pytest.fixture(autouse=True)
-def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     for name in [name for name in os.environ if name.startswith("WAN_LOCAL_")]:
         monkeypatch.delenv(name)
+    elsewhere = tmp_path_factory.mktemp("home")  # unfinished runs and encodings of one test are not another's
+    monkeypatch.setenv("XDG_STATE_HOME", str(elsewhere / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(elsewhere / "local"))
 
 
 @pytest.fixture(autouse=True, scope="session")

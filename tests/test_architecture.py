@@ -15,14 +15,14 @@ KERNELS = ROOT / "kernels" / "wan_kernels"
 
 # A module may import from the lines above its own.
 LINES = (
-    ("errors",),
+    ("errors", "durable"),
     ("request", "geometry", "settings"),
-    ("failure", "hub", "planner", "key_map", "header", "manifest"),
+    ("failure", "hub", "planner", "key_map", "header", "manifest", "runs"),
     ("anatomy", "gguf_header", "pickle_header"),
     ("weight_files", "kinds", "scales"),
     ("inspection",),
     ("extent",),
-    ("device", "download", "image", "lock", "metadata", "dequantize", "checkpoint", "quantize", "safety"),
+    ("device", "download", "image", "lock", "metadata", "dequantize", "checkpoint", "quantize", "safety", "record"),
     ("stored_tensor", "block_reader"),
     ("sources", "lora"),
     ("layers",),
@@ -30,6 +30,10 @@ LINES = (
     ("offload",),
     ("stage",),
     ("conditioning", "scheduler", "acceleration", "denoise", "preview", "decode", "video", "report"),
+    ("identity", "cache", "ladder", "answers", "order"),
+    ("workspace", "unfinished"),
+    ("encoders", "denoiser"),
+    ("preparation",),
     ("pipeline",),
     ("jobs", "file_server", "quality"),
     ("webhook", "journal", "encoding", "lifecycle", "auth"),
@@ -49,10 +53,11 @@ NEIGHBOURS = {
     ("denoise", "scheduler"),
     ("denoise", "acceleration"),
     ("decode", "preview"),
+    ("order", "identity"),
     ("__main__", "__init__"),
 }
 WITHOUT_TORCH = ("errors", "request", "geometry", "settings", "planner", "header", "anatomy", "gguf_header")
-WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "inspection", "hub")
+WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "inspection", "hub", "durable", "runs")
 IMPORTERS_OF_KERNELS = ("layers", "device")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")
 

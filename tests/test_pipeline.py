@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.stamps import END, START, stamp_request, stamp_settings
-from wan_local import pipeline
+from wan_local import encoders, preparation
 from wan_local.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotAvailable, NumericalError, OutputError
 from wan_local.geometry import Size
 from wan_local.image import fit
@@ -26,7 +26,7 @@ from wan_local.video import read_video
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    return stamp_settings(tmp_path, monkeypatch)
+    return stamp_settings(tmp_path, monkeypatch, cache_gigabytes=0)
 
 
 def left_over(folder: Path) -> list[str]:
@@ -98,7 +98,7 @@ def test_a_seed_gives_the_same_frames_again_and_another_gives_others(settings: S
 
 
 def test_a_random_seed_is_below_2_to_31_and_returned(settings: Settings) -> None:
-    seeds = {pipeline.prepare(stamp_request(seed=None), settings).seed for _ in range(3)}
+    seeds = {preparation.prepare(stamp_request(seed=None), settings).seed for _ in range(3)}
     assert len(seeds) == 3 and all(0 <= seed < 2**31 for seed in seeds)
 
 
@@ -129,7 +129,7 @@ def test_a_run_that_streams_all_its_weights_gives_the_same_video(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = generate(stamp_request(), settings=settings).video.path
-    make_plan, streamed_stages = pipeline.make_plan, []
+    make_plan, streamed_stages = preparation.make_plan, []
 
     def plan_that_streams(*args: Any, **kwargs: Any) -> Plan:
         plan = make_plan(*args, **kwargs)
@@ -140,7 +140,7 @@ def test_a_run_that_streams_all_its_weights_gives_the_same_video(
         streamed_stages.extend(stage for stage in stages if stage.source)
         return replace(plan, stages=tuple(stages))
 
-    monkeypatch.setattr(pipeline, "make_plan", plan_that_streams)
+    monkeypatch.setattr(preparation, "make_plan", plan_that_streams)
     streamed = generate(stamp_request(), settings=settings).video.path
     assert len(streamed_stages) == 3
     assert whole is not None and streamed is not None
@@ -150,7 +150,7 @@ def test_a_run_that_streams_all_its_weights_gives_the_same_video(
 def test_nan_in_the_latents_writes_no_video(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "encode_condition", _encode_and_spoil)
+    monkeypatch.setattr(encoders, "encode_condition", _encode_and_spoil)
     with pytest.raises(NumericalError, match="step 1 of 2"):
         generate(stamp_request(), settings=settings, output=tmp_path / "nan.mp4")
     assert left_over(tmp_path) == []
@@ -169,7 +169,7 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def fail(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("wan_local.stage.load_network", fail)
+    monkeypatch.setattr("wan_local.stage._load", fail)
     return
 
 
@@ -198,7 +198,7 @@ class TestBeforeAnyWeightIsRead:
         assert left_over(tmp_path) == []
 
     def test_too_little_memory_is_refused(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pipeline, "free_bytes", lambda _: 2**20)
+        monkeypatch.setattr(preparation, "free_bytes", lambda _: 2**20)
         with pytest.raises(DoesNotFit, match="32x32 x 81 frames"):
             generate(stamp_request(), settings=settings)
 

@@ -16,7 +16,8 @@ import skimage
 import torch
 from PIL import Image
 
-from tests.test_pipeline import STAMPS, make_request
+from tests.stamps import STAMPS
+from tests.stamps import stamp_request as make_request
 from wan_local import checkpoint, pipeline, safety
 from wan_local.client import SyncClient
 from wan_local.errors import InvalidRequest, ModelNotFound, NotAvailable, NumericalError, WrongModel
@@ -246,7 +247,7 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("wan_local.stage.load_network", fail)
+    monkeypatch.setattr("wan_local.stage._load", fail)
 
 
 @pytest.mark.usefixtures("no_weights_are_read")

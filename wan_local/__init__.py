@@ -24,11 +24,11 @@ _NAMES_BY_MODULE = {
     "encoding": ("encode", "encode_file", "encode_image"),
     "errors": (
         "Busy", "Cancelled", "CorruptModel", "DoesNotFit", "InvalidRequest", "ModelNotFound", "NotAvailable",
-        "NumericalError", "OutputError", "WanLocalError", "WrongModel",
+        "NotResumable", "NumericalError", "OutOfMemory", "OutputError", "WanLocalError", "WrongModel",
     ),
     "handle": ("AsyncRequestHandle", "Completed", "InProgress", "Queued", "Status", "SyncRequestHandle"),
     "lifecycle": ("ObjectExpiration", "StorageACL", "StorageACLDecision", "StorageACLRule", "StorageSettings"),
-    "pipeline": ("Pipeline", "generate"),
+    "pipeline": ("Pipeline", "generate", "resume"),
     "realtime_connection": ("AsyncRealtimeConnection", "RealtimeConnection", "RealtimeNotSupported"),
     "request": ("File", "Request", "Result", "Step"),
     "service": ("FalClientError", "FalClientHTTPError", "FalClientTimeoutError"),
@@ -82,7 +82,9 @@ if TYPE_CHECKING:
     from wan_local.errors import InvalidRequest as InvalidRequest
     from wan_local.errors import ModelNotFound as ModelNotFound
     from wan_local.errors import NotAvailable as NotAvailable
+    from wan_local.errors import NotResumable as NotResumable
     from wan_local.errors import NumericalError as NumericalError
+    from wan_local.errors import OutOfMemory as OutOfMemory
     from wan_local.errors import OutputError as OutputError
     from wan_local.errors import WanLocalError as WanLocalError
     from wan_local.errors import WrongModel as WrongModel
@@ -99,6 +101,7 @@ if TYPE_CHECKING:
     from wan_local.lifecycle import StorageSettings as StorageSettings
     from wan_local.pipeline import Pipeline as Pipeline
     from wan_local.pipeline import generate as generate
+    from wan_local.pipeline import resume as resume
     from wan_local.realtime_connection import AsyncRealtimeConnection as AsyncRealtimeConnection
     from wan_local.realtime_connection import RealtimeConnection as RealtimeConnection
     from wan_local.realtime_connection import RealtimeNotSupported as RealtimeNotSupported

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,12 @@ from wan_local.acceleration import Called, Policy
 from wan_local.errors import NumericalError
 from wan_local.models.transformer import ContextKV, Modulation, Transformer
 from wan_local.scheduler import Scheduler
+
+
+class Predictor(Protocol):
+    """What the sampling loop asks: the guided velocity and the one of the prompt alone, [1, 16, T, H, W] float32."""
+
+    def predict(self, latents: Tensor, timestep: float) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,7 @@ class Denoised:
     clean: Tensor
 
 
-def denoise(guided: Guided, scheduler: Scheduler, latents: Tensor, policy: Policy) -> Iterator[Denoised]:
+def denoise(guided: Predictor, scheduler: Scheduler, latents: Tensor, policy: Policy) -> Iterator[Denoised]:
     """Yield the state after every step from noise `latents` on; the last one's latents are the result.
 
     Raises NumericalError where a prediction is not finite.

@@ -8,6 +8,8 @@
     |-- NotAvailable (RuntimeError)        asked for by name, and not installed or not supported here
     |-- Busy (RuntimeError)                another process holds what is needed; the message names it
     |-- DoesNotFit (MemoryError)           the plan needs more memory than there is
+    |-- OutOfMemory (MemoryError)          memory ran out during the run, on every rung that was tried
+    |-- NotResumable (ValueError)          no such unfinished run, or not one that can be gone on with here
     |-- NumericalError (ArithmeticError)   NaN or infinity where a picture should be
     |-- OutputError (OSError)              the video could not be written
     `-- Cancelled                          the caller asked to stop
@@ -77,6 +79,14 @@ class DoesNotFit(WanLocalError, MemoryError):
     """The request does not fit into the memory there is; the message names the nearest that does."""
 
 
+class OutOfMemory(WanLocalError, MemoryError):
+    """Memory ran out during the run and going on with less did not help; the message says what was tried."""
+
+
+class NotResumable(WanLocalError, ValueError):
+    """An unfinished run is not there, is being made, is damaged, or was begun with another model."""
+
+
 class NumericalError(WanLocalError, ArithmeticError):
     """A tensor holds NaN or infinity; no video is written from it."""
 
@@ -86,4 +96,4 @@ class OutputError(WanLocalError, OSError):
 
 
 class Cancelled(WanLocalError):
-    """The caller stopped the run; nothing was left behind."""
+    """The caller stopped the run. No part of a video was left; steps that were done are kept, to be resumed."""

@@ -1,60 +1,44 @@
 """The story: a request and two images become an mp4. One generator; it yields `Step`s and last a `Result`.
 
-Stop iterating (`close()` the generator) to cancel: every stage frees its network and no file is left.
+Stop iterating (`close()` the generator) to cancel: every stage frees its network and no part of a video is left. Once a
+step is done the run itself is kept, and `resume` goes on with it.
 """
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan_local import __version__
-from wan_local.acceleration import make_policy
-from wan_local.checkpoint import ModelFiles, find_model, model_config
-from wan_local.conditioning import (
-    embed_images,
-    embed_prompt,
-    encode_condition,
-    initial_noise,
-    load_tokenizer,
-    picture_tensor,
-    tokenize,
-)
+from wan_local import __version__, runs
+from wan_local.acceleration import EveryStep, make_policy
+from wan_local.answers import Answers, Latents, Remembering
+from wan_local.checkpoint import find_model
+from wan_local.conditioning import initial_noise
 from wan_local.decode import Decoded, decode_frames
-from wan_local.denoise import Denoised, Guided, denoise
-from wan_local.device import compute_dtype, free_bytes, free_ram_bytes, resolve_device
-from wan_local.errors import InvalidRequest
-from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, Geometry, Size, output_size
-from wan_local.image import fit, load_image
-from wan_local.planner import Machine, Plan, StagePlan, make_plan
+from wan_local.denoise import Guided, denoise
+from wan_local.denoiser import Denoiser
+from wan_local.device import resolve_device
+from wan_local.encoders import encode_frames, encode_images, encode_prompts
+from wan_local.ladder import Rung
+from wan_local.models.transformer import Transformer
+from wan_local.order import changes_since, check_model, read_order
+from wan_local.preparation import Job, planned, prepare, remarks_on
 from wan_local.preview import fit_latent_to_rgb, to_uint8
 from wan_local.report import Report
-from wan_local.request import Check, File, Request, Result, Step, as_json, unchecked
-from wan_local.safety import FrameCheck, check_images, check_prompt, load_checker, require_checker, safety_stage
+from wan_local.request import Check, File, Request, Result, Step, unchecked
+from wan_local.safety import FrameCheck, check_images, load_checker
 from wan_local.scheduler import Scheduler
-from wan_local.settings import (
-    ModelConfig,
-    Settings,
-    load_acceleration_config,
-    load_profile,
-    load_safety_config,
-    load_settings,
-)
-from wan_local.stage import Network, network_sizes, stage
-from wan_local.video import VideoReport, VideoWriter, check_output, largest_bytes
+from wan_local.settings import Settings, load_profile, load_settings
+from wan_local.unfinished import begun, taken
+from wan_local.video import VideoReport, VideoWriter
+from wan_local.workspace import Workspace
 
-_RANDOM_SEEDS = 2**31  # JavaScript clients lose integers beyond 2^53
 _MASK_CHANNELS = 4
-_WIDE = Size(height=9, width=16)  # what `auto` means where there is no start image yet
-_FEATURES_TO_COME = ("enable_prompt_expansion",)
 
 
 def generate(request: Request, *, settings: Settings | None = None, output: Path | str | None = None) -> Result:
@@ -63,37 +47,25 @@ def generate(request: Request, *, settings: Settings | None = None, output: Path
     Raises InvalidRequest, ModelNotFound, WrongModel, CorruptModel, NotAvailable, DoesNotFit before any weight is
     read, and NumericalError or OutputError later.
     """
+    return _last(Pipeline(settings).generate(request, output=output))
+
+
+def resume(run_id: str, *, settings: Settings | None = None, output: Path | str | None = None) -> Result:
+    """Finish a run that was stopped, failed or killed, and return where its video is; `wan-local runs` lists them.
+
+    settings: those the run was begun with unless given. Raises NotResumable, and as `generate` does.
+    """
+    here = settings or load_settings()
+    return _last(Pipeline(settings or runs.settings_of(run_id, here)).resume(run_id, output=output))
+
+
+def _last(events: Iterator[Step | Result]) -> Result:
     result: Result | None = None
-    for event in Pipeline(settings).generate(request, output=output):
+    for event in events:
         if isinstance(event, Result):
             result = event
     assert result is not None, "the pipeline ended without a result"
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request that can be made: its images at the video's size, the model it found, and the plan it fits into."""
-
-    request: Request
-    settings: Settings
-    files: ModelFiles
-    device: torch.device
-    dtype: torch.dtype
-    images: tuple[Tensor, Tensor]
-    plan: Plan
-    seed: int
-    output: Path
-    check: Check = unchecked
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.plan.geometry
-
-    def open(self, network: Network, plan: StagePlan | None = None) -> AbstractContextManager[Any]:
-        """Return the `stage` that hands out `network`."""
-        return stage(network, self.files, self.device, self.dtype, plan=plan, check=self.check)
 
 
 class Pipeline:
@@ -103,43 +75,92 @@ class Pipeline:
         self.settings = settings or load_settings()
 
     def generate(
-        self, request: Request, *, output: Path | str | None = None, check: Check = unchecked
+        self,
+        request: Request,
+        *,
+        output: Path | str | None = None,
+        run_id: str | None = None,
+        check: Check = unchecked,
     ) -> Generator[Step | Result]:
         """Yield a `Step` after each piece of work and last the `Result`.
 
-        output: the mp4 to write; a new name in the settings' `output_dir` unless given. check: called between the
-        blocks of every network; what it raises (`Cancelled`, say) ends the run there. Raises as `generate` does.
+        output: the mp4 to write; a new name in the settings' `output_dir` unless given. run_id: under which the run is
+        kept until it is done; an unfinished run of that id is gone on with. check: called between the blocks of every
+        network; what it raises (`Cancelled`, say) ends the run there. Raises as `generate` does.
         """
-        job = prepare(request, self.settings, output, check=check)
-        files, geometry = job.files, job.geometry
+        if run_id is not None and runs.find(self.settings, run_id) is not None:
+            yield from self.resume(run_id, output=output, check=check)
+            return
+        job = prepare(request, self.settings, output)
         report = Report(job.device)
-        for text in _remarks(job):
-            report.note(text)
-        yield report.step(1, 1, f"{files.config.title}: {job.plan.describe()}")
+        with begun(job.order, job.settings, job.files, job.plan, run_id or runs.new_id(), report.note) as answers:
+            result = yield from _make(job, report, answers, check)
+        yield result
 
-        yield from _check_images(job, report)
-        with report.stage("text"), job.open("text_encoder", job.plan.stage("text")) as text_encoder:
-            prompt_embeds, negative_embeds = _embed_prompts(text_encoder, job, report)
+    def resume(
+        self, run_id: str, *, output: Path | str | None = None, check: Check = unchecked
+    ) -> Generator[Step | Result]:
+        """Go on with an unfinished run from its last step, to the same video bit for bit.
+
+        output: elsewhere than it was to go. Raises NotResumable, and as `generate` does.
+        """
+        with taken(self.settings, run_id) as folder:
+            files, device = find_model(self.settings), resolve_device(self.settings.device)
+            check_model(folder.about, files)
+            where = None if output is None else Path(output).expanduser().absolute()
+            job = planned(read_order(folder.folder, folder.about, output=where), self.settings, files, device)
+            chunk = min(job.plan.chunk_tokens, int(folder.about["chunk_tokens"]))
+            job = replace(job, plan=replace(job.plan, chunk_tokens=chunk))
+            report = Report(device)
+            for text in changes_since(folder.about, device):
+                report.note(text)
+            result = yield from _make(job, report, Answers(folder.folder, report.note), check)
+        yield result
+
+
+def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Generator[Step, None, Result]:
+    """Make the video of a job; what the answers tell already is not done again."""
+    geometry, space = job.geometry, job.workspace(report, check)
+    for text in remarks_on(job):
+        report.note(text)
+    yield report.step(1, 1, f"{job.files.config.title}: {job.plan.describe()}")
+    yield from _check_images(job, report)
+    latents = answers.final() if answers else None
+    if latents is None:
+        with report.stage("text"):
+            prompts = encode_prompts(_prompts(job.request), space)
         yield report.step(1, 1, "prompts encoded")
 
-        with report.stage("image"), job.open("image_encoder") as image_encoder:
-            image_embeds = embed_images(image_encoder, job.images, files.config.image_encoder)
+        with report.stage("image"):
+            image_embeds = encode_images(job.images, space)
         yield report.step(1, 1, "images encoded")
 
-        with report.stage("condition"), job.open("vae") as vae:
-            condition = encode_condition(vae, job.images, geometry.generated_frames, check=check)
+        with report.stage("condition"):
+            condition = encode_frames(job.images, geometry.generated_frames, space)
         yield report.step(1, 1, "first and last frame encoded")
 
-        embeds = Embeds(prompt_embeds, negative_embeds, image_embeds)
-        state = yield from sample(job, report, embeds, condition)
+        embeds = Embeds(prompts["prompt"], prompts.get("negative_prompt"), image_embeds)
+        latents = yield from sample(job, space, embeds, condition, answers)
+        if answers:
+            answers.finish(latents)
 
-        with report.stage("decode"), job.open("vae") as vae, _writer(job, state.calls, report) as writer:
-            for decoded in _checked(decode_frames(vae, state.latents, geometry, check=check), job, report):
+    with report.stage("decode"):
+        video = yield from _decode(job, space, latents)
+    report.acceleration = latents.acceleration
+    return _result(job, video, {**report.as_dict(), "model_calls": latents.calls})
+
+
+def _decode(job: Job, space: Workspace, final: Latents) -> Generator[Step, None, VideoReport]:
+    """Write the video, from its first frame on at every attempt; return what was written."""
+    total, report = job.geometry.generated_frames, space.report
+    for attempt in space.attempts("decode"):
+        with attempt as rung, space.open("vae", rung) as vae, _writer(job, final.calls, report) as writer:
+            frames = decode_frames(vae, final.latents.to(rung.device), job.geometry, check=space.check)
+            for decoded in _checked(frames, job, report):
                 writer.write(decoded.frames)
-                message = f"frame {decoded.done} of {geometry.generated_frames}"
-                yield report.step(decoded.done, geometry.generated_frames, message)
+                yield report.step(decoded.done, total, f"frame {decoded.done} of {total}")
             video = writer.finish()
-        yield _result(job, video, {**report.as_dict(), "model_calls": state.calls})
+    return video
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,67 +172,42 @@ class Embeds:
     images: Tensor
 
 
-def sample(job: Job, report: Report, embeds: Embeds, condition: Tensor) -> Generator[Step, None, Denoised]:
-    """Denoise and return the last state. The context's keys and values go with this frame, before decoding begins."""
-    request, looped = job.request, job.plan.stage("denoise")
+def sample(
+    job: Job, space: Workspace, embeds: Embeds, condition: Tensor, answers: Answers | None = None
+) -> Generator[Step, None, Latents]:
+    """Denoise and return the final latents. The context's keys and values go with this frame, before decoding."""
+    request, report = job.request, space.report
     scheduler = _scheduler(job)
-    with report.stage("context"), job.open("context_embedder", job.plan.stage("context")) as embedder:
-        modulations = embedder.modulations(scheduler.timesteps)
-        context = embedder(embeds.prompt, embeds.images)
-        negative_context = None if embeds.negative is None else embedder(embeds.negative, embeds.images)
+    with report.stage("context"):
+        for attempt in space.attempts("context"):
+            with attempt as rung, space.open("context_embedder", rung) as embedder:
+                modulations = embedder.modulations(scheduler.timesteps)
+                context = embedder(embeds.prompt, embeds.images)
+                negative_context = None if embeds.negative is None else embedder(embeds.negative, embeds.images)
     yield report.step(1, 1, "context embedded")
 
-    policy = make_policy(request.acceleration, request.num_inference_steps, load_acceleration_config(job.settings))
-    to_rgb = fit_latent_to_rgb(condition[:, _MASK_CHANNELS:], job.images)
-    noise = initial_noise(job.seed, _latent_shape(job)).to(job.device)
-    with report.stage("denoise"), job.open("transformer", looped) as transformer:
-        guided = Guided(
+    def guided(transformer: Transformer, rung: Rung) -> Guided:
+        return Guided(
             transformer,
             condition,
             modulations,
             context,
             negative_context,
             request.guide_scale,
-            together=looped.resident_blocks is not None,
-            chunk_tokens=job.plan.chunk_tokens,
+            together=rung.plan.resident_blocks is not None,
+            chunk_tokens=rung.chunk_tokens,
             residual_dtype=torch.float32 if job.settings.precision == "reference" else None,
         )
-        for state in denoise(guided, scheduler, noise, policy):
+
+    policy = make_policy(request.acceleration, request.num_inference_steps, job.order.acceleration)
+    to_rgb = fit_latent_to_rgb(condition[:, _MASK_CHANNELS:], job.images)
+    noise = initial_noise(job.order.seed, _latent_shape(job)).to(job.device)
+    with report.stage("denoise"), Denoiser(space, guided) as denoiser:
+        predictor = Remembering(denoiser, answers, both=not isinstance(policy, EveryStep)) if answers else denoiser
+        for state in denoise(predictor, scheduler, noise, policy):
             preview = to_rgb.picture(state.clean)
             yield report.step(state.done, state.total, f"step {state.done} of {state.total}", preview=preview)
-    report.acceleration = policy.summary()
-    return state
-
-
-def prepare(request: Request, settings: Settings, output: Path | str | None = None, *, check: Check = unchecked) -> Job:
-    """Check everything that can be checked before a weight is read: request, images, model, device, memory, output."""
-    _refuse_features_to_come(request)
-    check_prompt(request.prompt, load_safety_config(), enabled=request.enable_safety_checker)
-    if request.enable_safety_checker:
-        require_checker(settings)
-    request, remarks = _profiled(request, settings)
-    files = find_model(settings)
-    device = resolve_device(settings.device)
-    start = load_image(request.start_image_url, field="start_image_url")
-    end = load_image(request.end_image_url, field="end_image_url")
-    canvas, start_size = files.config.canvas(request.resolution), Size(start.height, start.width)
-    size = output_size(canvas, request.aspect_ratio, start_size)
-    geometry = Geometry(size, request.num_frames)
-    dtype = compute_dtype(device)
-    small = Geometry(output_size(files.config.canvas("480p"), request.aspect_ratio, start_size), NATIVE_FRAMES)
-    plan = make_plan(
-        geometry,
-        files.config,
-        network_sizes(files.config),
-        Machine(str(device), free_bytes(device), free_ram_bytes(), dtype.itemsize),
-        smaller=small if small.tokens < geometry.tokens else None,
-    )
-    plan = plan.preceded_by(*_switched_on(request))
-    seed = secrets.randbelow(_RANDOM_SEEDS) if request.seed is None else request.seed
-    path = _output_path(settings, seed, output)
-    check_output(path, largest_bytes(geometry))
-    images = (picture_tensor(fit(start, size)), picture_tensor(fit(end, size)))
-    return Job(request, settings, files, device, dtype, images, plan, seed, path, check, remarks)
+    return Latents(state.latents, state.calls, policy.summary())
 
 
 def _scheduler(job: Job) -> Scheduler:
@@ -219,51 +215,6 @@ def _scheduler(job: Job) -> Scheduler:
         return Scheduler(job.request.num_inference_steps, job.request.shift)
     profile = load_profile(job.settings.profile)
     return Scheduler.distilled(profile.steps, profile.shift)
-
-
-def _profiled(request: Request, settings: Settings) -> tuple[Request, tuple[str, ...]]:
-    """Return the request with the profile's values over its own, and what was changed in words."""
-    if settings.profile is None:
-        return request, ()
-    profile = load_profile(settings.profile)
-    values = {
-        "num_inference_steps": len(profile.steps),
-        "shift": profile.shift,
-        "guide_scale": profile.guide_scale,
-        "acceleration": "none",
-    }
-    given = {name: getattr(request, name) for name in values}
-    changed = [f"{name} {given[name]} -> {value}" for name, value in values.items() if given[name] != value]
-    words = f"profile {settings.profile} (experimental; {profile.title}): {', '.join(changed) or 'nothing changed'}."
-    return request.model_copy(update=values), (words,)
-
-
-def plan_run(settings: Settings, request: Request, *, machine: Machine | None) -> tuple[ModelConfig, Plan]:
-    """Return the model's configuration and the plan of a run on `machine` (None: this one). No weights are needed.
-
-    Of the request its resolution, aspect ratio, number of frames and switches count; its images are not looked at.
-
-    Raises DoesNotFit; ModelNotFound where the settings name a folder that is none.
-    """
-    config, device = model_config(settings), resolve_device(settings.device)
-    here = Machine(str(device), free_bytes(device), free_ram_bytes(), compute_dtype(device).itemsize)
-    sizes = {name: output_size(config.canvas(name), request.aspect_ratio, _WIDE) for name in RESOLUTIONS}
-    geometry, small = Geometry(sizes[request.resolution], request.num_frames), Geometry(sizes["480p"], NATIVE_FRAMES)
-    smaller = small if small.tokens < geometry.tokens else None
-    plan = make_plan(geometry, config, network_sizes(config), machine or here, smaller=smaller)
-    return config, plan.preceded_by(*_switched_on(request))
-
-
-def _switched_on(request: Request) -> list[StagePlan]:
-    """Return the stages that the request's switches add before all others."""
-    return [safety_stage(load_safety_config())] if request.enable_safety_checker else []
-
-
-def _refuse_features_to_come(request: Request) -> None:
-    for name in _FEATURES_TO_COME:
-        if getattr(request, name):
-            message = f"{name} is not available in wan_local {__version__}; leave it false. Nothing was generated."
-            raise InvalidRequest.field(name, "feature_not_supported", message, value=True)
 
 
 def _check_images(job: Job, report: Report) -> Iterator[Step]:
@@ -290,39 +241,10 @@ def _checked(parts: Iterator[Decoded], job: Job, report: Report) -> Iterator[Dec
     report.facts["safety"] |= {"frames": check.finish()}
 
 
-def _output_path(settings: Settings, seed: int, output: Path | str | None) -> Path:
-    if output is not None:
-        return Path(output).expanduser().absolute()
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
-    return settings.output_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}-{secrets.token_hex(2)}.mp4"
-
-
-def _remarks(job: Job) -> list[str]:
-    """What a caller may want to know before the run."""
-    remarks = list(job.remarks)
-    if job.request.num_frames > NATIVE_FRAMES:
-        remarks.append(
-            f"{job.request.num_frames} frames: the model was trained on {NATIVE_FRAMES}; colours may shift early on. "
-            f"{job.geometry.generated_frames} are generated, the first and the last are always kept."
-        )
-    if torch.equal(*job.images):
-        remarks.append("start and end image are the same picture: expect little motion unless the prompt describes it.")
-    return remarks
-
-
-def _embed_prompts(text_encoder: Any, job: Job, report: Report) -> tuple[Tensor, Tensor | None]:
-    """Return prompt_embeds and negative_prompt_embeds; the latter is None where guidance does not need it."""
-    length = job.files.config.transformer.text_tokens
-    tokenizer = load_tokenizer(job.files.folder / "tokenizer")
-    embeds = []
-    for name in ("prompt", "negative_prompt"):
-        tokens = tokenize(tokenizer, getattr(job.request, name), limit=length)
-        if tokens.cut:
-            report.note(
-                f"{name} is {length + tokens.cut} tokens long; the last {tokens.cut} beyond {length} were left out."
-            )
-        embeds.append(embed_prompt(text_encoder, tokens, length=length))
-    return embeds[0], None if job.request.guide_scale == 1 else embeds[1]
+def _prompts(request: Request) -> dict[str, str]:
+    """Return the prompts that guidance needs."""
+    needed = ("prompt",) if request.guide_scale == 1 else ("prompt", "negative_prompt")
+    return {name: getattr(request, name) for name in needed}
 
 
 def _latent_shape(job: Job) -> tuple[int, int, int, int]:
@@ -331,16 +253,14 @@ def _latent_shape(job: Job) -> tuple[int, int, int, int]:
 
 
 def _writer(job: Job, calls: int, report: Report) -> VideoWriter:
-    request = job.request
-    made_from = {name: as_json(getattr(request, name)) for name in type(request).model_fields}
     config = job.files.config
     return VideoWriter(
-        job.output,
+        job.order.output,
         size=job.geometry.size,
-        frames_per_second=request.frames_per_second,
+        frames_per_second=job.request.frames_per_second,
         metadata={
-            **made_from,
-            "seed": job.seed,
+            **job.order.words,
+            "seed": job.order.seed,
             "model": config.name,
             "model_title": config.title,
             "model_calls": calls,
@@ -364,4 +284,4 @@ def _result(job: Job, video: VideoReport, measured: dict[str, Any]) -> Result:
         **measured,
     }
     file = File(url=video.path.as_uri(), file_name=video.path.name, file_size=video.file_bytes, path=video.path)
-    return Result(video=file, seed=job.seed, report=report)
+    return Result(video=file, seed=job.order.seed, report=report)

@@ -18,6 +18,7 @@ Source = Literal["ram", "file"]  # where streamed blocks wait
 
 GIB = 2**30
 _HEADROOM = 0.1  # of what is free; the allocator's fragments and the other programs live there
+_RUNG = 0.75  # of what a stage was planned to hold, when that turned out to be more than there is
 _FLOAT32_BYTES = 4
 _CHUNK_BYTES = GIB  # temporaries of the tokens in flight
 _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
@@ -156,6 +157,25 @@ def make_plan(
         f"its peak ({peak.name}: {peak.weight_bytes / GIB:.1f} GiB of weights); {machine.free_bytes / GIB:.1f} GiB is "
         f"free, of which {budget / GIB:.1f} GiB may be used. {advice}"
     )
+
+
+def shrink(
+    plan: Plan, name: str, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine
+) -> Plan | None:
+    """Return `plan` with the stage `name` planned for three quarters of its bytes; None where it cannot do with less.
+
+    Fewer blocks stay on the device; where none does any more, fewer tokens go at a time.
+    """
+    stage = plan.stage(name)
+    smaller = replace(machine, free_bytes=int(stage.peak_bytes * _RUNG / (1 - _HEADROOM)))
+    lesser = _plan(plan.geometry, config, sizes, smaller).stage(name)
+    chunk = plan.chunk_tokens
+    if lesser == stage:
+        if name != "denoise" or chunk <= _MIN_CHUNK:
+            return None
+        chunk = max(chunk // 2, _MIN_CHUNK)
+    stages = tuple(lesser if other.name == name else other for other in plan.stages)
+    return replace(plan, stages=stages, chunk_tokens=chunk)
 
 
 def _budget(machine: Machine) -> int:

@@ -171,7 +171,7 @@ def pipeline_engine(settings: Settings) -> Engine:
         return Pipeline(settings)
 
     def generate(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
-        yield from pipeline().generate(request, check=ticket.check)
+        yield from pipeline().generate(request, run_id=ticket.id, check=ticket.check)
 
     return generate
 

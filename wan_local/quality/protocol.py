@@ -23,7 +23,8 @@ from wan_local.conditioning import embed_images, embed_prompt, encode_condition,
 from wan_local.decode import decode_frames
 from wan_local.image import fit
 from wan_local.models.vae import Vae
-from wan_local.pipeline import Embeds, Job, prepare, sample
+from wan_local.pipeline import Embeds, sample
+from wan_local.preparation import Job, prepare
 from wan_local.preview import to_uint8
 from wan_local.quality import metrics
 from wan_local.quality.metrics import Frames
@@ -183,7 +184,7 @@ class Study:
         embeds = encoded.embeds
         if job.request.guide_scale == 1:
             embeds = Embeds(embeds.prompt, None, embeds.images)
-        running = sample(job, Report(job.device), embeds, encoded.condition)
+        running = sample(job, job.workspace(Report(job.device)), embeds, encoded.condition)
         started = time.perf_counter()
         while True:
             try:

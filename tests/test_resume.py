@@ -1,0 +1,393 @@
+"""A run that was stopped, failed or killed goes on from its last step and ends with the same file, byte for byte."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import wan_local
+from tests.stamps import END, START, stamp_request, stamp_settings
+from wan_local import durable, order, pipeline, runs
+from wan_local.denoise import Guided
+from wan_local.errors import NotResumable
+from wan_local.pipeline import Pipeline
+from wan_local.request import Request, Result, Step
+from wan_local.settings import Settings
+
+STEPS = 13  # from 12 on `regular` merges
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Stamps:
+    """Settings, a request, and the video it makes when nothing gets in its way."""
+
+    settings: Settings
+    request: Request
+    video: bytes
+    sidecar: bytes
+
+
+@pytest.fixture(scope="module")
+def stamps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stamps]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("stamps")
+        settings = stamp_settings(folder, patch, state_dir=folder / "state", cache_dir=folder / "cache")
+        request = stamp_request(num_inference_steps=STEPS)
+        path = folder / "whole.mp4"
+        pipeline.generate(request, settings=settings, output=path)
+        assert runs.list_runs(settings) == []
+        yield Stamps(settings, request, path.read_bytes(), Path(f"{path}.json").read_bytes())
+
+
+@pytest.fixture
+def settings(stamps: Stamps, tmp_path: Path) -> Settings:
+    """Settings with a state folder of this test alone."""
+    return replace(stamps.settings, state_dir=tmp_path / "state", output_dir=tmp_path)
+
+
+def run_until(settings: Settings, request: Request, run_id: str, output: Path, stage: str, index: int = 1) -> None:
+    """Begin a run and close it after the sign of progress `index` of `stage`."""
+    running = Pipeline(settings).generate(request, output=output, run_id=run_id)
+    for event in running:
+        if isinstance(event, Step) and event.stage == stage and event.index >= index:
+            running.close()
+            return
+    pytest.fail(f"{stage} {index} never came")
+
+
+def finish(settings: Settings, run_id: str) -> Result:
+    result = list(Pipeline(settings).resume(run_id))[-1]
+    assert isinstance(result, Result)
+    assert runs.find(settings, run_id) is None, "a finished run leaves no state"
+    return result
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that grows with every call of the transformer."""
+    calls: list[float] = []
+    predict = Guided.predict
+
+    def counted(self: Guided, latents: Any, timestep: float) -> Any:
+        calls.append(timestep)
+        return predict(self, latents, timestep)
+
+    monkeypatch.setattr(Guided, "predict", counted)
+    return calls
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+import pytest, torch
+from tests.stamps import stamp_request, stamp_settings
+from wan_local.pipeline import Pipeline
+from wan_local.request import Step
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+settings = stamp_settings(folder, pytest.MonkeyPatch(), state_dir=folder / "state", cache_dir=folder / "cache")
+for place in sys.argv[2:]:
+    stage, index = place.split("-")
+    child = os.fork()
+    if not child:
+        output, request = folder / f"{place}.mp4", stamp_request(num_inference_steps=13)
+        for event in Pipeline(settings).generate(request, output=output, run_id=place):
+            if isinstance(event, Step) and event.stage == stage and event.index >= int(index):
+                os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), place
+"""
+PLACES = ("plan-1", "text-1", "image-1", "condition-1", "context-1", "denoise-1", "denoise-7", "denoise-13", "decode-9")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL to send there")
+def test_a_run_killed_after_any_stage_or_step_ends_with_the_same_file(stamps: Stamps, tmp_path: Path) -> None:
+    script = [sys.executable, "-c", KILL, str(tmp_path), *PLACES]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    settings = replace(stamps.settings, state_dir=tmp_path / "state", cache_dir=tmp_path / "cache")
+    left = {run.id: run for run in runs.list_runs(settings)}
+    assert set(left) == set(PLACES) and all(run.state == "waiting" for run in left.values())
+    assert not list(tmp_path.glob("*.mp4"))
+    assert list(tmp_path.glob("*.part")), "the one killed while it wrote its video left a part of it"
+    assert left["denoise-7"].calls > 1 and left["context-1"].calls == 0 and left["decode-9"].denoised
+    for place in PLACES:
+        result = finish(settings, place)
+        assert result.video.path == tmp_path / f"{place}.mp4"
+        assert result.video.path.read_bytes() == stamps.video, place
+        assert Path(f"{result.video.path}.json").read_bytes() == stamps.sidecar
+        assert result.report["notes"] == []
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"acceleration": "none"},
+        {"acceleration": "none", "guide_scale": 1},
+        {"acceleration_policy": "static"},
+        {"acceleration_policy": "reuse", "num_inference_steps": 20},
+    ],
+    ids=["none", "unguided", "static", "reuse"],
+)
+def test_every_policy_resumes_to_the_same_video_and_calls_only_what_is_missing(
+    settings: Settings, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"num_inference_steps": STEPS, **changes}
+    settings = replace(settings, acceleration_policy=asked.pop("acceleration_policy", None))
+    request, calls = stamp_request(**asked), count_calls(monkeypatch)
+    whole = pipeline.generate(request, settings=settings, output=tmp_path / "whole.mp4")
+    needed = len(calls)
+    calls.clear()
+    run_until(settings, request, "half", tmp_path / "half.mp4", "denoise", 9)
+    before = len(calls)
+    result = finish(settings, "half")
+    assert 0 < before < needed and len(calls) == needed
+    assert (tmp_path / "half.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert result.report["acceleration"] == whole.report["acceleration"]
+    assert result.report["model_calls"] == whole.report["model_calls"]
+
+
+@pytest.mark.parametrize(("stage", "kept"), [("context", False), ("denoise", True), ("decode", True)])
+def test_a_stopped_run_is_kept_if_a_step_is_done(
+    settings: Settings, stamps: Stamps, tmp_path: Path, stage: str, kept: bool
+) -> None:
+    run_until(settings, stamps.request, "stopped", tmp_path / "x.mp4", stage)
+    run = runs.find(settings, "stopped")
+    assert (run is not None) is kept
+    assert not list(tmp_path.rglob("*.mp4")) and not list(tmp_path.rglob("*.part"))
+
+
+def test_a_failed_decode_keeps_the_latents_and_nothing_else_is_done_again(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pipeline, "decode_frames", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("the card fell off"))
+        )
+        with pytest.raises(RuntimeError, match="fell off"):
+            list(Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="undecoded"))
+    run = runs.find(settings, "undecoded")
+    assert run is not None and run.denoised and run.calls == 0
+    opened = []
+    stage = pipeline.Workspace.open
+    monkeypatch.setattr(
+        pipeline.Workspace, "open", lambda self, name, rung: (opened.append(name), stage(self, name, rung))[1]
+    )
+    result = finish(settings, "undecoded")
+    assert opened == ["vae"]
+    assert result.video.path is not None and result.video.path.read_bytes() == stamps.video
+    assert set(result.report["seconds"]) == {"decode", "total"}
+
+
+def test_a_damaged_call_is_made_again(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_until(settings, stamps.request, "damaged", tmp_path / "x.mp4", "denoise", 8)
+    run = runs.find(settings, "damaged")
+    assert run is not None and run.calls >= 5
+    third = run.folder / "call-0003.safetensors"
+    content = bytearray(third.read_bytes())
+    content[-5] ^= 1
+    third.write_bytes(content)
+    calls = count_calls(monkeypatch)
+    finish(settings, "damaged")
+    assert (tmp_path / "x.mp4").read_bytes() == stamps.video
+    whole = json.loads(stamps.sidecar)["model_calls"]
+    assert len(calls) == whole - 2
+
+
+def test_the_images_need_not_be_there_any_more(settings: Settings, stamps: Stamps, tmp_path: Path) -> None:
+    pictures = {"start_image_url": Image.open(START).convert("RGB"), "end_image_url": Image.open(END).convert("RGB")}
+    request = stamp_request(num_inference_steps=STEPS, **pictures)
+    run_until(settings, request, "pictures", tmp_path / "x.mp4", "denoise", 2)
+    finish(replace(settings, cache_gigabytes=0.0), "pictures")
+    # its metadata tells of pictures and not of files, so the video's frames are compared
+    assert_same_frames(tmp_path / "x.mp4", stamps.video, tmp_path)
+    assert json.loads((tmp_path / "x.mp4.json").read_text())["start_image_url"].startswith("<image")
+
+
+def assert_same_frames(path: Path, video: bytes, folder: Path) -> None:
+    from wan_local.video import read_video
+
+    (folder / "expected.mp4").write_bytes(video)
+    assert (read_video(path) == read_video(folder / "expected.mp4")).all()
+
+
+def test_an_id_that_is_known_is_gone_on_with(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a queue does after a restart: the same request under the same id."""
+    run_until(settings, stamps.request, "job-7", tmp_path / "x.mp4", "denoise", 6)
+    calls = count_calls(monkeypatch)
+    result = list(Pipeline(settings).generate(stamps.request, run_id="job-7"))[-1]
+    assert isinstance(result, Result) and result.video.path == tmp_path / "x.mp4"
+    assert len(calls) < json.loads(stamps.sidecar)["model_calls"]
+    assert (tmp_path / "x.mp4").read_bytes() == stamps.video
+
+
+def test_resume_is_a_public_function_and_takes_another_output(
+    settings: Settings, stamps: Stamps, tmp_path: Path
+) -> None:
+    run_until(settings, stamps.request, "public", tmp_path / "x.mp4", "denoise", 2)
+    result = wan_local.resume("public", settings=settings, output=tmp_path / "y.mp4")
+    assert result.video.path == tmp_path / "y.mp4" and not (tmp_path / "x.mp4").exists()
+    assert (tmp_path / "y.mp4").read_bytes() == stamps.video
+
+
+def test_thresholds_are_those_the_run_was_begun_with(settings: Settings, tmp_path: Path) -> None:
+    thresholds = tmp_path / "mine.toml"
+    thresholds.write_text("[merge]\ntau = 0.5\n")
+    begun, request = replace(settings, acceleration_file=thresholds), stamp_request(num_inference_steps=STEPS)
+    whole = pipeline.generate(request, settings=begun, output=tmp_path / "whole.mp4")
+    run_until(begun, request, "mine", tmp_path / "x.mp4", "denoise", 5)
+    thresholds.unlink()
+    result = finish(settings, "mine")
+    assert result.report["acceleration"] == whole.report["acceleration"]
+    assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+# What cannot be gone on with
+
+
+def test_what_is_no_run_is_refused_and_the_runs_are_named(settings: Settings, stamps: Stamps, tmp_path: Path) -> None:
+    run_until(settings, stamps.request, "there", tmp_path / "x.mp4", "denoise")
+    with pytest.raises(NotResumable, match=r"no unfinished run 'other'.*there are: there"):
+        list(Pipeline(settings).resume("other"))
+    for name in ("../there", "", ".hidden", "a/b", "x" * 101):
+        with pytest.raises(NotResumable, match="is no id"):
+            list(Pipeline(settings).resume(name))
+
+
+def test_a_run_that_is_being_made_is_refused(settings: Settings, stamps: Stamps, tmp_path: Path) -> None:
+    running = Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="busy")
+    next(running)
+    run = runs.find(settings, "busy")
+    assert run is not None and run.state == "running"
+    with pytest.raises(NotResumable, match="being made at this moment"):
+        list(Pipeline(settings).resume("busy"))
+    with pytest.raises(NotResumable, match="being made at this moment"):
+        runs.remove(settings, "busy")
+    running.close()
+
+
+def test_another_model_is_refused_before_a_weight_is_read(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_until(settings, stamps.request, "other-model", tmp_path / "x.mp4", "denoise")
+    monkeypatch.setattr(order, "part_identity", lambda _, part: f"another {part}")
+    monkeypatch.setattr("wan_local.stage._load", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(NotResumable, match="begun with another transformer"):
+        list(Pipeline(settings).resume("other-model"))
+    assert runs.find(settings, "other-model") is not None
+
+
+@pytest.mark.parametrize("damage", ["format", "picture", "about"])
+def test_a_run_of_another_version_or_damaged_is_refused_and_can_be_removed(
+    settings: Settings, stamps: Stamps, tmp_path: Path, damage: str
+) -> None:
+    run_until(settings, stamps.request, "old", tmp_path / "x.mp4", "denoise")
+    folder = runs.runs_folder(settings) / "old"
+    about = json.loads((folder / "run.json").read_text())
+    if damage == "format":
+        about["format"] += 1
+    elif damage == "about":
+        del about["request"]
+    else:
+        (folder / "end.png").write_bytes(b"not a picture")
+    (folder / "run.json").write_text(json.dumps(about))
+    with pytest.raises(NotResumable, match="another version"):
+        list(Pipeline(settings).resume("old"))
+    assert runs.remove(settings, "old").id == "old" and runs.list_runs(settings) == []
+
+
+def test_what_changed_since_is_told(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_until(settings, stamps.request, "elsewhere", tmp_path / "x.mp4", "denoise")
+    monkeypatch.setattr(order, "__version__", "99.0")
+    result = finish(settings, "elsewhere")
+    assert "wan_local 0.1.0 is now 99.0" in result.report["notes"][0]
+
+
+# What state may cost
+
+
+def test_state_can_be_switched_off(settings: Settings, stamps: Stamps, tmp_path: Path) -> None:
+    run_until(replace(settings, save_state=False), stamps.request, "off", tmp_path / "x.mp4", "denoise", 5)
+    assert not settings.state_dir.exists()
+
+
+@pytest.mark.parametrize("when", ["at the start", "at the third call"])
+def test_a_full_disk_is_told_once_and_the_run_goes_on(
+    settings: Settings, stamps: Stamps, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = durable.write, []
+
+    def full(path: Path, chunks: Any) -> None:
+        written.append(path.name)
+        if when == "at the start" or "call-0003" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, chunks)
+
+    monkeypatch.setattr(durable, "write", full)
+    quiet = replace(settings, cache_gigabytes=0.0)
+    events = list(Pipeline(quiet).generate(stamps.request, output=tmp_path / "x.mp4", run_id="full"))
+    result = events[-1]
+    assert isinstance(result, Result) and (tmp_path / "x.mp4").read_bytes() == stamps.video
+    assert len([note for note in result.report["notes"] if "No space left" in note]) == 1
+    assert not any("call-0004" in name for name in written)
+    assert runs.list_runs(settings) == []
+
+
+def test_state_leaves_room_on_the_disk(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("wan_local.answers.shutil.disk_usage", lambda _: usage._replace(free=400_000_000))
+    run_until(settings, stamps.request, "little", tmp_path / "x.mp4", "denoise", 5)
+    assert runs.find(settings, "little") is None  # no call was written, so there is nothing to keep
+
+
+def test_only_so_many_unfinished_runs_are_kept(settings: Settings, stamps: Stamps, tmp_path: Path) -> None:
+    few = replace(settings, keep_runs=2)
+    for index, name in enumerate(("oldest", "middle", "newest")):
+        run_until(few, stamps.request, name, tmp_path / "x.mp4", "denoise")
+        for file in (runs.runs_folder(few) / name).iterdir():
+            os.utime(file, (1e9 + index, 1e9 + index))
+    assert [run.id for run in runs.list_runs(few)] == ["newest", "middle", "oldest"]
+    assert [run.id for run in runs.prune(few)] == ["oldest"]
+    running = Pipeline(few).generate(stamps.request, output=tmp_path / "x.mp4", run_id="busy")
+    next(running)
+    assert [run.id for run in runs.prune(replace(few, keep_runs_gigabytes=0.0))] == ["newest", "middle"]
+    assert [run.id for run in runs.list_runs(few)] == ["busy"]
+    running.close()
+
+
+def test_a_refused_request_leaves_no_state(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(wan_local.InvalidRequest):
+        next(Pipeline(settings).generate(stamp_request(start_image_url="no/such.png"), output=tmp_path / "x.mp4"))
+    assert runs.list_runs(settings) == []
+
+
+def test_a_run_refused_half_way_is_not_kept(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the safety checker sees the frames: going on with it would end no better."""
+    refusal = wan_local.InvalidRequest.field("prompt", "content_policy_violation", "no", value="x")
+    monkeypatch.setattr(pipeline, "decode_frames", lambda *_, **__: (_ for _ in ()).throw(refusal))
+    with pytest.raises(wan_local.InvalidRequest):
+        list(Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="refused"))
+    assert runs.find(settings, "refused") is None

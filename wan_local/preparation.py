@@ -1,0 +1,189 @@
+"""A request to a job: everything that can be checked, drawn and planned before a weight is read.
+
+Takes a request and settings, or what an unfinished run left; gives the images at the video's size, the model that was
+found, and the plan it fits into. What is wrong is an error here and not after minutes.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan_local import __version__
+from wan_local.cache import EncodingCache
+from wan_local.checkpoint import ModelFiles, find_model, model_config
+from wan_local.conditioning import picture_tensor
+from wan_local.device import compute_dtype, free_bytes, free_ram_bytes, resolve_device
+from wan_local.errors import InvalidRequest
+from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, Geometry, Size, output_size
+from wan_local.image import fit, load_image
+from wan_local.ladder import Ladder
+from wan_local.order import Order, words_of
+from wan_local.planner import Machine, Plan, StagePlan, make_plan, shrink
+from wan_local.report import Report
+from wan_local.request import Check, Request, unchecked
+from wan_local.safety import check_prompt, require_checker, safety_stage
+from wan_local.settings import (
+    ModelConfig,
+    Settings,
+    load_acceleration_config,
+    load_profile,
+    load_safety_config,
+)
+from wan_local.stage import network_sizes
+from wan_local.video import check_output, largest_bytes
+from wan_local.workspace import Workspace
+
+_RANDOM_SEEDS = 2**31  # JavaScript clients lose integers beyond 2^53
+_WIDE = Size(height=9, width=16)  # what `auto` means where there is no start image yet
+_FEATURES_TO_COME = ("enable_prompt_expansion",)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An order that can be made: its images at the video's size, the model it found, and the plan it fits into."""
+
+    order: Order
+    settings: Settings
+    files: ModelFiles
+    device: torch.device
+    dtype: torch.dtype
+    images: tuple[Tensor, Tensor]
+    machine: Machine
+    plan: Plan
+
+    @property
+    def request(self) -> Request:
+        return self.order.request
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.order.geometry
+
+    @property
+    def seed(self) -> int:
+        return self.order.seed
+
+    def workspace(self, report: Report, check: Check = unchecked) -> Workspace:
+        """Return what the stages work with."""
+        config, settings = self.files.config, self.settings
+        sizes = network_sizes(config)
+
+        def lesser(plan: Plan, stage: str) -> Plan | None:
+            return shrink(plan, stage, config, sizes, self.machine)
+
+        ladder = Ladder(self.plan, self.device, self.dtype, shrink=lesser, note=report.note)
+        cache = EncodingCache(settings.cache_dir, int(settings.cache_gigabytes * 1e9))
+        return Workspace(self.files, self.device, self.dtype, ladder, cache, report, check)
+
+
+def prepare(request: Request, settings: Settings, output: Path | str | None = None) -> Job:
+    """Check everything that can be checked before a weight is read: request, images, model, device, memory, output."""
+    _refuse_features_to_come(request)
+    check_prompt(request.prompt, load_safety_config(), enabled=request.enable_safety_checker)
+    if request.enable_safety_checker:
+        require_checker(settings)
+    request, remarks = _profiled(request, settings)
+    files = find_model(settings)
+    device = resolve_device(settings.device)
+    start = load_image(request.start_image_url, field="start_image_url")
+    end = load_image(request.end_image_url, field="end_image_url")
+    start_size = Size(start.height, start.width)
+    size = output_size(files.config.canvas(request.resolution), request.aspect_ratio, start_size)
+    small = Geometry(output_size(files.config.canvas("480p"), request.aspect_ratio, start_size), NATIVE_FRAMES)
+    seed = secrets.randbelow(_RANDOM_SEEDS) if request.seed is None else request.seed
+    order = Order(
+        request,
+        seed,
+        Geometry(size, request.num_frames),
+        (fit(start, size), fit(end, size)),
+        load_acceleration_config(settings),
+        _output_path(settings, seed, output),
+        words_of(request),
+        remarks,
+    )
+    return planned(order, settings, files, device, smaller=small)
+
+
+def planned(
+    order: Order, settings: Settings, files: ModelFiles, device: torch.device, *, smaller: Geometry | None = None
+) -> Job:
+    """Return the job of an order. Raises DoesNotFit, naming `smaller` where that would, and OutputError."""
+    dtype, geometry, config = compute_dtype(device), order.geometry, files.config
+    machine = Machine(str(device), free_bytes(device), free_ram_bytes(), dtype.itemsize)
+    lesser = smaller if smaller and smaller.tokens < geometry.tokens else None
+    plan = make_plan(geometry, config, network_sizes(config), machine, smaller=lesser)
+    plan = plan.preceded_by(*_switched_on(order.request))
+    check_output(order.output, largest_bytes(geometry))
+    images = (picture_tensor(order.pictures[0]), picture_tensor(order.pictures[1]))
+    return Job(order, settings, files, device, dtype, images, machine, plan)
+
+
+def plan_run(settings: Settings, request: Request, *, machine: Machine | None) -> tuple[ModelConfig, Plan]:
+    """Return the model's configuration and the plan of a run on `machine` (None: this one). No weights are needed.
+
+    Of the request its resolution, aspect ratio, number of frames and switches count; its images are not looked at.
+
+    Raises DoesNotFit; ModelNotFound where the settings name a folder that is none.
+    """
+    config, device = model_config(settings), resolve_device(settings.device)
+    here = Machine(str(device), free_bytes(device), free_ram_bytes(), compute_dtype(device).itemsize)
+    sizes = {name: output_size(config.canvas(name), request.aspect_ratio, _WIDE) for name in RESOLUTIONS}
+    geometry, small = Geometry(sizes[request.resolution], request.num_frames), Geometry(sizes["480p"], NATIVE_FRAMES)
+    smaller = small if small.tokens < geometry.tokens else None
+    plan = make_plan(geometry, config, network_sizes(config), machine or here, smaller=smaller)
+    return config, plan.preceded_by(*_switched_on(request))
+
+
+def remarks_on(job: Job) -> list[str]:
+    """What a caller may want to know before the run."""
+    remarks = list(job.order.remarks)
+    if job.request.num_frames > NATIVE_FRAMES:
+        remarks.append(
+            f"{job.request.num_frames} frames: the model was trained on {NATIVE_FRAMES}; colours may shift early on. "
+            f"{job.geometry.generated_frames} are generated, the first and the last are always kept."
+        )
+    if torch.equal(*job.images):
+        remarks.append("start and end image are the same picture: expect little motion unless the prompt describes it.")
+    return remarks
+
+
+def _switched_on(request: Request) -> list[StagePlan]:
+    """Return the stages that the request's switches add before all others."""
+    return [safety_stage(load_safety_config())] if request.enable_safety_checker else []
+
+
+def _refuse_features_to_come(request: Request) -> None:
+    for name in _FEATURES_TO_COME:
+        if getattr(request, name):
+            message = f"{name} is not available in wan_local {__version__}; leave it false. Nothing was generated."
+            raise InvalidRequest.field(name, "feature_not_supported", message, value=True)
+
+
+def _profiled(request: Request, settings: Settings) -> tuple[Request, tuple[str, ...]]:
+    """Return the request with the profile's values over its own, and what was changed in words."""
+    if settings.profile is None:
+        return request, ()
+    profile = load_profile(settings.profile)
+    values = {
+        "num_inference_steps": len(profile.steps),
+        "shift": profile.shift,
+        "guide_scale": profile.guide_scale,
+        "acceleration": "none",
+    }
+    given = {name: getattr(request, name) for name in values}
+    changed = [f"{name} {given[name]} -> {value}" for name, value in values.items() if given[name] != value]
+    words = f"profile {settings.profile} (experimental; {profile.title}): {', '.join(changed) or 'nothing changed'}."
+    return request.model_copy(update=values), (words,)
+
+
+def _output_path(settings: Settings, seed: int, output: Path | str | None) -> Path:
+    if output is not None:
+        return Path(output).expanduser().absolute()
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    return settings.output_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}-{secrets.token_hex(2)}.mp4"
