@@ -10,6 +10,7 @@ import base64
 import hashlib
 import hmac
 import mimetypes
+import os
 import re
 import secrets
 import shutil
@@ -25,6 +26,7 @@ from urllib.parse import quote, unquote, urlsplit
 from wan_local.errors import OutputError, WanLocalError
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
+_UNFINISHED = (".part", ".parts")
 _MAX_VIDEOS = 100_000  # of which the oldest is forgotten first
 _MAX_PARTS = 1000
 _YOUNG_SECONDS = 3600.0  # an upload that is younger is not removed to make room
@@ -56,12 +58,12 @@ class ServedFiles:
         folder.mkdir(parents=True, exist_ok=True)
         self._secret = _secret(folder / ".secret")
         self._remove_stale()
+        self._total_bytes = sum(entry.size for entry in _sizes(folder))
 
     def target_of(self, path: Path) -> str:
         """Return the path of the address at which a video is served."""
         path = path.resolve()
-        digest = hmac.new(self._secret, str(path).encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
-        token = base64.urlsafe_b64encode(digest[:24]).decode()
+        token = self._token(str(path).encode("utf-8", "surrogatepass"))
         with self._lock:
             self._videos[token] = path
             if len(self._videos) > _MAX_VIDEOS:
@@ -76,7 +78,7 @@ class ServedFiles:
         with self._lock:
             path = self._videos.get(token)
         if path is None and _TOKEN.fullmatch(token):
-            found = [entry for entry in self._folder.glob(f"{token}.*") if entry.suffix not in (".part", ".parts")]
+            found = [entry for entry in self._folder.glob(f"{token}.*") if entry.suffix not in _UNFINISHED]
             path = found[0] if found else None
         return path if path is not None and path.name == name and path.is_file() else None
 
@@ -115,8 +117,15 @@ class ServedFiles:
         return self._base_url + self.upload_target(self.keep(data, content_type))
 
     def keep(self, data: bytes, content_type: str) -> Upload:
-        upload = self.begin(content_type)
-        part = upload.path.with_name(f"{upload.path.name}.part")
+        """Keep a copy, the same one for the same bytes. Raises OutputError and TooLarge."""
+        token = self._token(hashlib.sha256(data).digest())
+        known = next(self._folder.glob(f"{token}.*"), None)
+        if known is not None and known.suffix not in _UNFINISHED:
+            with suppress(FileNotFoundError):  # removed just now, to make room
+                os.utime(known)
+                return Upload(token, known)
+        upload = Upload(token, self.begin(content_type).path.with_stem(token))
+        part = upload.path.with_name(f"{upload.path.name}.{secrets.token_hex(4)}.part")
         try:
             part.write_bytes(data)
             part.replace(upload.path)
@@ -124,6 +133,7 @@ class ServedFiles:
             raise OutputError(f"the upload of {len(data)} bytes could not be kept: {error}") from error
         finally:
             part.unlink(missing_ok=True)
+        self._count(len(data))
         return upload
 
     async def write(self, upload: Upload, chunks: AsyncIterator[bytes]) -> str:
@@ -156,6 +166,15 @@ class ServedFiles:
     def close(self) -> None:
         """Nothing is held."""
 
+    def _token(self, what: bytes) -> str:
+        """Return the token that this folder's secret gives to `what`."""
+        digest = hmac.new(self._secret, what, hashlib.sha256).digest()
+        return base64.urlsafe_b64encode(digest[:24]).decode()
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self._total_bytes += size
+
     def _parts(self, upload: Upload) -> Path:
         return self._folder / f"{upload.token}.parts"
 
@@ -173,25 +192,26 @@ class ServedFiles:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+        self._count(size)
         return f'"{digest.hexdigest()}"'
 
     def _make_room(self) -> None:
         """Remove the oldest uploads while all together are too many bytes."""
-        files = sorted(
-            (entry for entry in self._folder.iterdir() if entry.is_file() and entry.name != ".secret"),
-            key=lambda entry: entry.stat().st_mtime,
-        )
-        total = sum(entry.stat().st_size for entry in files)
-        for entry in files:
-            if total <= self._max_uploads_bytes:
+        with self._lock:
+            if self._total_bytes <= self._max_uploads_bytes:
                 return
-            status = entry.stat()
-            if time.time() - status.st_mtime < _YOUNG_SECONDS:
-                break
-            entry.unlink(missing_ok=True)
-            total -= status.st_size
-        if total > self._max_uploads_bytes:
-            raise TooLarge(f"{self._folder} holds {total} bytes of uploads; at most {self._max_uploads_bytes} are kept")
+            entries = sorted(_sizes(self._folder), key=lambda entry: entry.modified)
+            self._total_bytes = sum(entry.size for entry in entries)
+            for entry in entries:
+                if self._total_bytes <= self._max_uploads_bytes or time.time() - entry.modified < _YOUNG_SECONDS:
+                    break
+                entry.path.unlink(missing_ok=True)
+                self._total_bytes -= entry.size
+            if self._total_bytes > self._max_uploads_bytes:
+                raise TooLarge(
+                    f"the uploads here are {self._total_bytes} bytes, and the oldest less than an hour old; "
+                    f"at most {self._max_uploads_bytes} are kept"
+                )
 
     def _remove_stale(self) -> None:
         """Remove what an earlier process left unfinished."""
@@ -201,6 +221,26 @@ class ServedFiles:
                 entry.unlink(missing_ok=True)
             elif entry.suffix == ".parts" and old:
                 shutil.rmtree(entry, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A file that lies in the folder: its size in bytes, and when it was last written or used."""
+
+    path: Path
+    size: int
+    modified: float
+
+
+def _sizes(folder: Path) -> list[_Kept]:
+    """Return the finished uploads; one that vanishes while we look is none."""
+    kept = []
+    for path in folder.iterdir():
+        if path.suffix not in _UNFINISHED and path.name != ".secret":
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                kept.append(_Kept(path, status.st_size, status.st_mtime))
+    return kept
 
 
 def _secret(path: Path) -> bytes:

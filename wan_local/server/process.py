@@ -33,6 +33,7 @@ from wan_local.webhook import Webhooks
 
 _GRACE_SECONDS = 2  # how long open connections are waited for at the end
 _CONNECTIONS = 512
+_BACKLOG = 128
 
 _log = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def _listen(options: ServerOptions) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((options.host, options.port))
+        listening.listen(_BACKLOG)  # from now on nobody is turned away
     except OSError as error:
         listening.close()
         way_out = "End what listens there, or choose another --port." if options.port else "Choose another --host."
