@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,7 +51,6 @@ class Manifest:
     creator: str
     kind: str = KIND
     version: int = FORMAT_VERSION
-    notes: Sequence[str] = field(default_factory=tuple)
 
     def write(self, file: Path) -> None:
         """Write it to `file`; the caller makes it durable."""

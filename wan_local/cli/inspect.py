@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_local.cli.terminal import DONE, FAILED
+from wan_local.cli.terminal import DONE, FAILED, say
+from wan_local.errors import WrongModel
 
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
@@ -19,6 +20,9 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser("inspect", help="say what a file or folder of weights is, by its headers alone")
     parser.set_defaults(run=_inspect)
     parser.add_argument("path", type=Path, metavar="PATH", help="a file, or a folder in any layout")
+    parser.add_argument(
+        "--verify", action="store_true", help="read a store's files in full and compare them with its manifest"
+    )
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
 
 
@@ -26,11 +30,25 @@ def _inspect(options: argparse.Namespace) -> int:
     from wan_local.inspection import inspect
 
     found = inspect(options.path.expanduser())
+    if options.verify:
+        _verify(options.path.expanduser())
     if options.json:
         print(json.dumps(found.as_json(), indent=2))
     else:
         _describe(found)
     return DONE if found.usable else FAILED
+
+
+def _verify(folder: Path) -> None:
+    """Raise CorruptModel where a store's files are not what was written."""
+    from wan_local.manifest import read_manifest, verify
+
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise WrongModel(f"{str(folder)!r} is no store, so nothing can be verified; convert it first.")
+    say(f"reading {sum(file.bytes for file in manifest.files.values()) / 1e9:.2f} GB")
+    verify(folder, manifest)
+    say(f"every file is what {manifest.creator} wrote")
 
 
 def _describe(found: Inspection) -> None:

@@ -1,0 +1,192 @@
+"""Write one file of a store: its runs in order, each synced and noted before the next one counts; resumed if begun.
+
+Tensors are read, changed by LoRAs, quantized and handed over some rows at a time. Several threads do that while the one
+that writes writes, in order; how many pieces are under way is bounded, and so is the memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from wan_local.errors import CorruptModel
+from wan_local.key_map import Part
+from wan_local.quantize import quantize_weight
+from wan_local.store_journal import Journal, Written, good_part
+from wan_local.store_layout import Piece, Run, StoreFile
+
+_NUMBERS_AT_ONCE = 2**22  # 16 MiB of float32
+_MAX_WORKERS = 4
+
+
+class Tensors(Protocol):
+    """A part of a source, as `wan_local.sources.SourceTensors` is."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
+    def row_range(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+class Meter(Protocol):
+    """Is told what is done: runs that were there already, and bytes read and written."""
+
+    def skip(self, file: StoreFile, runs: int) -> None: ...
+    def add(self, file: StoreFile, read_bytes: int, written_bytes: int) -> None: ...
+
+
+class Adapter(Protocol):
+    """A LoRA that is merged: what it changes, the changed weight in float32, and the account of it."""
+
+    @property
+    def targets(self) -> frozenset[str]: ...
+    @property
+    def report(self) -> Any: ...
+    def apply(self, name: str, weight: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some rows of a piece, ready: their data, what is stored behind the data of all rows, and the bytes read."""
+
+    data: Tensor
+    tails: tuple[Tensor, ...]
+    read_bytes: int
+    last: bool
+
+
+class Producer:
+    """Gives a run's bytes in order, made by a few threads; used in a `with` block."""
+
+    def __init__(self, part_of: Callable[[Part], Tensors], loras: Sequence[Adapter]) -> None:
+        self._part_of, self._loras = part_of, loras
+        workers = max(1, min(_MAX_WORKERS, os.cpu_count() or 1))
+        self._ahead = 2 * workers
+        self._pool = ThreadPoolExecutor(workers, "wan_local-convert", initializer=lambda: torch.set_num_threads(1))
+        self._threads = torch.get_num_threads()
+        self._whole = threading.Lock()  # tensors that a LoRA changes are whole in memory: one at a time
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._threads)
+
+    def run(self, part: Part, run: Run) -> Iterator[tuple[Tensor, int]]:
+        """Yield tensors whose bytes are written one after the other, and how many bytes were read for each."""
+        jobs, waiting = self._jobs(part, run), deque[Future[_Rows]]()
+        tails: list[tuple[Tensor, ...]] = []
+        for job in itertools.islice(jobs, self._ahead):
+            waiting.append(self._pool.submit(job))
+        while waiting:
+            rows = waiting.popleft().result()
+            for job in itertools.islice(jobs, 1):
+                waiting.append(self._pool.submit(job))
+            yield rows.data, rows.read_bytes
+            tails.append(rows.tails)
+            if rows.last:
+                for parts in zip(*tails, strict=True):
+                    yield torch.cat(parts), 0
+                tails = []
+
+    def _jobs(self, part: Part, run: Run) -> Iterator[Callable[[], _Rows]]:
+        """Yield what makes the rows of each piece, in the order in which they are written."""
+        for piece in run.pieces:
+            loras = [lora for lora in self._loras if part == "transformer" and piece.name in lora.targets]
+            if loras or len(piece.shape) < 2:
+                yield functools.partial(self._make_whole, part, piece, loras)
+                continue
+            step = max(1, _NUMBERS_AT_ONCE // math.prod(piece.shape[1:]))
+            for start in range(0, piece.shape[0], step):
+                yield functools.partial(self._make_rows, part, piece, start, min(start + step, piece.shape[0]))
+
+    def _make_whole(self, part: Part, piece: Piece, loras: Sequence[Adapter]) -> _Rows:
+        with self._whole:
+            weight = self._part_of(part)[piece.name]
+            read_bytes = weight.nbytes
+            for lora in loras:
+                weight = lora.apply(piece.name, weight)
+            return _converted(part, piece, weight, read_bytes, last=True)
+
+    def _make_rows(self, part: Part, piece: Piece, start: int, stop: int) -> _Rows:
+        rows = self._part_of(part).row_range(piece.name, start, stop)
+        return _converted(part, piece, rows, rows.nbytes, last=stop == piece.shape[0])
+
+
+def write_file(folder: Path, file: StoreFile, journal: Journal, producer: Producer, meter: Meter) -> Written:
+    """Write what is missing of `file` below `folder`, and return the note about the whole of it.
+
+    Raises OSError where the disk is full or fails.
+    """
+    path, header, noted = folder / file.path, file.header(), journal.of(file.path)
+    if noted and noted[-1].runs == len(file.runs) and path.is_file() and path.stat().st_size == noted[-1].end:
+        meter.skip(file, len(file.runs))
+        return noted[-1]
+    with path.open("r+b" if path.exists() else "w+b", buffering=0) as stream:
+        good, digest = good_part(stream, noted)
+        stream.seek(good.end if good else 0)
+        stream.truncate()
+        if good is None:
+            _write(stream, header, digest)
+        with ThreadPoolExecutor(1, "wan_local-sync") as notary:  # what is synced while the next run is made
+            notes, first = [], good.runs if good else 0
+            meter.skip(file, first)
+            for done, run in enumerate(file.runs[first:], start=first + 1):
+                for tensor, read_bytes in producer.run(file.part, run):
+                    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                    _write(stream, content, digest)
+                    meter.add(file, read_bytes, len(content))
+                written = Written(file.path, done, stream.tell(), digest.hexdigest())
+                notes.append(notary.submit(_note, stream, journal, written))
+                if len(notes) > 1:
+                    notes[-2].result()
+            return notes[-1].result() if notes else journal.of(file.path)[-1]
+
+
+def _note(stream: BinaryIO, journal: Journal, written: Written) -> Written:
+    os.fsync(stream.fileno())
+    journal.record(written)
+    return written
+
+
+def _write(stream: BinaryIO, content: bytes | memoryview, digest: Any) -> None:
+    """Write all of it: one call may take less."""
+    digest.update(content)
+    left = memoryview(content)
+    while left:
+        left = left[stream.write(left) :]
+
+
+def _converted(part: Part, piece: Piece, rows: Tensor, read_bytes: int, *, last: bool) -> _Rows:
+    """Return rows of a piece in the format they are stored in. Raises CorruptModel for numbers that are not finite."""
+    tails: list[Tensor]
+    if piece.format is None:
+        data, tails = rows.to(piece.dtype), []
+        finite = _all_finite(data)
+    else:
+        quantized = quantize_weight(rows, piece.format, rotated=piece.rotated)
+        data = quantized.data
+        tails = [tail for tail in (quantized.scale, quantized.shift) if tail is not None]
+        finite = all(bool(torch.isfinite(tail).all()) for tail in tails)  # where a NaN or an infinity would be too
+    if not finite:
+        raise CorruptModel(
+            f"{piece.name!r} of the {part} holds NaN or infinity, which no picture comes of. Download it again."
+        )
+    return _Rows(data, tuple(tails), read_bytes, last)
+
+
+def _all_finite(data: Tensor) -> bool:
+    """Tell whether no number is NaN or infinite; by a sum, which is a pass without temporaries."""
+    total = data.sum(dtype=torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(data).all())  # a sum may overflow by itself
