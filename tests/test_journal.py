@@ -121,7 +121,7 @@ def test_what_is_half_written_or_damaged_does_not_stand_in_the_way(
     engine = Engine()
     queue = Queue(engine, records=Journal(tmp_path))
     jobs = [queue.submit(request(str(number))) for number in range(3)]
-    (tmp_path / f"{1:019d}-half.request.json.part").write_text("{")
+    (tmp_path / f".{1:019d}-half.request.json.77-ab.part").write_text("{")
     records = sorted(tmp_path.glob("*.request.json"))
     records[1].write_text("{")
     (tmp_path / f"{9:019d}-x.outcome.json").write_text(json.dumps({"id": "x"}))
@@ -129,7 +129,7 @@ def test_what_is_half_written_or_damaged_does_not_stand_in_the_way(
     assert [job.id for job in found.waiting] == [jobs[0].id, jobs[2].id]
     assert found.ended == []
     assert caplog.text.count("cannot be read and is left there") == 2
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))
     engine.gate.set()
     queue.close()
 

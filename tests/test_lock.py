@@ -6,12 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from wan_local.errors import Busy
-from wan_local.lock import device_lock_path, holding
+from tests.stamps import stamp_request, stamp_settings
+from wan_local import pipeline, service
+from wan_local.errors import Busy, Cancelled
+from wan_local.jobs import Ticket
+from wan_local.lock import holding, holding_card
+from wan_local.pipeline import Pipeline
+from wan_local.request import Result, Step
 
 HOLD = """
 import sys, time
@@ -50,6 +57,56 @@ def test_the_same_process_is_told_that_it_is_itself(tmp_path: Path) -> None:
         pass
 
 
-def test_every_device_has_a_lock_of_its_own() -> None:
-    assert device_lock_path("cuda:0") != device_lock_path("cuda:1")
-    assert ":" not in device_lock_path("cuda:0").name
+def test_a_card_can_be_shared_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with holding_card("cuda-1", shared=False), holding_card("cuda-2", shared=False):
+        with (
+            pytest.raises(Busy, match=r"the card cuda-1 is held .*WAN_LOCAL_SHARE_DEVICE"),
+            holding_card("cuda-1", shared=False),
+        ):
+            pytest.fail("held twice")
+        with holding_card("cuda-1", shared=True):
+            pass
+
+
+def test_a_pipeline_holds_its_card_while_it_runs_and_not_before_or_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU that is called a card for the occasion."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(pipeline, "card_name", lambda device: f"card-{device}")
+    settings = stamp_settings(tmp_path, monkeypatch)
+    running = Pipeline(settings).generate(stamp_request())
+    with holding_card("card-cpu", shared=False):
+        pass
+    next(running)
+    with pytest.raises(Busy, match="which is this process"):
+        next(Pipeline(settings).generate(stamp_request()))
+    next(Pipeline(replace(settings, share_device=True)).generate(stamp_request()))
+    running.close()
+    with holding_card("card-cpu", shared=False):
+        pass
+
+
+def test_a_queue_waits_for_a_card_and_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "_LOOK_SECONDS", 0.01)
+    tries: list[int] = []
+
+    def run() -> Iterator[Step | Result]:
+        tries.append(1)
+        if len(tries) < 5:
+            raise Busy("the card cuda-1 is held by process 5 (wan-local, since noon).")
+        yield Step("denoise", 1, 1, "a step", 0.1)
+
+    steps = list(service.once_free(run, Ticket("x", lambda: None)))
+    assert [step.message for step in steps if isinstance(step, Step)] == [
+        "the card cuda-1 is held by process 5 (wan-local, since noon).", "a step",
+    ]  # fmt: skip
+
+    def cancelled() -> None:
+        raise Cancelled("stop")
+
+    tries.clear()
+    with pytest.raises(Cancelled):
+        list(service.once_free(run, Ticket("x", cancelled)))
+    assert len(tries) == 1

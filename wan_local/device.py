@@ -35,6 +35,13 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
+def card_name(device: torch.device) -> str | None:
+    """Return what names a card for every process of this machine, however each counts its cards; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return f"cuda-{torch.cuda.get_device_properties(device).uuid}"
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return what the networks compute in: float32 on a CPU (bfloat16 is slower there), bfloat16 on a card."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16

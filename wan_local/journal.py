@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from wan_local import durable
 from wan_local.errors import InvalidRequest, OutputError
 from wan_local.failure import Failure, RecordedFailure, describe
 from wan_local.jobs import Job
@@ -49,8 +49,7 @@ class Journal:
 
     def recover(self) -> Recovered:
         """Read everything; what cannot be read is left where it is and said so."""
-        for stale in self._folder.glob("*.part"):
-            stale.unlink()
+        durable.sweep(self._folder, older_than_seconds=0.0)
         ended = [job for path in self._records(_OUTCOME) if (job := self._outcome(path))]
         done = {job.id for job in ended}
         waiting = []
@@ -77,7 +76,7 @@ class Journal:
         self._last += 1
         self._numbers[job.id] = self._last
         try:
-            self._write(self._path(job.id, _REQUEST), record)
+            durable.write(self._path(job.id, _REQUEST), [json.dumps(record).encode()])
         except OSError as error:
             raise OutputError(f"the request could not be written to {self._folder}: {error}") from error
 
@@ -99,7 +98,7 @@ class Journal:
             failure = describe(job.error)
             record["failure"] = [failure.status_code, failure.body, failure.headers]
         try:
-            self._write(self._path(job.id, _OUTCOME), record)
+            durable.write(self._path(job.id, _OUTCOME), [json.dumps(record).encode()])
             self._path(job.id, _REQUEST).unlink(missing_ok=True)
         except OSError as error:  # the outcome is known to this process all the same
             _log.error("the outcome of request %s could not be written: %s", job.id, error)
@@ -120,18 +119,6 @@ class Journal:
 
     def _path(self, job_id: str, ending: str) -> Path:
         return self._folder / f"{self._numbers[job_id]:0{_SPELLED_OUT}d}-{job_id}{ending}"
-
-    def _write(self, path: Path, record: dict[str, Any]) -> None:
-        part = path.with_name(f"{path.name}.part")
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                json.dump(record, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            with suppress(OSError):  # there is none unless writing failed
-                part.unlink()
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         try:

@@ -1,7 +1,6 @@
-"""Locks between processes: who holds a device or a queue's folder, and since when.
+"""Who holds what among processes: a card, or a queue's folder. No torch.
 
-A lock is a file that its holder keeps locked by the operating system, so that it ends with the process, whatever ended
-that; what is written in it (pid, name, since) is for people to read.
+A lock ends with its process, whatever ended that (see `durable.Lock`); beside it lies who took it, for people to read.
 """
 
 from __future__ import annotations
@@ -12,14 +11,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
 
+from wan_local import durable
 from wan_local.errors import Busy
-
-_LOCKED_BYTE = 2**20  # far behind what is written: on Windows, nobody can read what is locked
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,60 +35,42 @@ class Holder:
 @contextmanager
 def holding(path: Path, *, what: str, way_out: str) -> Iterator[None]:
     """Hold the lock at `path` for as long as the block runs. Raises Busy, which names who holds `what` already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if not _take(file):
-            raise Busy(f"{what} is held by {_read(path)}. {way_out}")
-        try:
-            _write(file)
-            yield
-        finally:
-            file.truncate(0)
-            _release(file)
-
-
-def device_lock_path(device: str) -> Path:
-    """Return where the lock of a device lies: one place for all processes of this user."""
-    user = os.getuid() if sys.platform != "win32" else os.getlogin()
-    return Path(tempfile.gettempdir()) / f"wan_local-{user}" / f"{device.replace(':', '-')}.lock"
-
-
-def _write(file: BinaryIO) -> None:
-    since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    name = Path(sys.argv[0]).name or "python"
-    file.truncate(0)
-    file.write(json.dumps({"pid": os.getpid(), "name": name, "since": since}).encode())
-    file.flush()
-
-
-def _read(path: Path) -> str:
+    durable.make_folder(path.parent)
+    lock, beside = durable.Lock(path), path.with_name(f"{path.name}.holder")
+    if not lock.acquire():
+        raise Busy(f"{what} is held by {_told(beside)}. {way_out}")
     try:
-        told = json.loads(path.read_bytes())
-        return str(Holder(int(told["pid"]), str(told["name"]), str(told["since"])))
-    except (OSError, ValueError, LookupError, TypeError):
+        since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        holder = Holder(os.getpid(), Path(sys.argv[0]).name or "python", since)
+        durable.write(beside, [json.dumps(asdict(holder)).encode()])
+        yield
+    finally:
+        beside.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def holding_card(card: str, *, shared: bool) -> Iterator[None]:
+    """Hold a card for as long as the block runs, or with `shared` use it beside others. Raises Busy."""
+    if shared:
+        yield
+        return
+    way_out = (
+        "Wait until it is done, end it, choose another --device, or plan with the memory that it leaves: "
+        "WAN_LOCAL_SHARE_DEVICE=yes."
+    )
+    with holding(device_lock_path(card), what=f"the card {card}", way_out=way_out):
+        yield
+
+
+def device_lock_path(name: str) -> Path:
+    """Return where the lock of a card, or of what else has a name, lies: one place for all processes of this user."""
+    user = "user" if sys.platform == "win32" else str(os.getuid())
+    return Path(tempfile.gettempdir()) / f"wan_local-{user}" / f"{name.replace(':', '-')}.lock"
+
+
+def _told(beside: Path) -> str:
+    try:
+        return str(Holder(**json.loads(beside.read_bytes())))
+    except (OSError, ValueError, TypeError):
         return "another process"  # it is just beginning or ending
-
-
-def _take(file: BinaryIO) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(_LOCKED_BYTE)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _release(file: BinaryIO) -> None:
-    """Let go; closing the file would, but on Windows only some time later."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        file.seek(_LOCKED_BYTE)
-        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)

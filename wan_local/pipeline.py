@@ -7,6 +7,7 @@ step is done the run itself is kept, and `resume` goes on with it.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from wan_local.conditioning import initial_noise
 from wan_local.decode import Decoded, decode_frames
 from wan_local.denoise import Guided, denoise
 from wan_local.denoiser import Denoiser
-from wan_local.device import resolve_device
+from wan_local.device import card_name, resolve_device
 from wan_local.encoders import encode_frames, encode_images, encode_prompts
 from wan_local.ladder import Rung
+from wan_local.lock import holding_card
 from wan_local.models.transformer import Transformer
 from wan_local.order import changes_since, check_model, read_order
 from wan_local.preparation import Job, planned, prepare, remarks_on
@@ -91,10 +93,11 @@ class Pipeline:
         if run_id is not None and runs.find(self.settings, run_id) is not None:
             yield from self.resume(run_id, output=output, check=check)
             return
-        job = prepare(request, self.settings, output)
-        report = Report(job.device)
-        with begun(job.order, job.settings, job.files, job.plan, run_id or runs.new_id(), report.note) as answers:
-            result = yield from _make(job, report, answers, check)
+        with self._card():
+            job = prepare(request, self.settings, output)
+            report = Report(job.device)
+            with begun(job.order, job.settings, job.files, job.plan, run_id or runs.new_id(), report.note) as answers:
+                result = yield from _make(job, report, answers, check)
         yield result
 
     def resume(
@@ -104,7 +107,7 @@ class Pipeline:
 
         output: elsewhere than it was to go. Raises NotResumable, and as `generate` does.
         """
-        with taken(self.settings, run_id) as folder:
+        with self._card(), taken(self.settings, run_id) as folder:
             files, device = find_model(self.settings), resolve_device(self.settings.device)
             check_model(folder.about, files)
             where = None if output is None else Path(output).expanduser().absolute()
@@ -116,6 +119,11 @@ class Pipeline:
                 report.note(text)
             result = yield from _make(job, report, Answers(folder.folder, report.note), check)
         yield result
+
+    def _card(self) -> AbstractContextManager[None]:
+        """Return the hold on the settings' card, before anything is planned on it. Raises Busy when it is entered."""
+        card = card_name(resolve_device(self.settings.device))
+        return nullcontext() if card is None else holding_card(card, shared=self.settings.share_device)
 
 
 def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Generator[Step, None, Result]:

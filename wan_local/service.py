@@ -5,21 +5,24 @@ from __future__ import annotations
 import functools
 import json
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import httpx
 
-from wan_local.errors import InvalidRequest, NotAvailable
+from wan_local.errors import Busy, InvalidRequest, NotAvailable
 from wan_local.failure import Failure, describe, owner_and_alias, unknown_application
 from wan_local.file_server import FileServer
 from wan_local.jobs import Engine, Job, Priority, Queue, Records, Ticket
 from wan_local.request import APPLICATION, Request, Result, Step
 from wan_local.settings import Settings, UrlScheme, load_settings
 from wan_local.webhook import Webhooks, failed, succeeded
+
+_LOOK_SECONDS = 1.0  # how often a card that another process holds is looked at
 
 
 class FalClientError(Exception):
@@ -171,9 +174,29 @@ def pipeline_engine(settings: Settings) -> Engine:
         return Pipeline(settings)
 
     def generate(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
-        yield from pipeline().generate(request, run_id=ticket.id, check=ticket.check)
+        run = functools.partial(pipeline().generate, request, run_id=ticket.id, check=ticket.check)
+        yield from once_free(run, ticket)
 
     return generate
+
+
+def once_free(run: Callable[[], Iterator[Step | Result]], ticket: Ticket) -> Iterator[Step | Result]:
+    """Yield from the run; while another process holds its card, say so once, and wait."""
+    begun, told = time.perf_counter(), ""
+    while True:
+        steps = run()
+        try:
+            first = next(steps)
+        except Busy as busy:
+            if str(busy) != told:
+                told = str(busy)
+                yield Step("plan", 0, 1, told, time.perf_counter() - begun)
+            ticket.check()
+            time.sleep(_LOOK_SECONDS)
+            continue
+        yield first
+        yield from steps
+        return
 
 
 def check_application(application: str, path: str) -> None:

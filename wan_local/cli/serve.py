@@ -54,16 +54,17 @@ def _serve(options: argparse.Namespace) -> int:
         raise NotAvailable(f"the server needs {', '.join(missing)}: pip install 'wan_local[server]'")
     from wan_local.server.options import ServerOptions
     from wan_local.server.process import serve
-    from wan_local.settings import load_settings
+    from wan_local.settings import load_settings, server_key
 
     given = vars(options)
     names = ("host", "port", "tls", "allow_local_files", "allow_private_urls")
-    settings = load_settings(**{name: given.get(name) for name in ("model", "device", "output_dir", "api_key")})
+    settings = load_settings(**{name: given.get(name) for name in ("model", "device", "output_dir")})
     origins = tuple(origin.lower().rstrip("/") for origin in given.get("cors_origin", ()))
     wanted = {name: given[name] for name in names if name in given}
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        serve(settings, ServerOptions(**wanted, cors_origins=origins, api_key=settings.api_key), ready=_say_where)
+        key = given.get("api_key") or server_key()
+        serve(settings, ServerOptions(**wanted, cors_origins=origins, api_key=key), ready=_say_where)
     except KeyboardInterrupt:
         say("Stopped. What waited or ran is taken up again by the next `wan-local serve` on the same folder.")
     return DONE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wan_local.errors import NotAvailable
 
@@ -27,7 +27,7 @@ class ServerOptions:
     allow_local_files: bool = False
     allow_private_urls: bool = False
     cors_origins: tuple[str, ...] = ()
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     max_body_bytes: int = 64 * 2**20
     max_upload_bytes: int = 512 * 2**20
     max_uploads_bytes: int = 8 * 2**30
