@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels" / "wan_kernels"
 # A module may import from the lines above its own.
 LINES = (
     ("errors", "durable"),
-    ("request", "geometry", "settings"),
+    ("request", "geometry", "settings", "switch_config"),
     ("failure", "hub", "planner", "key_map", "header", "manifest", "runs"),
     ("anatomy", "gguf_header", "pickle_header"),
     ("weight_files", "kinds", "scales"),
@@ -31,9 +31,10 @@ LINES = (
     ("store_file",),
     ("convert",),
     ("stage",),
-    ("conditioning", "scheduler", "acceleration", "denoise", "preview", "decode", "video", "report"),
+    ("expander",),
+    ("conditioning", "scheduler", "acceleration", "denoise", "preview", "decode", "video", "report", "expansion"),
     ("identity", "cache", "ladder", "answers", "order"),
-    ("workspace", "unfinished"),
+    ("workspace", "unfinished", "switches"),
     ("encoders", "denoiser"),
     ("preparation",),
     ("pipeline",),
@@ -51,6 +52,7 @@ LINES = (
 NEIGHBOURS = {
     ("image", "download"),
     ("settings", "geometry"),
+    ("settings", "switch_config"),
     ("quantize", "checkpoint"),
     ("denoise", "scheduler"),
     ("denoise", "acceleration"),
@@ -58,7 +60,17 @@ NEIGHBOURS = {
     ("order", "identity"),
     ("__main__", "__init__"),
 }
-WITHOUT_TORCH = ("errors", "request", "geometry", "settings", "planner", "header", "anatomy", "gguf_header")
+WITHOUT_TORCH = (
+    "errors",
+    "request",
+    "geometry",
+    "settings",
+    "switch_config",
+    "planner",
+    "header",
+    "anatomy",
+    "gguf_header",
+)
 WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "inspection", "hub", "durable", "runs")
 IMPORTERS_OF_KERNELS = ("layers", "device")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")

@@ -175,12 +175,6 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_weights_are_read")
 class TestBeforeAnyWeightIsRead:
-    @pytest.mark.parametrize("field", ["enable_prompt_expansion"])
-    def test_what_is_not_there_yet_is_refused_by_name(self, settings: Settings, field: str) -> None:
-        with pytest.raises(InvalidRequest, match=field) as caught:
-            generate(stamp_request(**{field: True}), settings=settings)
-        assert caught.value.detail[0]["type"] == "feature_not_supported"
-
     @pytest.mark.parametrize("field", ["start_image_url", "end_image_url"])
     def test_a_missing_image_is_refused_with_its_field(self, settings: Settings, field: str) -> None:
         with pytest.raises(InvalidRequest) as caught:

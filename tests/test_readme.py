@@ -17,7 +17,7 @@ from wan_local.request import File, Request, Result, Step
 from wan_local.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/safety.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/safety.md", "docs/prompt_expansion.md")
 
 
 def blocks(language: str) -> list[str]:

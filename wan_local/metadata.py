@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from wan_local.request import as_json
 
 _TITLE_CHARACTERS = 80
-_FREE_TEXT = ("prompt", "negative_prompt")  # may begin with a slash and be no path
+_FREE_TEXT = ("prompt", "negative_prompt", "expanded_prompt")  # may begin with a slash and be no path
 _USER_IN_ADDRESS = re.compile(r"(?<=://)[^/@]*@")
 
 

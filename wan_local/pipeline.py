@@ -20,7 +20,7 @@ from wan_local.acceleration import EveryStep, make_policy
 from wan_local.answers import Answers, Latents, Remembering
 from wan_local.checkpoint import find_model
 from wan_local.conditioning import initial_noise
-from wan_local.decode import Decoded, decode_frames
+from wan_local.decode import decode_frames
 from wan_local.denoise import Guided, denoise
 from wan_local.denoiser import Denoiser
 from wan_local.device import card_name, resolve_device
@@ -30,12 +30,12 @@ from wan_local.lock import holding_card
 from wan_local.models.transformer import Transformer
 from wan_local.order import changes_since, check_model, read_order
 from wan_local.preparation import Job, planned, prepare, remarks_on
-from wan_local.preview import fit_latent_to_rgb, to_uint8
+from wan_local.preview import fit_latent_to_rgb
 from wan_local.report import Report
 from wan_local.request import Check, File, Request, Result, Step, unchecked
-from wan_local.safety import FrameCheck, check_images, load_checker
 from wan_local.scheduler import Scheduler
 from wan_local.settings import Settings, load_profile, load_settings
+from wan_local.switches import checked_frames, checked_images, expanded_prompt
 from wan_local.unfinished import begun, taken
 from wan_local.video import VideoReport, VideoWriter
 from wan_local.workspace import Workspace
@@ -132,11 +132,12 @@ def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Ge
     for text in remarks_on(job):
         report.note(text)
     yield report.step(1, 1, f"{job.files.config.title}: {job.plan.describe()}")
-    yield from _check_images(job, report)
+    yield from checked_images(job.switches, job.images, report)
+    prompt = yield from expanded_prompt(job.switches, job.images, answers, report, seed=job.seed, check=check)
     latents = answers.final() if answers else None
     if latents is None:
         with report.stage("text"):
-            prompts = encode_prompts(_prompts(job.request), space)
+            prompts = encode_prompts(_prompts(job.request, prompt), space)
         yield report.step(1, 1, "prompts encoded")
 
         with report.stage("image"):
@@ -164,7 +165,7 @@ def _decode(job: Job, space: Workspace, final: Latents) -> Generator[Step, None,
     for attempt in space.attempts("decode"):
         with attempt as rung, space.open("vae", rung) as vae, _writer(job, final.calls, report) as writer:
             frames = decode_frames(vae, final.latents.to(rung.device), job.geometry, check=space.check)
-            for decoded in _checked(frames, job, report):
+            for decoded in checked_frames(job.switches, frames, job.geometry.num_frames, report):
                 writer.write(decoded.frames)
                 yield report.step(decoded.done, total, f"frame {decoded.done} of {total}")
             video = writer.finish()
@@ -225,34 +226,13 @@ def _scheduler(job: Job) -> Scheduler:
     return Scheduler.distilled(profile.steps, profile.shift)
 
 
-def _check_images(job: Job, report: Report) -> Iterator[Step]:
-    """Let the safety checker see both images as the model will see them. Raises InvalidRequest; off: does nothing."""
-    if not job.request.enable_safety_checker:
-        return
-    with report.stage("safety"):
-        checker = load_checker(job.settings)
-        start, end = (to_uint8(image.unsqueeze(1))[0] for image in job.images)
-        scores = check_images(checker, {"start_image_url": start, "end_image_url": end})
-        report.facts["safety"] = {"checker": checker.name, **scores}
-    yield report.step(1, 1, f"both images pass the safety checker ({checker.name}: {max(scores.values()):.4f} of 1)")
-
-
-def _checked(parts: Iterator[Decoded], job: Job, report: Report) -> Iterator[Decoded]:
-    """Let the safety checker see frames as they pass. Raises InvalidRequest before the video has its name."""
-    if not job.request.enable_safety_checker:
-        yield from parts
-        return
-    check = FrameCheck(load_checker(job.settings), job.geometry.num_frames, job.request)
-    for part in parts:
-        check.see(part.frames)
-        yield part
-    report.facts["safety"] |= {"frames": check.finish()}
-
-
-def _prompts(request: Request) -> dict[str, str]:
-    """Return the prompts that guidance needs."""
-    needed = ("prompt",) if request.guide_scale == 1 else ("prompt", "negative_prompt")
-    return {name: getattr(request, name) for name in needed}
+def _prompts(request: Request, prompt: str) -> dict[str, str]:
+    """Return the prompts that guidance needs. prompt: the request's, or what it was expanded to."""
+    return (
+        {"prompt": prompt}
+        if request.guide_scale == 1
+        else {"prompt": prompt, "negative_prompt": request.negative_prompt}
+    )
 
 
 def _latent_shape(job: Job) -> tuple[int, int, int, int]:

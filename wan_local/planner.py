@@ -143,7 +143,7 @@ def make_plan(
     sizes: of each network. smaller: the geometry to suggest where this one does not fit. Raises DoesNotFit.
     """
     plan = _plan(geometry, config, sizes, machine)
-    budget = _budget(machine)
+    budget = usable_bytes(machine)
     if plan.peak.peak_bytes <= budget:
         return plan
     advice = "Use a machine with more memory, or a smaller model."
@@ -178,7 +178,8 @@ def shrink(
     return replace(plan, stages=stages, chunk_tokens=chunk)
 
 
-def _budget(machine: Machine) -> int:
+def usable_bytes(machine: Machine) -> int:
+    """Return what a plan may use of the free bytes; the rest is headroom."""
     return int(machine.free_bytes * (1 - _HEADROOM))
 
 
@@ -199,18 +200,18 @@ def _plan(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSi
     second_pass = geometry.tokens * config.transformer.dim * compute  # both guidance passes go together
     more = {"text": 0, "context": 0, "denoise": second_pass}
     placed = tuple(
-        _streamed_if_needed(stage, sizes[network], machine, more[stage.name]) if stage.name in more else stage
+        streamed_if_needed(stage, sizes[network], machine, more[stage.name]) if stage.name in more else stage
         for stage, (_, network, _, _) in zip(stages, rows, strict=True)
     )
     return Plan(geometry, machine.device, chunk, placed, machine.free_bytes)
 
 
-def _streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, more_bytes: int) -> StagePlan:
+def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, more_bytes: int) -> StagePlan:
     """Return the stage with as many blocks resident as fit beside the ring, where they do not all fit.
 
     more_bytes: of activations, where blocks are streamed.
     """
-    budget, compute = _budget(machine), machine.compute_bytes
+    budget, compute = usable_bytes(machine), machine.compute_bytes
     if stage.peak_bytes <= budget:
         return stage
     blocks = size.block_bytes(compute)

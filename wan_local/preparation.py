@@ -14,34 +14,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan_local import __version__
 from wan_local.cache import EncodingCache
 from wan_local.checkpoint import ModelFiles, find_model, model_config
 from wan_local.conditioning import picture_tensor
 from wan_local.device import compute_dtype, free_bytes, free_ram_bytes, resolve_device
-from wan_local.errors import InvalidRequest
 from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, Geometry, Size, output_size
 from wan_local.image import fit, load_image
 from wan_local.ladder import Ladder
 from wan_local.order import Order, words_of
-from wan_local.planner import Machine, Plan, StagePlan, make_plan, shrink
+from wan_local.planner import Machine, Plan, make_plan, shrink
 from wan_local.report import Report
 from wan_local.request import Check, Request, unchecked
-from wan_local.safety import check_prompt, require_checker, safety_stage
-from wan_local.settings import (
-    ModelConfig,
-    Settings,
-    load_acceleration_config,
-    load_profile,
-    load_safety_config,
-)
+from wan_local.settings import ModelConfig, Settings, load_acceleration_config, load_profile
 from wan_local.stage import network_sizes
+from wan_local.switches import Switches, planned_stages, prepare_switches
 from wan_local.video import check_output, largest_bytes
 from wan_local.workspace import Workspace
 
 _RANDOM_SEEDS = 2**31  # JavaScript clients lose integers beyond 2^53
 _WIDE = Size(height=9, width=16)  # what `auto` means where there is no start image yet
-_FEATURES_TO_COME = ("enable_prompt_expansion",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +47,7 @@ class Job:
     images: tuple[Tensor, Tensor]
     machine: Machine
     plan: Plan
+    switches: Switches
 
     @property
     def request(self) -> Request:
@@ -84,13 +76,10 @@ class Job:
 
 def prepare(request: Request, settings: Settings, output: Path | str | None = None) -> Job:
     """Check everything that can be checked before a weight is read: request, images, model, device, memory, output."""
-    _refuse_features_to_come(request)
-    check_prompt(request.prompt, load_safety_config(), enabled=request.enable_safety_checker)
-    if request.enable_safety_checker:
-        require_checker(settings)
     request, remarks = _profiled(request, settings)
     files = find_model(settings)
     device = resolve_device(settings.device)
+    switches = prepare_switches(request, settings, _machine(device))
     start = load_image(request.start_image_url, field="start_image_url")
     end = load_image(request.end_image_url, field="end_image_url")
     start_size = Size(start.height, start.width)
@@ -107,21 +96,34 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
         words_of(request),
         remarks,
     )
-    return planned(order, settings, files, device, smaller=small)
+    return planned(order, settings, files, device, smaller=small, switches=switches)
 
 
 def planned(
-    order: Order, settings: Settings, files: ModelFiles, device: torch.device, *, smaller: Geometry | None = None
+    order: Order,
+    settings: Settings,
+    files: ModelFiles,
+    device: torch.device,
+    *,
+    smaller: Geometry | None = None,
+    switches: Switches | None = None,
 ) -> Job:
-    """Return the job of an order. Raises DoesNotFit, naming `smaller` where that would, and OutputError."""
-    dtype, geometry, config = compute_dtype(device), order.geometry, files.config
-    machine = Machine(str(device), free_bytes(device), free_ram_bytes(), dtype.itemsize)
+    """Return the job of an order. Raises DoesNotFit, naming `smaller` where that would, OutputError, and what
+    `prepare_switches` raises.
+    """
+    geometry, config, machine = order.geometry, files.config, _machine(device)
+    if switches is None:
+        switches = prepare_switches(order.request, settings, machine)
     lesser = smaller if smaller and smaller.tokens < geometry.tokens else None
     plan = make_plan(geometry, config, network_sizes(config), machine, smaller=lesser)
-    plan = plan.preceded_by(*_switched_on(order.request))
+    plan = plan.preceded_by(*switches.stages)
     check_output(order.output, largest_bytes(geometry))
     images = (picture_tensor(order.pictures[0]), picture_tensor(order.pictures[1]))
-    return Job(order, settings, files, device, dtype, images, machine, plan)
+    return Job(order, settings, files, device, compute_dtype(device), images, machine, plan, switches)
+
+
+def _machine(device: torch.device) -> Machine:
+    return Machine(str(device), free_bytes(device), free_ram_bytes(), compute_dtype(device).itemsize)
 
 
 def plan_run(settings: Settings, request: Request, *, machine: Machine | None) -> tuple[ModelConfig, Plan]:
@@ -132,12 +134,12 @@ def plan_run(settings: Settings, request: Request, *, machine: Machine | None) -
     Raises DoesNotFit; ModelNotFound where the settings name a folder that is none.
     """
     config, device = model_config(settings), resolve_device(settings.device)
-    here = Machine(str(device), free_bytes(device), free_ram_bytes(), compute_dtype(device).itemsize)
+    machine = machine or _machine(device)
     sizes = {name: output_size(config.canvas(name), request.aspect_ratio, _WIDE) for name in RESOLUTIONS}
     geometry, small = Geometry(sizes[request.resolution], request.num_frames), Geometry(sizes["480p"], NATIVE_FRAMES)
     smaller = small if small.tokens < geometry.tokens else None
-    plan = make_plan(geometry, config, network_sizes(config), machine or here, smaller=smaller)
-    return config, plan.preceded_by(*_switched_on(request))
+    plan = make_plan(geometry, config, network_sizes(config), machine, smaller=smaller)
+    return config, plan.preceded_by(*planned_stages(request, settings, machine))
 
 
 def remarks_on(job: Job) -> list[str]:
@@ -151,18 +153,6 @@ def remarks_on(job: Job) -> list[str]:
     if torch.equal(*job.images):
         remarks.append("start and end image are the same picture: expect little motion unless the prompt describes it.")
     return remarks
-
-
-def _switched_on(request: Request) -> list[StagePlan]:
-    """Return the stages that the request's switches add before all others."""
-    return [safety_stage(load_safety_config())] if request.enable_safety_checker else []
-
-
-def _refuse_features_to_come(request: Request) -> None:
-    for name in _FEATURES_TO_COME:
-        if getattr(request, name):
-            message = f"{name} is not available in wan_local {__version__}; leave it false. Nothing was generated."
-            raise InvalidRequest.field(name, "feature_not_supported", message, value=True)
 
 
 def _profiled(request: Request, settings: Settings) -> tuple[Request, tuple[str, ...]]:

@@ -21,7 +21,7 @@ class Report:
     """One run's clock and record; made when the run begins."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._started = self._stage_started = time.monotonic()
         self._stage: Stage = "plan"
         self.seconds: dict[str, float] = {}
@@ -34,10 +34,10 @@ class Report:
     def stage(self, name: Stage) -> Iterator[None]:
         """Measure a stage from here to the end of the block."""
         self._stage, self._stage_started = name, time.monotonic()
-        reset_peak(self._device)
+        reset_peak(self.device)
         yield
         self.seconds[name] = round(time.monotonic() - self._stage_started, 3)
-        peak = peak_bytes(self._device)
+        peak = peak_bytes(self.device)
         if peak is not None:
             self.peak_bytes[name] = peak
 
@@ -60,7 +60,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "device": str(self._device),
+            "device": str(self.device),
             "torch": torch.__version__,
             "seconds": {**self.seconds, "total": round(time.monotonic() - self._started, 3)},
             "peak_bytes": dict(self.peak_bytes),

@@ -5,6 +5,7 @@
         start.png end.png        both images at the video's size
         call-0001.safetensors    what the transformer answered, one file a model call (see `answers`)
         latents.safetensors      the final latents, once there are some; the calls are gone then
+        expansion.safetensors    what the prompt was expanded to, where that was asked for
         lock                     held by the process that makes the video
 
 A run that ends well, or before its first step, removes its folder; any other leaves it, to be resumed.
@@ -33,7 +34,7 @@ from wan_local.settings import Settings
 State = Literal["running", "waiting"]
 
 FORMAT = 1  # of what is in the folder; another version's folders are not read
-CALLS, LATENTS = "call-*.safetensors", "latents.safetensors"
+CALLS, LATENTS, EXPANSION = "call-*.safetensors", "latents.safetensors", "expansion.safetensors"
 _ABOUT, _LOCK = "run.json", "lock"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _GIGABYTE = 10**9

