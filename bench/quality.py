@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,15 @@ from PIL import Image
 
 from bench.tiny_model.photos import held_out_photos
 from bench.tiny_model.render import clip
+from bench.tiny_model.train import DEFAULT_FOLDER as TINY_FOLDER
 from bench.world import describe
+from wan_local.convert import Conversion, convert
+from wan_local.preparation import Job
 from wan_local.preview import to_uint8
 from wan_local.quality.page import write_page
 from wan_local.quality.protocol import EXACT, Cell, Clip, Study, Variant
-from wan_local.settings import load_settings
+from wan_local.settings import WeightFormat, WeightFormats, load_settings
+from wan_local.sources import open_source
 
 UNSEEN_SEED = 9 * 10**6
 WIDTH, HEIGHT, FRAMES = 112, 64, 81
@@ -43,6 +48,37 @@ def clips(count: int) -> Iterator[Clip]:
         video, caption = clip(seed, held_out_photos(), WIDTH, HEIGHT, torch.linspace(0, 1, FRAMES))
         frames = to_uint8(video)
         yield Clip(str(seed), Image.fromarray(frames[0]), Image.fromarray(frames[-1]), caption, np.asarray(frames))
+
+
+def in_bfloat16(job: Job) -> Job:
+    return replace(job, dtype=torch.bfloat16)
+
+
+def with_int8_inputs(job: Job) -> Job:
+    stages = tuple(replace(stage, int8_arithmetic="w8a8") for stage in job.plan.stages)
+    return replace(job, plan=replace(job.plan, stages=stages))
+
+
+def store(work: Path, format_: WeightFormat, *, rotate: bool = False) -> str:
+    """Return the folder of the tiny model with its transformer's linears in a format; it is made once."""
+    target = work / f"store_{format_}{'_rotated' if rotate else ''}"
+    convert(Conversion(open_source(TINY_FOLDER), WeightFormats(format_), rotate=rotate), target)
+    return str(target)
+
+
+def formats(work: Path) -> list[Variant]:
+    """Return the weight formats; int8 also with int8 inputs, which is what cards compute fast."""
+    int8, rotated = {"model": store(work, "int8")}, {"model": store(work, "int8", rotate=True)}
+    regular = {"acceleration": "regular"}
+    return [
+        Variant("bf16", edit=in_bfloat16),
+        Variant("int8 weights", {}, int8),
+        Variant("int8 weights and inputs", {}, int8, edit=with_int8_inputs),
+        Variant("int8 weights and inputs, rotated", {}, rotated, edit=with_int8_inputs),
+        Variant("fp8 weights", {}, {"model": store(work, "fp8")}),
+        Variant("int4 weights", {}, {"model": store(work, "int4")}),
+        Variant("regular and int8 weights and inputs", regular, int8, edit=with_int8_inputs),
+    ]
 
 
 def variants(work: Path) -> list[Variant]:
@@ -65,6 +101,7 @@ def variants(work: Path) -> list[Variant]:
         static,
         *reuse,
         *even,
+        *formats(work),
         Variant("guide_scale 1", {"guide_scale": 1}),
         Variant("another seed", seed_offset=1000),
     ]

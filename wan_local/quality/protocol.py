@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,16 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A change to measure. request and settings are laid over the base's; `seed_offset` is added to the seed."""
+    """A change to measure. request and settings are laid over the base's; `seed_offset` is added to the seed.
+
+    edit: changes the planned run, where neither says it.
+    """
 
     label: str
     request: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     seed_offset: int = 0
+    edit: Callable[[Job], Job] = lambda job: job
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,7 @@ class Study:
             **variant.request,
         }
         settings = replace(self.settings, **variant.settings)
-        return prepare(Request.from_arguments(arguments), settings, self.folder / "unused.mp4")
+        return variant.edit(prepare(Request.from_arguments(arguments), settings, self.folder / "unused.mp4"))
 
     def make(self, clip: Clip, encoded: Encoded, variant: Variant, cell: Cell, seed: int) -> Made:
         """Run one variant on one clip to its frames."""
