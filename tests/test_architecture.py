@@ -25,7 +25,9 @@ LINES = (
     ("device", "download", "image", "lock", "metadata", "dequantize", "checkpoint", "quantize", "safety", "record"),
     ("stored_tensor", "block_reader"),
     ("sources", "lora"),
-    ("layers",),
+    ("attention", "layers"),
+    ("fusions", "probe"),
+    ("doctor",),
     ("models", "quantized_layers"),
     ("offload", "store_layout", "store_journal", "diffusers_config"),
     ("store_file",),
@@ -72,7 +74,7 @@ WITHOUT_TORCH = (
     "gguf_header",
 )
 WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "inspection", "hub", "durable", "runs")
-IMPORTERS_OF_KERNELS = ("layers", "device")
+IMPORTERS_OF_KERNELS = ("attention", "fusions", "layers", "device", "doctor")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")
 
 MAX_FUNCTION_LINES = 60

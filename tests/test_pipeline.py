@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.stamps import END, START, stamp_request, stamp_settings
 from wan_local import encoders, preparation
+from wan_local.denoise import Guided
 from wan_local.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotAvailable, NumericalError, OutputError
 from wan_local.geometry import Size
 from wan_local.image import fit
@@ -211,3 +212,34 @@ def test_remarks_tell_of_long_videos_long_prompts_and_equal_images(settings: Set
     result = generate(request, settings=settings)
     notes = " ".join(result.report["notes"])
     assert "85 frames" in notes and "same picture" in notes and "beyond 512 were left out" in notes
+
+
+def test_kernels_that_were_asked_for_run_and_are_named_in_the_report(settings: Settings) -> None:
+    plain = generate(stamp_request(), settings=settings)
+    fast = generate(stamp_request(), settings=replace(settings, attention="int8", kernels="on"))
+    assert "sdpa" in plain.report["kernels"] and "int8" in fast.report["kernels"]
+    assert plain.video.path is not None and fast.video.path is not None
+    assert psnr(read_video(fast.video.path), read_video(plain.video.path)) > 30
+
+
+def test_a_backend_that_is_not_installed_ends_the_run_before_a_weight_is_read(settings: Settings) -> None:
+    with pytest.raises(NotAvailable, match="SageAttention"):
+        generate(stamp_request(), settings=replace(settings, attention="sage"))
+
+
+def test_a_step_that_is_not_finite_is_noted_and_the_video_is_made(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predicted = Guided.predict
+
+    def predict(self: Any, latents: Any, timestep: float) -> Any:
+        noise_pred, conditional = predicted(self, latents, timestep)
+        return (noise_pred * np.nan, conditional) if self.choice.fused else (noise_pred, conditional)
+
+    monkeypatch.setattr(Guided, "predict", predict)
+    fast = replace(settings, kernels="on")
+    result = generate(stamp_request(), settings=fast)
+    assert any("computed again, exactly" in note for note in result.report["notes"])
+    plain = generate(stamp_request(), settings=settings)
+    assert result.video.path is not None and plain.video.path is not None
+    assert np.array_equal(read_video(result.video.path), read_video(plain.video.path))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wan_local.acceleration import Called, Policy
+from wan_local.attention import PLAIN_KERNELS, KernelChoice
 from wan_local.errors import NumericalError
 from wan_local.models.transformer import ContextKV, Modulation, Transformer
 from wan_local.scheduler import Scheduler
@@ -39,6 +40,7 @@ class Guided:
     together: bool = False
     chunk_tokens: int | None = None
     residual_dtype: torch.dtype | None = None
+    choice: KernelChoice = PLAIN_KERNELS
 
     def predict(self, latents: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """Return the guided velocity v_u + w (v_c - v_u) and v_c itself, both [1, 16, T, H, W] float32."""
@@ -60,6 +62,7 @@ class Guided:
             contexts,
             chunk_tokens=self.chunk_tokens,
             residual_dtype=self.residual_dtype,
+            choice=self.choice,
         )
         return velocities
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
+from wan_local.attention import EXACT_KERNELS
 from wan_local.denoise import Guided
 from wan_local.ladder import Rung
 from wan_local.models.transformer import Transformer
@@ -41,9 +44,19 @@ class Denoiser:
         """Return the guided velocity and the prompt's own. Raises OutOfMemory after the last rung."""
         for attempt in self._space.attempts("denoise"):
             with attempt as rung:
-                return self._on(rung).predict(latents, timestep)
+                return self._finite(self._on(rung), latents, timestep)
             self._free()
         raise AssertionError("the last attempt raises")
+
+    def _finite(self, guided: Guided, latents: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
+        """Return the prediction; one that is not finite is made again, exactly, where it was not exact before."""
+        answer = guided.predict(latents, timestep)
+        if not guided.choice.approximates or torch.isfinite(answer[0]).all():
+            return answer
+        self._space.report.note(
+            f"timestep {timestep:g} was not finite ({guided.choice.reason}) and was computed again, exactly"
+        )
+        return replace(guided, choice=EXACT_KERNELS).predict(latents, timestep)
 
     def _on(self, rung: Rung) -> Guided:
         if self._loaded is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import subprocess
 from pathlib import Path
 
 import torch
@@ -40,6 +42,17 @@ def card_name(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     return f"cuda-{torch.cuda.get_device_properties(device).uuid}"
+
+
+@functools.cache
+def driver_version() -> str:
+    """Return the NVIDIA driver's version, or "unknown" where its tool does not tell."""
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -1,11 +1,12 @@
-"""The pieces the networks are made of: norms, rotary embedding, attention. Plain PyTorch, the truth for kernels.
+"""The pieces the networks are made of: linears, norms, rotary embedding. Plain PyTorch, the truth for kernels.
 
 Shape legend: B batch, L tokens, H heads, K channels of a head, D channels of a token (H * K).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -173,12 +174,15 @@ def split_heads(x_BLD: Tensor, num_heads: int) -> Tensor:
     return x_BLHK
 
 
-def attention(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, *, bias_M: Tensor | None = None) -> Tensor:
-    """Return softmax(q k^T / sqrt(K) + bias) v as [B, L, H*K], in the dtype of `v`.
-
-    bias_M: added to the logits of each key, float32.
-    """
-    dtype = v_BMHK.dtype
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
-    mask = None if bias_M is None else bias_M.to(dtype).view(1, 1, 1, -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+@contextmanager
+def dequantizing(module: nn.Module) -> Iterator[None]:
+    """Let every `Linear` below `module` use its quantized weights as floats until the block ends."""
+    linears = [part for part in module.modules() if isinstance(part, Linear)]
+    before = [part.arithmetic for part in linears]
+    for part in linears:
+        part.arithmetic = "weight-only"
+    try:
+        yield
+    finally:
+        for part, arithmetic in zip(linears, before, strict=True):
+            part.arithmetic = arithmetic

@@ -18,6 +18,7 @@ from torch import Tensor
 from wan_local import __version__, runs
 from wan_local.acceleration import EveryStep, make_policy
 from wan_local.answers import Answers, Latents, Remembering
+from wan_local.attention import PLAIN_KERNELS
 from wan_local.checkpoint import find_model
 from wan_local.conditioning import initial_noise
 from wan_local.decode import decode_frames
@@ -206,11 +207,13 @@ def sample(
             together=rung.plan.resident_blocks is not None,
             chunk_tokens=rung.chunk_tokens,
             residual_dtype=torch.float32 if job.settings.precision == "reference" else None,
+            choice=job.kernels if rung.device == job.device else PLAIN_KERNELS,
         )
 
     policy = make_policy(request.acceleration, request.num_inference_steps, job.order.acceleration)
     to_rgb = fit_latent_to_rgb(condition[:, _MASK_CHANNELS:], job.images)
     noise = initial_noise(job.order.seed, _latent_shape(job)).to(job.device)
+    report.kernels = job.kernels.reason
     with report.stage("denoise"), Denoiser(space, guided) as denoiser:
         predictor = Remembering(denoiser, answers, both=not isinstance(policy, EveryStep)) if answers else denoiser
         for state in denoise(predictor, scheduler, noise, policy):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wan_local.attention import KernelChoice
 from wan_local.cache import EncodingCache
 from wan_local.checkpoint import ModelFiles, find_model, model_config
 from wan_local.conditioning import picture_tensor
@@ -23,6 +24,7 @@ from wan_local.image import fit, load_image
 from wan_local.ladder import Ladder
 from wan_local.order import Order, words_of
 from wan_local.planner import Machine, Plan, make_plan, shrink
+from wan_local.probe import choose_kernels
 from wan_local.report import Report
 from wan_local.request import Check, Request, unchecked
 from wan_local.settings import ModelConfig, Settings, load_acceleration_config, load_profile
@@ -48,6 +50,7 @@ class Job:
     machine: Machine
     plan: Plan
     switches: Switches
+    kernels: KernelChoice
 
     @property
     def request(self) -> Request:
@@ -119,7 +122,8 @@ def planned(
     plan = plan.preceded_by(*switches.stages)
     check_output(order.output, largest_bytes(geometry))
     images = (picture_tensor(order.pictures[0]), picture_tensor(order.pictures[1]))
-    return Job(order, settings, files, device, compute_dtype(device), images, machine, plan, switches)
+    chosen = choose_kernels(settings, device, config)
+    return Job(order, settings, files, device, compute_dtype(device), images, machine, plan, switches, chosen)
 
 
 def _machine(device: torch.device) -> Machine:

@@ -28,6 +28,7 @@ class Report:
         self.peak_bytes: dict[str, int] = {}
         self.notes: list[str] = []
         self.acceleration: dict[str, Any] = {}
+        self.kernels = ""
         self.facts: dict[str, Any] = {}  # what belongs into the video's metadata too
 
     @contextmanager
@@ -65,6 +66,7 @@ class Report:
             "seconds": {**self.seconds, "total": round(time.monotonic() - self._started, 3)},
             "peak_bytes": dict(self.peak_bytes),
             "acceleration": dict(self.acceleration),
+            "kernels": self.kernels,
             "notes": list(self.notes),
             **self.facts,
         }

@@ -21,6 +21,8 @@ UrlScheme = Literal["http", "file"]
 Precision = Literal["auto", "reference"]
 WeightFormat = Literal["bf16", "int8", "int4", "fp8"]
 Int8Arithmetic = Literal["w8a8", "weight-only"]
+AttentionName = Literal["auto", "int8", "int8_pv", "sage", "sdpa", "xformers"]
+KernelsChoice = Literal["auto", "on", "off"]
 AccelerationPolicy = Literal["merge", "static", "reuse"]
 Profile = Literal["distill4"]
 
@@ -29,6 +31,8 @@ FIRST_KEPT, LAST_KEPT = 2, 3  # blocks that suffer most from rounding (arXiv 260
 QUANTIZED_PARTS = ("transformer", "text_encoder", "image_encoder")
 _CONFIGS = ("flf2v_14b", "flf2v_tiny")
 _POLICIES = ("merge", "static", "reuse")
+_ATTENTION_NAMES = ("auto", "int8", "int8_pv", "sage", "sdpa", "xformers")
+_KERNELS_CHOICES = ("auto", "on", "off")
 _PROFILES = ("distill4",)
 
 
@@ -51,6 +55,8 @@ class Settings:
     `expansion_model`: folder with the language model for prompt expansion, None for a known one at its usual places.
     `profile`: "distill4" samples in four steps without guidance, as distilled weights want it; experimental.
     `share_device`: use a card that another process is using, planned with the memory that is free at that moment.
+    `attention`: a backend by name, or "auto" for the one that suits the device; `wan-local doctor` lists them.
+    `kernels`: fused kernels "on", "off", or "auto", which is on where there is a card that they suit.
     """
 
     model: str | None = None
@@ -72,6 +78,8 @@ class Settings:
     expansion_model: str | None = None
     profile: Profile | None = None
     share_device: bool = False
+    attention: AttentionName = "auto"
+    kernels: KernelsChoice = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +259,7 @@ def load_settings(**overrides: Any) -> Settings:
     WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE,
     WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_EXPANSION_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_SHARE_DEVICE, WAN_LOCAL_STATE_DIR,
     WAN_LOCAL_SAVE_STATE, WAN_LOCAL_KEEP_RUNS, WAN_LOCAL_KEEP_RUNS_GIGABYTES, WAN_LOCAL_CACHE_DIR,
-    WAN_LOCAL_CACHE_GIGABYTES.
+    WAN_LOCAL_CACHE_GIGABYTES, WAN_LOCAL_ATTENTION, WAN_LOCAL_KERNELS.
     An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
     """
     known = {entry.name for entry in fields(Settings)}
@@ -280,6 +288,8 @@ def load_settings(**overrides: Any) -> Settings:
     _check_choice("precision", values.get("precision", "auto"), ("auto", "reference"))
     if "acceleration_file" in values:
         values["acceleration_file"] = Path(values["acceleration_file"]).expanduser().absolute()
+    _check_choice("attention", values.get("attention", "auto"), _ATTENTION_NAMES)
+    _check_choice("kernels", values.get("kernels", "auto"), _KERNELS_CHOICES)
     _check_choice("profile", values.get("profile"), (None, *_PROFILES))
     settings = Settings(**values)
     load_acceleration_config(settings)  # a mistake in it is told here and not after minutes

@@ -12,8 +12,8 @@ from wan_kernels.gelu_quantize import gelu_quantize
 from wan_kernels.language import HAS_TRITON, KernelUnavailable
 from wan_kernels.linear_int8 import linear_int8, linear_int8_residual_
 from wan_kernels.quantize_rows import ROTATION_GROUP, quantize_rows, rotate_reference
-from wan_kernels.rms_rope import rms_rope, rms_rope_quantize, rms_rope_quantize_keys
-from wan_kernels.values import quantize_values, scale_values_
+from wan_kernels.rms_rope import quantize_keys_reference, rms_rope, rms_rope_quantize, rms_rope_quantize_keys
+from wan_kernels.values import quantize_values, scale_values_, scale_values_reference
 
 __all__ = [
     "HAS_TRITON",
@@ -29,6 +29,7 @@ __all__ = [
     "gelu_quantize",
     "linear_int8",
     "linear_int8_residual_",
+    "quantize_keys_reference",
     "quantize_rows",
     "quantize_values",
     "rms_rope",
@@ -36,4 +37,5 @@ __all__ = [
     "rms_rope_quantize_keys",
     "rotate_reference",
     "scale_values_",
+    "scale_values_reference",
 ]

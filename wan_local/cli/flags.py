@@ -36,6 +36,15 @@ def add_place_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="auto, cpu, or a torch device such as cuda:0")
 
 
+def add_kernel_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--attention",
+        metavar="BACKEND",
+        help="auto, sdpa, int8, int8_pv, sage or xformers; `wan-local doctor` says which",
+    )
+    group.add_argument("--kernels", metavar="auto|on|off", help="fused kernels; auto is on where a card suits them")
+
+
 def gibibytes(text: str) -> int:
     """Read 12, 12GiB, 12G or 12GB as that many GiB: what a card or a machine is called by."""
     number = text.lower().removesuffix("b").removesuffix("i").removesuffix("g")
@@ -82,5 +91,5 @@ def given(entry: dict[str, Any]) -> str:
 def settings_from(given: dict[str, Any]) -> Settings:
     from wan_local.settings import load_settings
 
-    names = ("model", "device", "profile", "save_state")
+    names = ("model", "device", "profile", "attention", "kernels", "save_state")
     return load_settings(**{name: given.get(name) for name in names})

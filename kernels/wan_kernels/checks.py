@@ -1,0 +1,310 @@
+"""Every op at one size on one device: is it right, and what does a run of it move and multiply.
+
+Takes a device and a size, gives `Case`s. The truth is each op's reference in float64 on the same device. `wan-local
+doctor`, the probe before first use and `bench/gpu.py` all read this one list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wan_kernels.attention_int8 import KEY_BLOCK, attention_int8, attention_int8_reference
+from wan_kernels.decode_int4 import decode_int4_, decode_int4_reference
+from wan_kernels.gate_norm_modulate import (
+    gate_norm_modulate_,
+    gate_norm_modulate_quantize_,
+    gate_norm_modulate_reference,
+)
+from wan_kernels.gelu_quantize import gelu_quantize, gelu_quantize_reference
+from wan_kernels.language import ceil_div
+from wan_kernels.linear_int8 import (
+    linear_int8,
+    linear_int8_reference,
+    linear_int8_residual_,
+    linear_int8_residual_reference,
+)
+from wan_kernels.quantize_rows import quantize_rows, quantize_rows_reference
+from wan_kernels.rms_rope import (
+    quantize_keys_reference,
+    rms_rope,
+    rms_rope_quantize,
+    rms_rope_quantize_keys,
+    rms_rope_reference,
+)
+from wan_kernels.values import (
+    quantize_values,
+    quantize_values_reference,
+    scale_values_,
+    scale_values_reference,
+)
+
+_EPS = 1e-6
+_HEAVY = 20.0  # times the ordinary size of a channel: every 300th is like this, as in video transformers
+_F64 = torch.float64
+_FLOAT_LIMIT = 6e-3  # relative rms: one rounding to bfloat16 is 2e-3
+_STEP_LIMIT = 3e-3  # share of int8 numbers that may be one step off
+
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Tokens, heads, channels of a head and the feed-forward's width."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.head_dim
+
+
+SMALL = Size(tokens=257, heads=4, head_dim=32, ffn_dim=320)
+REAL = Size(tokens=4097, heads=40, head_dim=128, ffn_dim=13_824)  # the 14B model's, tokens a ragged number
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One op on one set of inputs. `run` may work in place: only its first result is compared with `truth`.
+
+    moved_bytes: read and written at the least. products: multiply-adds on tensor cores, 0 for what memory bounds.
+    """
+
+    name: str
+    run: Callable[[], Outputs]
+    truth: Callable[[], Outputs]
+    moved_bytes: int
+    products: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How far a case is from the truth: the worst of its outputs, in units of what is allowed. 1 is the limit."""
+
+    name: str
+    error: float
+
+    @property
+    def right(self) -> bool:
+        return self.error <= 1.0  # NaN is wrong
+
+
+def judge(case: Case) -> Verdict:
+    """Run a case once and compare it with the truth."""
+    worst = max(
+        (_distance(got, expected) for got, expected in zip(case.run(), case.truth(), strict=True)),
+        key=lambda error: (error != error, error),
+    )
+    return Verdict(case.name, worst)
+
+
+def _distance(got: Tensor, expected: Tensor) -> float:
+    if got.dtype == torch.int8:
+        steps = (got.int() - expected.int()).abs()
+        share = float((steps > 0).double().mean())
+        return share / _STEP_LIMIT if int(steps.max()) <= 1 else float("inf")
+    difference = (got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    return float(difference) / _FLOAT_LIMIT
+
+
+def cases(device: torch.device, size: Size, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+    """Yield every op's cases; inputs live while their case does."""
+    make = _Inputs(device, size, dtype)
+    yield from _row_cases(make)
+    yield from _rotary_cases(make)
+    yield from _linear_cases(make)
+    yield from _attention_cases(make)
+
+
+class _Inputs:
+    """Random tensors of a size, the same every time."""
+
+    def __init__(self, device: torch.device, size: Size, dtype: torch.dtype) -> None:
+        self.device, self.size, self.dtype = device, size, dtype
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device=self.device).to(dtype)
+
+    def activations(self, width: int) -> Tensor:
+        x = self.normal(1, self.size.tokens, width)
+        x[..., ::300] *= _HEAVY
+        x[:, self.size.tokens // 2] = 0
+        return x.to(self.dtype)
+
+    def integers(self, *shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, generator=self._generator, device=self.device, dtype=torch.int8)
+
+
+def _row_cases(make: _Inputs) -> Iterator[Case]:
+    size, width = make.size, make.dtype.itemsize
+    x, y, numbers = make.activations(size.dim), make.activations(size.dim), size.tokens * size.dim
+    gate, scale, shift = (make.normal(1, size.dim) for _ in range(3))
+    rest = (y, gate, scale, shift, False, _EPS)
+
+    def normed() -> Outputs:
+        held = x.clone()
+        return held, gate_norm_modulate_(held, *rest, make.dtype)
+
+    def quantized() -> Outputs:
+        held = x.clone()
+        return (held, *gate_norm_modulate_quantize_(held, *rest, True))
+
+    def truth() -> Outputs:
+        new, n = gate_norm_modulate_reference(x, *rest, _F64)
+        return new, n
+
+    def quantized_truth() -> Outputs:
+        new, n = truth()
+        return (new, *quantize_rows_reference(n, True, _F64))
+
+    yield Case("gate_norm_modulate_", normed, truth, 4 * numbers * width)
+    yield Case("gate_norm_modulate_quantize_", quantized, quantized_truth, numbers * (3 * width + 1))
+    yield Case(
+        "quantize_rows",
+        lambda: quantize_rows(x, False),
+        lambda: quantize_rows_reference(x, False, _F64),
+        numbers * (width + 1),
+    )
+    yield Case(
+        "quantize_rows rotated",
+        lambda: quantize_rows(x, True),
+        lambda: quantize_rows_reference(x, True, _F64),
+        numbers * (width + 1),
+    )
+    h = make.activations(size.ffn_dim)
+    yield Case(
+        "gelu_quantize",
+        lambda: gelu_quantize(h, True),
+        lambda: gelu_quantize_reference(h, True, _F64),
+        h.numel() * (width + 1),
+    )
+
+
+def _rotary_cases(make: _Inputs) -> Iterator[Case]:
+    size, width, heads = make.size, make.dtype.itemsize, make.size.heads
+    x, weight = make.activations(size.dim), make.normal(size.dim)
+    angle = make.normal(size.tokens, size.head_dim // 2)
+    cos, sin = angle.cos(), angle.sin()
+    tables = 2 * cos.nbytes
+
+    def exact() -> Tensor:
+        return rms_rope_reference(x, weight, cos, sin, heads, _EPS, _F64)
+
+    centre = exact().mean(dim=1).float()
+    yield Case(
+        "rms_rope",
+        lambda: (rms_rope(x, weight, cos, sin, heads, _EPS, make.dtype),),
+        lambda: (exact(),),
+        2 * x.numel() * width + tables,
+    )
+    yield Case(
+        "rms_rope_quantize",
+        lambda: rms_rope_quantize(x, weight, cos, sin, heads, _EPS),
+        lambda: quantize_rows_reference(exact().transpose(1, 2).contiguous(), False, _F64),
+        x.numel() * (width + 1) + tables,
+    )
+    yield Case(
+        "rms_rope_quantize_keys",
+        lambda: rms_rope_quantize_keys(x, weight, cos, sin, centre, _EPS),
+        lambda: quantize_keys_reference(exact(), centre),
+        x.numel() * (2 * width + 1) + tables * heads,
+    )
+
+
+def _linear_cases(make: _Inputs) -> Iterator[Case]:
+    size = make.size
+    for outputs, inputs in ((size.dim, size.dim), (size.ffn_dim, size.dim)):
+        a, a_scale = make.integers(1, size.tokens, inputs), make.normal(1, size.tokens).abs() / 1e3
+        w, w_scale, bias = make.integers(outputs, inputs), make.normal(outputs).abs() / 1e3, make.normal(outputs)
+        yield _linear_case((a, a_scale, w, w_scale, bias), make.dtype)
+    a, w = make.integers(1, size.tokens, size.ffn_dim), make.integers(size.dim, size.ffn_dim)
+    down = (a, a_scale, w, make.normal(size.dim).abs() / 1e3, make.normal(size.dim))
+    x, gate = make.activations(size.dim), make.normal(1, size.dim)
+
+    def onto() -> Outputs:
+        held = x.clone()
+        linear_int8_residual_(*down, held, gate)
+        return (held,)
+
+    yield Case(
+        f"linear_int8_residual_ {size.dim}x{size.ffn_dim}",
+        onto,
+        lambda: (linear_int8_residual_reference(*down, x, gate, dtype=_F64),),
+        a.nbytes + w.nbytes + 2 * x.nbytes,
+        size.tokens * size.dim * size.ffn_dim,
+    )
+    groups = size.dim // 64
+    packed = torch.randint(0, 256, (size.ffn_dim, size.dim // 2), device=make.device, dtype=torch.uint8)
+    scale, shift = make.normal(size.ffn_dim, groups).abs(), make.normal(size.ffn_dim, groups)
+    out = torch.empty((size.ffn_dim, size.dim), device=make.device, dtype=torch.int8)
+
+    def decoded() -> Outputs:
+        row_scale = decode_int4_(packed, scale, shift, out)
+        return out, row_scale
+
+    yield Case(
+        "decode_int4_",
+        decoded,
+        lambda: quantize_rows_reference(decode_int4_reference(packed, scale, shift, _F64), False, _F64),
+        packed.nbytes + 2 * scale.nbytes + out.nbytes,
+    )
+
+
+def _linear_case(operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype) -> Case:
+    a, a_scale, w, w_scale, bias = operands
+    (outputs, inputs), tokens = w.shape, a.shape[1]
+    return Case(
+        f"linear_int8 {outputs}x{inputs}",
+        lambda: (linear_int8(*operands, False, dtype),),
+        lambda: (linear_int8_reference(a, a_scale, w, w_scale, bias, dtype=_F64),),
+        a.nbytes + w.nbytes + tokens * outputs * dtype.itemsize,
+        tokens * outputs * inputs,
+    )
+
+
+def _attention_cases(make: _Inputs) -> Iterator[Case]:
+    size, width = make.size, make.dtype.itemsize
+    heads = (1, size.heads, size.tokens, size.head_dim)
+    q, q_scale = quantize_rows_reference(make.normal(*heads), False)
+    k, k_scale = make.integers(*heads), make.normal(1, size.heads, ceil_div(size.tokens, KEY_BLOCK)).abs() / 50
+    v = make.normal(1, size.tokens, size.heads, size.head_dim, dtype=make.dtype) + 1
+
+    def scaled() -> Outputs:
+        held = v.bfloat16()
+        held = held.clone() if held is v else held
+        scale = scale_values_(held)
+        return held.view(torch.float16), scale
+
+    yield Case("scale_values_", scaled, lambda: scale_values_reference(v.bfloat16()), 4 * v.numel())
+    yield Case(
+        "quantize_values",
+        lambda: quantize_values(v),
+        lambda: quantize_values_reference(v, _F64),
+        v.numel() * (width + 1),
+    )
+    queries_and_keys = (q, q_scale, k, k_scale)
+    yield _attention_case(queries_and_keys, (*scale_values_reference(v), None), make.dtype)
+    yield _attention_case(queries_and_keys, quantize_values_reference(v), make.dtype)
+
+
+def _attention_case(
+    queries_and_keys: tuple[Tensor, Tensor, Tensor, Tensor],
+    values: tuple[Tensor, Tensor, Tensor | None],
+    dtype: torch.dtype,
+) -> Case:
+    q, q_scale, k, k_scale = queries_and_keys
+    v, v_scale, v_mean = values
+    return Case(
+        f"attention_int8, {'int8' if v.dtype == torch.int8 else 'fp16'} values",
+        lambda: (attention_int8(*queries_and_keys, *values, dtype),),
+        lambda: (attention_int8_reference(q, q_scale, k, k_scale, v, v_scale, v_mean, _F64),),
+        q.nbytes + k.nbytes + v.nbytes + q.numel() * dtype.itemsize,
+        2 * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3],
+    )

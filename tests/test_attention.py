@@ -1,0 +1,130 @@
+"""One table of attention backends: the card decides, once; one asked for by name runs, or there is an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from wan_local import attention
+from wan_local.attention import BACKENDS, Card, KernelChoice, attention_in_pieces, card_of, choose, sdpa
+from wan_local.errors import NotAvailable
+from wan_local.settings import load_settings
+
+CPU = Card("cpu")
+GEFORCE = Card("cuda", (8, 9), "NVIDIA GeForce RTX 4090")
+HOPPER = Card("cuda", (9, 0), "NVIDIA H200")
+
+
+def sound(_: str) -> str:
+    return ""
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.kernels, "HAS_TRITON", True)
+
+
+def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, 70, 2, 32, generator=generator)
+    k, v = (torch.randn(batch, 150, 2, 32, generator=generator) for _ in range(2))
+    return q, k + 2, v + 1
+
+
+def test_a_cpu_computes_exactly_unless_it_is_told_otherwise() -> None:
+    assert choose("auto", "auto", CPU, 128, broken=sound) == KernelChoice(
+        reason=choose("auto", "auto", CPU, 128, broken=sound).reason
+    )
+    assert choose("auto", "on", CPU, 32, broken=sound).fused
+    assert choose("int8", "off", CPU, 32, broken=sound).attention == "int8"
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_the_card_decides_which_backend_suits() -> None:
+    chosen = choose("auto", "auto", GEFORCE, 128, broken=sound)
+    assert (chosen.attention, chosen.fused) == ("int8", True)
+    assert choose("auto", "auto", HOPPER, 128, broken=sound).attention == "sdpa"
+    assert choose("auto", "auto", GEFORCE, 80, broken=sound).attention == "sdpa"
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_a_backend_that_failed_its_probe_is_passed_over_but_not_in_silence_when_named() -> None:
+    chosen = choose("auto", "auto", GEFORCE, 128, broken=lambda name: "it gave NaN" if name == "int8" else "")
+    assert (chosen.attention, chosen.fused) == ("sdpa", False)
+    with pytest.raises(NotAvailable, match=r"it gave NaN.*'auto'"):
+        choose("int8", "auto", GEFORCE, 128, broken=lambda _: "it gave NaN")
+
+
+@pytest.mark.parametrize(("name", "words"), [("xformers", "xformers"), ("sage", "SageAttention")])
+def test_a_backend_asked_for_by_name_and_absent_is_an_error(
+    name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(NotAvailable, match=f"{words} is not installed"):
+        choose(name, "auto", GEFORCE, 128, broken=sound)
+
+
+@pytest.mark.parametrize(("version", "runs"), [("1.0.6", False), ("2.1.0", False), ("2.1.1", True), ("2.2.0", True)])
+def test_an_old_sageattention_is_refused(version: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(attention.importlib.metadata, "version", lambda _: version)
+    lacking = BACKENDS["sage"].lacking(GEFORCE, 128)
+    assert (lacking == "") == runs, lacking
+
+
+def test_kernels_without_triton_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.kernels, "HAS_TRITON", False)
+    assert choose("auto", "auto", GEFORCE, 128, broken=sound).attention == "sdpa"
+    with pytest.raises(NotAvailable, match="pip install"):
+        choose("int8", "auto", GEFORCE, 128, broken=sound)
+    with pytest.raises(NotAvailable, match="pip install"):
+        choose("auto", "on", GEFORCE, 128, broken=sound)
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_our_kernels_need_ampere() -> None:
+    turing = Card("cuda", (7, 5), "NVIDIA GeForce RTX 2080")
+    assert choose("auto", "auto", turing, 128, broken=sound) == KernelChoice(
+        reason="NVIDIA GeForce RTX 2080: sdpa attention (exact, always there; flash, on Hopper cuDNN)"
+    )
+    with pytest.raises(NotAvailable, match="older than Ampere"):
+        choose("int8", "auto", turing, 128, broken=sound)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("sdpa", 1e-6), ("int8", 0.02), ("int8_pv", 0.02)])
+def test_backends_agree_with_exact_attention(name: str, limit: float) -> None:
+    q, k, v = inputs()
+    exact = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
+    got = BACKENDS[name].function(q, k, v)
+    assert got.dtype == v.dtype and got.shape == (2, 70, 64)
+    assert float((got - exact).norm() / exact.norm()) < limit
+
+
+def test_a_backend_leaves_the_values_it_was_given_alone() -> None:
+    q, k, v = (x.bfloat16() for x in inputs())
+    before = v.clone()
+    for backend in ("int8", "int8_pv"):
+        BACKENDS[backend].function(q, k, v)
+    assert torch.equal(v, before)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_pieces_give_what_the_whole_gives(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs()
+    bias = torch.randn(150) if biased else None
+    whole = sdpa(q, k, v, bias_M=bias)
+    monkeypatch.setattr(attention, "_LOGIT_BYTES", 4 * 2 * 2 * 150 * 7)  # seven queries at a time
+    assert torch.allclose(attention_in_pieces(q, k, v, bias), whole, atol=1e-5)
+
+
+def test_settings_name_known_backends_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings(attention="int8").attention == "int8"
+    monkeypatch.setenv("WAN_LOCAL_KERNELS", "on")
+    assert load_settings().kernels == "on"
+    with pytest.raises(ValueError, match="attention is 'flash4'"):
+        load_settings(attention="flash4")
+
+
+def test_the_card_of_a_cpu_is_a_cpu() -> None:
+    assert card_of(torch.device("cpu")) == CPU

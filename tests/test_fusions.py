@@ -1,0 +1,139 @@
+"""The fused block against the plain one, on the embedded model: same weights, same numbers but for rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from wan_local.attention import KernelChoice
+from wan_local.checkpoint import find_model
+from wan_local.layers import Linear
+from wan_local.models.transformer import ContextEmbedder, ContextKV, Modulation, Transformer
+from wan_local.quantize import quantize_weight
+from wan_local.settings import load_settings
+from wan_local.stage import load_network
+
+CPU = torch.device("cpu")
+FUSED = KernelChoice(fused=True)
+
+
+@dataclass
+class Model:
+    """The tiny transformer with one prompt's context, and its block linears as they were loaded."""
+
+    network: Transformer
+    latents: Tensor
+    modulation: Modulation
+    context: list[ContextKV]
+    weights: dict[str, Tensor]
+
+    def velocity(self, choice: KernelChoice, chunk_tokens: int | None = None) -> Tensor:
+        [velocity] = self.network(
+            self.latents, self.modulation, [self.context], chunk_tokens=chunk_tokens, choice=choice
+        )
+        return velocity
+
+    def quantize(self, weight_format: str, *, rotated: bool = False, skip: str = "nothing") -> None:
+        for name, linear in block_linears(self.network).items():
+            weight = quantize_weight(self.weights[name], weight_format, rotated=rotated)  # type: ignore[arg-type]
+            tensors = {"weight": weight.data, "weight_scale": weight.scale, "weight_shift": weight.shift}
+            if skip not in name:
+                given = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+                linear.hold(given, rotated=rotated, arithmetic="w8a8")
+
+
+def block_linears(network: Transformer) -> dict[str, Linear]:
+    return {name: part for name, part in network.named_modules() if isinstance(part, Linear) and "blocks" in name}
+
+
+@pytest.fixture
+def model() -> Model:
+    files = find_model(load_settings(model="tiny"))
+    config = files.config.transformer
+    embedder = load_network("context_embedder", files, CPU, torch.float32)
+    network = load_network("transformer", files, CPU, torch.float32)
+    assert isinstance(embedder, ContextEmbedder) and isinstance(network, Transformer)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.zeros(1, config.text_tokens, config.text_dim)
+    text[:, :20] = torch.randn(1, 20, config.text_dim, generator=generator)
+    images = torch.randn(1, config.image_tokens, config.image_dim, generator=generator)
+    latents = torch.randn(1, config.in_channels, 9, 10, 14, generator=generator)
+    weights = {name: linear.weight.data.clone() for name, linear in block_linears(network).items()}
+    return Model(network, latents, embedder.modulations(torch.tensor([700]))[700], embedder(text, images), weights)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def test_the_fused_block_of_plain_weights_is_the_plain_one(model: Model) -> None:
+    assert error(model.velocity(FUSED), model.velocity(KernelChoice())) < 1e-5
+
+
+@pytest.mark.parametrize(("attention", "limit"), [("int8", 0.03), ("int8_pv", 0.03)])
+@torch.no_grad()
+def test_int8_attention_is_close_whether_the_block_is_fused_or_not(model: Model, attention: str, limit: float) -> None:
+    exact = model.velocity(KernelChoice())
+    for fused in (False, True):
+        assert error(model.velocity(KernelChoice(attention, fused)), exact) < limit  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@torch.no_grad()
+def test_the_fused_block_of_quantized_weights_is_near_the_plain_one(
+    model: Model, weight_format: str, rotated: bool
+) -> None:
+    model.quantize(weight_format, rotated=rotated)
+    assert error(model.velocity(FUSED), model.velocity(KernelChoice())) < 0.03
+
+
+@torch.no_grad()
+def test_a_block_that_is_quantized_in_part_runs_fused(model: Model) -> None:
+    model.quantize("int8", skip="net.2")  # rows that are int8 on one side of a linear and floats on the other
+    assert error(model.velocity(FUSED), model.velocity(KernelChoice())) < 0.03
+    model.quantize("int8", skip="to_k")
+    assert error(model.velocity(FUSED), model.velocity(KernelChoice())) < 0.03
+
+
+@pytest.mark.parametrize("choice", [FUSED, KernelChoice("int8", True), KernelChoice("int8_pv", True)])
+@torch.no_grad()
+def test_chunks_change_no_bit(model: Model, choice: KernelChoice) -> None:
+    model.quantize("int8")
+    whole = model.velocity(choice)
+    for chunk_tokens in (64, 130):
+        assert torch.equal(model.velocity(choice, chunk_tokens), whole)
+
+
+@torch.no_grad()
+def test_a_redone_step_uses_quantized_weights_as_floats_once(model: Model) -> None:
+    exact = model.velocity(KernelChoice())
+    model.quantize("int8")
+    rounded = model.velocity(KernelChoice())
+    redone = model.velocity(KernelChoice(dequantize=True))
+    assert error(redone, exact) < error(rounded, exact)
+    assert torch.equal(model.velocity(KernelChoice()), rounded)
+
+
+@torch.no_grad()
+def test_the_fused_block_compiles_into_one_graph(model: Model) -> None:
+    model.quantize("int8")
+    block = model.network.blocks[0] if isinstance(model.network.blocks, torch.nn.ModuleList) else None
+    block = block or next(iter(model.network.blocks))
+    from wan_local.layers import rotary_embedding
+    from wan_local.models.fused_block import advance
+
+    rotary = rotary_embedding((2, 5, 7), 32, CPU)
+    hidden = torch.randn(1, 70, model.network.config.dim)
+    operands = (model.modulation.projection, model.context[0], rotary)
+    eager, graph = hidden.clone(), hidden.clone()
+    choice = KernelChoice("int8", True)
+    advance(block, eager, *operands, chunk_tokens=70, choice=choice)
+    torch._dynamo.reset()
+    compiled = torch.compile(advance, fullgraph=True, backend="aot_eager")
+    compiled(block, graph, *operands, chunk_tokens=70, choice=choice)
+    assert error(graph, eager) < 0.01

@@ -1,0 +1,153 @@
+"""What this machine can compute with, and how well: attention backends with reasons, every kernel's check and speed.
+
+On a card each kernel is timed against a ceiling measured in the same minute: a copy for what memory bounds, torch's
+int8 product for what tensor cores bound. On a CPU the kernels' references are checked and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wan_kernels import HAS_TRITON, checks
+from wan_local import __version__
+from wan_local.attention import BACKENDS, card_of, choose
+from wan_local.device import driver_version
+from wan_local.probe import problem_of, sources_hash
+from wan_local.settings import AttentionName, Settings
+
+_HEAD_DIM = 128  # of the 14B model
+_RUNS = 10
+_COPY_BYTES = 2**28
+_PRODUCT = (8192, 5120, 5120)  # rows, outputs, inputs of the int8 product that is the ceiling
+
+
+@dataclass(frozen=True, slots=True)
+class BackendReport:
+    """One row of the table: whether a backend runs here, and why or why not; `chosen`: it is what `auto` takes."""
+
+    name: AttentionName
+    runs: bool
+    reason: str
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What this card reaches where nothing is in the way, measured: bytes and int8 multiply-adds a second."""
+
+    copy_bytes: float
+    products: float
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """One kernel: its error in units of what is allowed, and on a card its time and the share of its ceiling."""
+
+    name: str
+    error: float
+    milliseconds: float | None = None
+    rate: str = ""
+    share: float | None = None
+
+
+def backend_reports(device: torch.device, settings: Settings) -> list[BackendReport]:
+    """Return the table of attention backends; a backend that was never tried on this card is tried now."""
+
+    def broken(name: AttentionName) -> str:
+        return problem_of(name, device)
+
+    card = card_of(device)
+    chosen = choose("auto", settings.kernels, card, _HEAD_DIM, broken=broken)
+    reports = []
+    for backend in BACKENDS.values():
+        problem = backend.lacking(card, _HEAD_DIM) or broken(backend.name)
+        reason = problem or backend.purpose
+        reports.append(BackendReport(backend.name, not problem, reason, backend.name == chosen.attention))
+    return reports
+
+
+def kernel_reports(device: torch.device) -> Iterator[KernelReport]:
+    """Yield each kernel's report: at the 14B model's widths on a card, at a small size on a CPU."""
+    if device.type != "cuda":
+        for case in checks.cases(device, checks.SMALL, torch.float32):
+            yield KernelReport(case.name, checks.judge(case).error)
+        return
+    ceilings = measure_ceilings(device)
+    for case in checks.cases(device, checks.REAL):
+        verdict = checks.judge(case)
+        if not verdict.right:
+            yield KernelReport(case.name, verdict.error)
+            continue
+        yield _timed(case, verdict.error, ceilings, device)
+
+
+def _timed(case: checks.Case, error: float, ceilings: Ceilings, device: torch.device) -> KernelReport:
+    seconds = median_seconds(case.run, device)
+    if case.products:
+        rate = case.products / seconds
+        return KernelReport(case.name, error, seconds * 1e3, f"{2 * rate / 1e12:.1f} TOPS", rate / ceilings.products)
+    moved = case.moved_bytes / seconds
+    return KernelReport(case.name, error, seconds * 1e3, f"{moved / 1e9:.0f} GB/s", moved / ceilings.copy_bytes)
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """Measure a copy and torch's int8 product on a card."""
+    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    rows, outputs, inputs = _PRODUCT
+    a = torch.ones((rows, inputs), dtype=torch.int8, device=device)
+    b = torch.ones((outputs, inputs), dtype=torch.int8, device=device)
+    copied = 2 * _COPY_BYTES / median_seconds(lambda: target.copy_(source), device)
+    return Ceilings(copied, rows * outputs * inputs / median_seconds(lambda: torch._int_mm(a, b.t()), device))
+
+
+def median_seconds(work: Callable[[], Any], device: torch.device, runs: int = _RUNS) -> float:
+    """Return the median seconds of `runs` runs on a card, by its own clock, after two that warm up."""
+    for _ in range(2):
+        work()
+    times = []
+    for _ in range(runs):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(device):
+            begin.record()
+            work()
+            end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    median: float = statistics.median(times)
+    return median
+
+
+def world(device: torch.device) -> dict[str, Any]:
+    """Return what a measurement holds for: package, device, driver, versions and a hash of the kernels."""
+    triton = None
+    if HAS_TRITON:
+        from wan_kernels.language import triton as module
+
+        triton = module.__version__
+    card = card_of(device)
+    return {
+        "wan_local": __version__,
+        "device": card.name,
+        "capability": f"sm_{card.capability[0]}{card.capability[1]}" if device.type == "cuda" else None,
+        "driver": driver_version() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": triton,
+        "kernels": sources_hash(),
+    }
+
+
+def line_to_paste(device: torch.device, reports: list[KernelReport]) -> str:
+    """Return all of it in one line of JSON, for an issue or `bench/results/doctor.jsonl`."""
+    kernels = {
+        report.name: {"error": round(report.error, 4), "ms": report.milliseconds and round(report.milliseconds, 4),
+                      "rate": report.rate, "share": report.share and round(report.share, 3)}
+        for report in reports
+    }  # fmt: skip
+    return json.dumps({"world": world(device), "kernels": kernels})

@@ -1,0 +1,124 @@
+"""Whether an attention backend works here: tried once, in a process of its own, since a broken one can abort it.
+
+What was found is remembered by card, driver, torch, Triton and our own sources; a change of any of them asks again.
+
+python -m wan_local.probe DEVICE BACKEND FILE        writes {"problem": "..."}, empty where all is well
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from wan_local.attention import BACKENDS, KernelChoice, attention_in_pieces, card_of, choose, wrong_kernels
+from wan_local.device import driver_version
+from wan_local.settings import AttentionName, ModelConfig, Settings
+
+REMEMBERED = Path(".wan_local") / "probes.json"  # below the home folder
+_SECONDS = 240  # a first compilation of every kernel takes one to two minutes on a slow CPU
+_COSINE = 0.995  # int8 attention of random numbers has 0.9999; a wrong mask or layout is far below
+_SHAPE = (1, 301, 4, 128)  # an odd length: tails are where kernels break
+_log = logging.getLogger(__name__)
+
+
+def choose_kernels(settings: Settings, device: torch.device, config: ModelConfig) -> KernelChoice:
+    """Return what the transformer computes with under these settings; raises NotAvailable for what cannot run here."""
+    attention, fused = settings.attention, settings.kernels
+    if settings.precision == "reference":  # what is not asked for by name stays exact
+        attention, fused = "sdpa" if attention == "auto" else attention, "off" if fused == "auto" else fused
+
+    def broken(name: AttentionName) -> str:
+        return problem_of(name, device)
+
+    head_dim = config.transformer.attention_head_dim
+    return choose(attention, fused, card_of(device), head_dim, broken=broken)
+
+
+def problem_of(name: AttentionName, device: torch.device, *, home: Path | None = None) -> str:
+    """Return what is wrong with a backend on a card, or nothing; on a CPU nothing is tried."""
+    if device.type != "cuda" or name == "sdpa":
+        return ""
+    return remembered_problem(name, device, world_of(device), home or Path.home())
+
+
+def remembered_problem(name: AttentionName, device: torch.device, world: str, home: Path) -> str:
+    """Return what was found in this world before, or try now and remember it."""
+    file, key = home / REMEMBERED, f"{world}|{name}"
+    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if key not in known:
+        _log.warning("trying attention backend %s on %s once; this can take a minute", name, device)
+        known[key] = try_apart(name, device)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        part.replace(file)
+    return known[key]
+
+
+def try_apart(name: AttentionName, device: torch.device, *, seconds: float = _SECONDS) -> str:
+    """Try a backend in a process of its own and return what is wrong with it; a crash or a hang is an answer, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        command = [sys.executable, "-m", "wan_local.probe", str(device), name, str(answer)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        except subprocess.TimeoutExpired:
+            return f"its probe gave no answer within {seconds:.0f} s"
+        if done.returncode or not answer.exists():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return f"its probe ended with code {done.returncode}: {last[:200]}"
+        return str(json.loads(answer.read_text(encoding="utf-8"))["problem"])
+
+
+def trial(name: AttentionName, device: torch.device) -> str:
+    """Return what is wrong with a backend, found by running it here: its numbers, and for ours every kernel's."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(_SHAPE, generator=generator) for _ in range(3))
+    exact = attention_in_pieces(q, k + 2, v + 1)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    got = BACKENDS[name].function(*(x.to(device, dtype) for x in (q, k + 2, v + 1))).float().cpu()
+    if not torch.isfinite(got).all():
+        return "it gave NaN or infinity"
+    cosine = float(torch.nn.functional.cosine_similarity(got.flatten(), exact.flatten(), dim=0))
+    if not cosine > _COSINE:
+        return f"its cosine to exact attention is {cosine:.4f}, below {_COSINE}"
+    wrong = wrong_kernels(device) if name in ("int8", "int8_pv") else []
+    return f"these kernels compute wrongly: {', '.join(wrong)}" if wrong else ""
+
+
+def world_of(device: torch.device) -> str:
+    """Return what an answer holds for: card, driver, versions, and our own sources."""
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+    card = torch.cuda.get_device_name(device)
+    return f"{card}|{driver_version()}|torch {torch.__version__}|triton {triton}|{sources_hash()}"
+
+
+@functools.cache
+def sources_hash() -> str:
+    """Return a hash of every kernel's source and of the table of backends."""
+    origin = importlib.util.find_spec("wan_kernels")
+    assert origin is not None and origin.origin is not None, "wan_kernels is part of this package"
+    files = [*sorted(Path(origin.origin).parent.glob("*.py")), Path(__file__).with_name("attention.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def main(arguments: list[str]) -> None:
+    """Try the backend that is named and write the answer."""
+    device, name, file = arguments
+    problem = trial(cast(AttentionName, name), torch.device(device))
+    Path(file).write_text(json.dumps({"problem": problem}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
