@@ -226,6 +226,17 @@ def test_plan_says_what_each_stage_needs_without_weights_or_a_card(capsys: pytes
         assert words in out
 
 
+def test_plan_tells_what_the_switches_add(capsys: pytest.CaptureFixture[str]) -> None:
+    switched = ("--enable-safety-checker", "--enable-prompt-expansion")
+    assert cli.main(["plan", "--resolution", "480p", "--vram", "12", "--ram", "32", *switched]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    safety = next(line for line in lines if line.strip().startswith("safety"))
+    expansion = next(line for line in lines if line.strip().startswith("expansion"))
+    assert "on cpu" in safety and "about 1 s" in safety
+    assert "8.27 of weights" in expansion and " s" in expansion and "on cpu" not in expansion
+    assert any(line.startswith("Prompt expansion: ") for line in lines)
+
+
 def test_plan_as_json_holds_every_stages_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--vram", "40", "--json"]) == terminal.DONE
     plan = json.loads(capsys.readouterr().out)

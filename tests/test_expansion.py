@@ -18,7 +18,15 @@ from tests.tiny_qwen import blind_model, mark, seeing_model
 from wan_local import expansion, pipeline, switches
 from wan_local.client import SyncClient
 from wan_local.errors import Cancelled, DoesNotFit, InvalidRequest, ModelNotFound, WrongModel
-from wan_local.expander import Expander, choose_model, expander_stage, find_expanders, open_expander, plan_expansion
+from wan_local.expander import (
+    Expander,
+    choose_model,
+    describe,
+    expander_stage,
+    find_expanders,
+    open_expander,
+    plan_expansion,
+)
 from wan_local.expansion import clean, expand, refusal_of
 from wan_local.models.language_model import answer_tokens, read_chat, sample_token
 from wan_local.pipeline import Pipeline, generate
@@ -466,7 +474,8 @@ def test_without_a_model_it_is_an_error_that_says_how_to_get_one(
     nowhere = replace(settings, expansion_model=None, models_dir=tmp_path / "models")
     with pytest.raises(ModelNotFound, match=r"Qwen/Qwen3-VL-4B-Instruct .*9 GB") as caught:
         generate(stamp_request(enable_prompt_expansion=True), settings=nowhere)
-    assert "WAN_LOCAL_EXPANSION_MODEL" in str(caught.value)
+    assert "WAN_LOCAL_EXPANSION_MODEL" in str(caught.value) and "wan-local download --expansion" in str(caught.value)
+    assert describe(nowhere).startswith("not available") and "Tiny-VL" in describe(settings)
     with pytest.raises(ModelNotFound, match=r"no config\.json"):
         find_expanders(replace(settings, expansion_model=str(tmp_path)))
 

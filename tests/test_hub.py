@@ -326,3 +326,17 @@ def test_the_folder_it_goes_to_is_where_a_run_looks(tmp_path: Path, monkeypatch:
         find_model(settings)
     shutil.copytree(layouts.TINY, tmp_path / command._folder("diffusers"))
     assert find_model(settings).folder == tmp_path / command._folder("diffusers")
+
+
+def test_a_language_model_for_prompt_expansion_is_fetched_to_where_a_run_looks(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("wan_local.hub.FaceHub", lambda: FaceHub(hub.endpoint))
+    monkeypatch.setenv("WAN_LOCAL_MODELS_DIR", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert main(["download", "--expansion", "--yes"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(tmp_path / "Qwen3-VL-4B-Instruct") and "expansion" in printed.err
+    assert (tmp_path / "Qwen3-VL-4B-Instruct" / "config.json").exists()
+    assert main(["download", "--expansion", "Qwen3-VL-2B-Instruct", "--dry-run"]) == 0
+    assert "Qwen3-VL-2B-Instruct" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from wan_local.errors import DoesNotFit, ModelNotFound, WrongModel
+from wan_local.errors import CorruptModel, DoesNotFit, ModelNotFound, WrongModel
 from wan_local.header import TensorInfo
 from wan_local.models.language_model import BLIND, LAYERS, SEEING, build_language_model
 from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks
@@ -95,9 +95,23 @@ def how_to_get(config: ExpansionConfig, settings: Settings) -> str:
     first, small = config.models[:2]
     target = settings.models_dir / first.folder_name
     return (
-        f"Download {first.repository} (about {first.download_gigabytes} GB) with `hf download {first.repository} "
-        f"--local-dir {target}` (for small cards {small.repository}, {small.download_gigabytes} GB), or name the "
-        "folder you have one in as expansion_model (or WAN_LOCAL_EXPANSION_MODEL)."
+        f"Download {first.repository} (about {first.download_gigabytes} GB) to {target} with `wan-local download "
+        f"--expansion` (for small cards `wan-local download --expansion {small.folder_name}`, "
+        f"{small.download_gigabytes} GB), or name the folder you have one in as expansion_model (or "
+        "WAN_LOCAL_EXPANSION_MODEL)."
+    )
+
+
+def describe(settings: Settings) -> str:
+    """Return one line on whether prompt expansion can be used here, and with what; nothing but headers is read."""
+    try:
+        found = find_expanders(settings)
+    except (ModelNotFound, WrongModel, CorruptModel) as error:
+        return f"not available: {error}"
+    return ", ".join(
+        f"{model.name} ({model.size.total / 1e9:.1f} billion parameters, "
+        f"{'sees both images' if model.sees_pictures else 'text only'}) in {model.folder}"
+        for model in found
     )
 
 

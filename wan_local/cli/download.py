@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """Add the command with its flags."""
-    from wan_local.settings import load_downloads
+    from wan_local.settings import load_downloads, load_expansion_config
 
-    known = load_downloads()
+    known, expanders = load_downloads(), load_expansion_config().models
     parser = commands.add_parser("download", help="fetch the weights of the 14B model; the only command with a network")
     parser.set_defaults(run=_download)
     sizes = ", ".join(f"{name} ({config.gigabytes} GB)" for name, config in known.items())
     parser.add_argument("--format", choices=list(known), default="diffusers", help=f"which files: {sizes}")
+    writers = ", ".join(f"{model.folder_name} ({model.download_gigabytes} GB)" for model in expanders)
+    parser.add_argument(
+        "--expansion", nargs="?", const=expanders[0].folder_name, choices=[model.folder_name for model in expanders],
+        metavar="MODEL", help=f"instead, a language model for prompt expansion: {writers}; the first unless named",
+    )  # fmt: skip
     parser.add_argument(
         "--to", type=Path, metavar="DIR", help="into this folder; unless told, where a run looks for it"
     )
@@ -37,8 +42,9 @@ def _download(options: argparse.Namespace) -> int:
     from wan_local.hub import FaceHub, plan_download, run_download
     from wan_local.settings import load_downloads, load_settings
 
-    config, hub = load_downloads()[options.format], FaceHub()
-    target = options.to.expanduser().absolute() if options.to else load_settings().models_dir / _folder(options.format)
+    config = _expansion_model(options.expansion) if options.expansion else load_downloads()[options.format]
+    hub, folder = FaceHub(), options.expansion or _folder(options.format)
+    target = options.to.expanduser().absolute() if options.to else load_settings().models_dir / folder
     plan = plan_download(config, target, hub)
     _describe(plan, as_json=options.json)
     if options.dry_run:
@@ -47,9 +53,26 @@ def _download(options: argparse.Namespace) -> int:
         return WRONG_REQUEST
     run_download(plan, hub, say)
     say(f"All {len(plan.files)} files are there, verified by their hashes.")
-    say(_next_step(config, target))
+    say(_use_for_expansion(target) if options.expansion else _next_step(config, target))
     print(target)
     return DONE
+
+
+def _expansion_model(name: str) -> DownloadConfig:
+    """Return what to fetch of a language model: its weights, its configuration and its tokenizer."""
+    from wan_local.settings import DownloadConfig, DownloadSource, load_expansion_config
+
+    model = next(model for model in load_expansion_config().models if model.folder_name == name)
+    source = DownloadSource(model.repository, ("*.safetensors", "*.json"))
+    return DownloadConfig(f"{name} ({model.licence}), for prompt expansion", model.download_gigabytes, True, (source,))
+
+
+def _use_for_expansion(target: Path) -> str:
+    from wan_local.settings import load_settings
+
+    if target.parent == load_settings().models_dir:
+        return "It is used where --enable-prompt-expansion is given."
+    return f"Name it with WAN_LOCAL_EXPANSION_MODEL={target} where --enable-prompt-expansion is given."
 
 
 def _folder(format_: str) -> str:

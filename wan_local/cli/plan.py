@@ -34,6 +34,7 @@ def add(commands: Commands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from wan_local.expander import describe
     from wan_local.planner import Machine
     from wan_local.preparation import plan_run
     from wan_local.request import Request
@@ -54,6 +55,8 @@ def _plan(options: argparse.Namespace) -> int:
     print(f"{config.title}: {plan.describe()}")
     for stage in plan.stages:
         print(_row(stage))
+    if request.enable_prompt_expansion:
+        print(f"Prompt expansion: {describe(settings_from(given))}")
     if config.download_gigabytes is not None:
         print(f"Weights: {config.repository}, about {config.download_gigabytes} GB to download.")
     return DONE
