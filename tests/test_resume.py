@@ -20,7 +20,7 @@ import wan_local
 from tests.stamps import END, START, stamp_request, stamp_settings
 from wan_local import durable, order, pipeline, runs
 from wan_local.denoise import Guided
-from wan_local.errors import NotResumable
+from wan_local.errors import Busy, NotResumable
 from wan_local.pipeline import Pipeline
 from wan_local.request import Request, Result, Step
 from wan_local.settings import Settings
@@ -108,9 +108,20 @@ for place in sys.argv[2:]:
         os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), place
 """
-PLACES = ("plan-1", "text-1", "image-1", "condition-1", "context-1", "denoise-1", "denoise-7", "denoise-13", "decode-9")
+PLACES = (
+    "plan-1",
+    "text-1",
+    "image-1",
+    "condition-1",
+    "context-1",
+    "denoise-1",
+    "denoise-7",
+    "denoise-13",
+    "decode-70",
+)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL to send there")
 def test_a_run_killed_after_any_stage_or_step_ends_with_the_same_file(stamps: Stamps, tmp_path: Path) -> None:
     script = [sys.executable, "-c", KILL, str(tmp_path), *PLACES]
@@ -122,7 +133,7 @@ def test_a_run_killed_after_any_stage_or_step_ends_with_the_same_file(stamps: St
     assert set(left) == set(PLACES) and all(run.state == "waiting" for run in left.values())
     assert not list(tmp_path.glob("*.mp4"))
     assert list(tmp_path.glob("*.part")), "the one killed while it wrote its video left a part of it"
-    assert left["denoise-7"].calls > 1 and left["context-1"].calls == 0 and left["decode-9"].denoised
+    assert left["denoise-7"].calls > 1 and left["context-1"].calls == 0 and left["decode-70"].denoised
     for place in PLACES:
         result = finish(settings, place)
         assert result.video.path == tmp_path / f"{place}.mp4"
@@ -238,6 +249,16 @@ def test_an_id_that_is_known_is_gone_on_with(
     assert (tmp_path / "x.mp4").read_bytes() == stamps.video
 
 
+def test_a_known_id_that_cannot_be_gone_on_with_is_begun_anew(
+    settings: Settings, stamps: Stamps, tmp_path: Path
+) -> None:
+    run_until(settings, stamps.request, "job-8", tmp_path / "x.mp4", "denoise", 6)
+    (runs.runs_folder(settings) / "job-8" / "end.png").write_bytes(b"not a picture")
+    result = list(Pipeline(settings).generate(stamps.request, output=tmp_path / "y.mp4", run_id="job-8"))[-1]
+    assert isinstance(result, Result) and result.report["notes"][0].startswith("begun anew: the run in")
+    assert (tmp_path / "y.mp4").read_bytes() == stamps.video and runs.list_runs(settings) == []
+
+
 def test_resume_is_a_public_function_and_takes_another_output(
     settings: Settings, stamps: Stamps, tmp_path: Path
 ) -> None:
@@ -276,9 +297,9 @@ def test_a_run_that_is_being_made_is_refused(settings: Settings, stamps: Stamps,
     next(running)
     run = runs.find(settings, "busy")
     assert run is not None and run.state == "running"
-    with pytest.raises(NotResumable, match="being made at this moment"):
+    with pytest.raises(Busy, match="being made at this moment"):
         list(Pipeline(settings).resume("busy"))
-    with pytest.raises(NotResumable, match="being made at this moment"):
+    with pytest.raises(Busy, match="being made at this moment"):
         runs.remove(settings, "busy")
     running.close()
 

@@ -1,8 +1,9 @@
 """When memory runs out: free what the attempt held, take one rung down, and do that piece of work again.
 
 The planner makes the rungs, by planning the same stage for fewer bytes: fewer blocks stay on the device, then fewer
-tokens go at a time. A stage that has nothing of the kind tries once more with a clean heap and then, on a card, on the
-CPU. Rungs are few; after the last one OutOfMemory says what was tried.
+tokens go at a time. The lowest of them is tried twice, since memory that others held may be free by then; after that,
+on a card, what can be done on the CPU in reasonable time is done there. Rungs are few; after the last one OutOfMemory
+says what was tried.
 
     for attempt in ladder.attempts("text"):
         with attempt as rung:  # takes running out of memory, and nothing else
@@ -86,7 +87,7 @@ class Ladder:
                     "ask for resolution='480p'."
                 )
             self._rungs[stage] = lower
-            self._note(f"{stage} ran out of memory {rung.describe()}; it went on {lower.describe()}")
+            self._note(f"{stage} ran out of memory {rung.describe()}; it was done again {lower.describe()}")
 
     def _down_from_the_top(self, stage: Stage) -> Iterator[Rung]:
         top = Rung(self._plan.stage(stage), self._plan.chunk_tokens, self._device, self._dtype)
@@ -95,8 +96,7 @@ class Ladder:
         while rungs < _MOST_RUNGS and (lesser := self._shrink(plan, stage)) is not None:
             plan, rungs = lesser, rungs + 1
             yield replace(top, plan=plan.stage(stage), chunk_tokens=plan.chunk_tokens)
-        if rungs == 1:
-            yield top
+        yield replace(top, plan=plan.stage(stage), chunk_tokens=plan.chunk_tokens)
         if self._device.type != "cpu" and stage in _ON_CPU:
             whole = replace(top.plan, resident_blocks=None, source=None)
             yield replace(top, plan=whole, device=torch.device("cpu"), dtype=torch.float32)

@@ -7,7 +7,7 @@ step is done the run itself is kept, and `resume` goes on with it.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from wan_local.denoise import Guided, denoise
 from wan_local.denoiser import Denoiser
 from wan_local.device import card_name, resolve_device
 from wan_local.encoders import encode_frames, encode_images, encode_prompts
+from wan_local.errors import NotResumable
 from wan_local.ladder import Rung
 from wan_local.lock import holding_card
 from wan_local.models.transformer import Transformer
@@ -88,15 +89,27 @@ class Pipeline:
         """Yield a `Step` after each piece of work and last the `Result`.
 
         output: the mp4 to write; a new name in the settings' `output_dir` unless given. run_id: under which the run is
-        kept until it is done; an unfinished run of that id is gone on with. check: called between the blocks of every
-        network; what it raises (`Cancelled`, say) ends the run there. Raises as `generate` does.
+        kept until it is done; an unfinished run of that id is gone on with, where it can be. check: called between the
+        blocks of every network; what it raises (`Cancelled`, say) ends the run there. Raises as `generate` does.
         """
+        anew: list[str] = []
         if run_id is not None and runs.find(self.settings, run_id) is not None:
-            yield from self.resume(run_id, output=output, check=check)
-            return
+            events = self.resume(run_id, output=output, check=check)
+            try:
+                first = next(events)
+            except NotResumable as error:
+                anew.append(f"begun anew: {error}")
+                runs.remove(self.settings, run_id)
+            else:
+                with closing(events):
+                    yield first
+                    yield from events
+                return
         with self._card():
             job = prepare(request, self.settings, output)
             report = Report(job.device)
+            for text in anew:
+                report.note(text)
             with begun(job.order, job.settings, job.files, job.plan, run_id or runs.new_id(), report.note) as answers:
                 result = yield from _make(job, report, answers, check)
         yield result

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wan_local import durable
-from wan_local.errors import NotResumable
+from wan_local.errors import Busy, NotResumable
 from wan_local.settings import Settings
 
 State = Literal["running", "waiting"]
@@ -102,7 +102,7 @@ def runs_folder(settings: Settings) -> Path:
 
 
 def begin(settings: Settings, run_id: str, about: Mapping[str, Any]) -> RunFolder:
-    """Make a new run's folder, which is locked until it is released. Raises OSError; NotResumable for a bad id."""
+    """Make a new run's folder, locked until it is released. Raises OSError; NotResumable for a bad id; Busy."""
     folder = _folder(settings, run_id)
     durable.make_folder(folder)
     lock = _locked(folder)
@@ -112,7 +112,7 @@ def begin(settings: Settings, run_id: str, about: Mapping[str, Any]) -> RunFolde
 
 
 def take(settings: Settings, run_id: str) -> RunFolder:
-    """Take over a run that was left. Raises NotResumable: there is none, it is being made, or of another format."""
+    """Take over a run that was left. Raises NotResumable: none is there, or of another format; Busy: it is running."""
     run = find(settings, run_id)
     if run is None:
         raise _not_there(settings, run_id)
@@ -140,7 +140,7 @@ def list_runs(settings: Settings) -> list[Run]:
 
 
 def remove(settings: Settings, run_id: str) -> Run:
-    """Remove an unfinished run. Raises NotResumable where there is none, or it is being made."""
+    """Remove an unfinished run. Raises NotResumable where there is none, Busy where it is being made."""
     run = find(settings, run_id)
     if run is None:
         raise _not_there(settings, run_id)
@@ -157,7 +157,7 @@ def prune(settings: Settings) -> list[Run]:
         count, held_bytes = count + 1, held_bytes + run.file_bytes
         within = count <= settings.keep_runs and held_bytes <= settings.keep_runs_gigabytes * _GIGABYTE
         if not within:
-            with suppress(NotResumable):  # someone has just taken it
+            with suppress(NotResumable, Busy):  # someone has just taken it
                 removed.append(remove(settings, run.id))
             count, held_bytes = count - 1, held_bytes - run.file_bytes
     for run in removed:
@@ -187,7 +187,7 @@ def _folder(settings: Settings, run_id: str) -> Path:
 def _locked(folder: Path) -> durable.Lock:
     lock = durable.Lock(folder / _LOCK)
     if not lock.acquire():
-        raise NotResumable(f"the run {folder.name!r} is being made at this moment, by this process or another")
+        raise Busy(f"the run {folder.name!r} is being made at this moment, by this process or another")
     return lock
 
 
