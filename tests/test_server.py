@@ -409,6 +409,8 @@ def test_with_a_key_only_those_who_show_it_get_in(tmp_path: Path, engine: StubEn
         assert (refused.status_code, refused.json()) == (401, {"detail": "invalid key credentials"})
         for wrong in ("Key open", "Basic open sesame", "open sesame", ""):
             assert live.http.post(live.queue, json=body, headers={"authorization": wrong}).status_code == 401
+        for path in ("/files/upload", "/files/upload/multipart", "/storage/upload/initiate", "/api/fal/proxy"):
+            assert live.http.post(path, content=b"x").status_code == 401, path
         assert live.http.get("/health").status_code == 200
         assert live.http.get("/").status_code == 200
         key = {"authorization": "Key open sesame"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,8 +81,8 @@ def _say_where(options: ServerOptions, server: Server) -> None:
         bundle = server.folder / "tls" / "bundle.pem"
         say("Unmodified fal_client, by environment (everything but uploads):")
         say(
-            f"  export FAL_KEY={options.api_key or 'local'} FAL_RUN_HOST={address}/run "
-            f"FAL_QUEUE_RUN_HOST={address}/queue SSL_CERT_FILE={bundle}"
+            f"  export FAL_KEY={shlex.quote(options.api_key or 'local')} FAL_RUN_HOST={address}/run "
+            f"FAL_QUEUE_RUN_HOST={address}/queue SSL_CERT_FILE={shlex.quote(str(bundle))}"
         )
     else:
         say(f'Unmodified fal_client:    wan_local.redirect("{url}")')

@@ -30,6 +30,7 @@ PROXY_PATH = "/api/fal/proxy"
 _PREFIX_BY_HOST = {"fal.run": "/run", "queue.fal.run": "/queue", "rest.fal.ai": "", "rest.alpha.fal.ai": ""}
 _OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")
 _OPEN_PREFIXES = ("/files/", "/put/", "/mput/")  # their addresses cannot be guessed
+_UPLOADS = "/files/upload"  # except where something new is begun
 _CORS = {
     b"access-control-allow-methods": b"GET, HEAD, POST, PUT, OPTIONS",
     b"access-control-allow-headers": b"*, authorization",
@@ -72,12 +73,13 @@ class Guard:
     def _refusal(self, scope: Scope, headers: dict[bytes, str]) -> tuple[int, str] | None:
         host = headers.get(b"host", "")
         if not self._host_is_ours(host):
-            return 403, f"Host {host[:100]!r} is not this server: open it as {self._options.base_url}"
+            here = self._options.base_url
+            return 403, f"Host {host[:100]!r} is not this server: open it by its address, such as {here}"
         origin = headers.get(b"origin")
         if origin is not None and not self._same_origin(origin, host) and not self._allows(origin):
             return 403, f"Origin {origin[:100]!r} may not use this server: start it with --cors-origin {origin[:100]}"
         path = scope["path"]
-        closed = path not in _OPEN_PATHS and not path.startswith(_OPEN_PREFIXES)
+        closed = path not in _OPEN_PATHS and (path.startswith(_UPLOADS) or not path.startswith(_OPEN_PREFIXES))
         if self._options.api_key and closed and scope["method"] != "OPTIONS" and not self._knows_key(headers):
             return 401, "invalid key credentials"
         return None
