@@ -110,7 +110,9 @@ def _write_file(file: Path, rows: Iterable[tuple[str, Shape, torch.dtype]], nois
     header += b" " * (-len(header) % 8)
     with file.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
-        cast = {dtype: (noise if dtype == torch.bfloat16 else noise * 100).to(dtype) for _, _, dtype in rows}
+        cast = {
+            dtype: (noise if dtype == torch.bfloat16 else noise * 100).to(dtype) for dtype in {row[2] for row in rows}
+        }
         for name, shape, dtype in rows:
             stream.writelines(_contents(name, math.prod(shape), cast[dtype]))
 
@@ -118,7 +120,7 @@ def _write_file(file: Path, rows: Iterable[tuple[str, Shape, torch.dtype]], nois
 def _contents(name: str, count: int, noise: Tensor) -> Iterator[memoryview]:
     """Yield the bytes of `count` numbers: ones for scales and the weights of norms, else noise that goes round."""
     if "norm" in name and name.endswith("weight"):
-        noise = torch.ones_like(noise)
+        noise = torch.ones(count, dtype=noise.dtype)
     if name.endswith("scale_weight"):
         noise = torch.full_like(noise[:1], 1e-2)
     start = sum(name.encode()) * 7919 % noise.numel()

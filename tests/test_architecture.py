@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels" / "wan_kernels"
 # A module may import from the lines above its own.
 LINES = (
     ("errors", "durable"),
-    ("request", "geometry", "settings", "switch_config"),
+    ("request", "geometry", "settings", "switch_config", "weight_format"),
     ("failure", "hub", "planner", "key_map", "header", "manifest", "runs"),
     ("anatomy", "gguf_header", "pickle_header"),
     ("weight_files", "kinds", "scales"),
@@ -55,6 +55,7 @@ NEIGHBOURS = {
     ("image", "download"),
     ("settings", "geometry"),
     ("settings", "switch_config"),
+    ("settings", "weight_format"),
     ("quantize", "checkpoint"),
     ("denoise", "scheduler"),
     ("denoise", "acceleration"),
@@ -68,6 +69,8 @@ WITHOUT_TORCH = (
     "geometry",
     "settings",
     "switch_config",
+    "weight_format",
+    "manifest",
     "planner",
     "header",
     "anatomy",

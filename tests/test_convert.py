@@ -25,19 +25,13 @@ from wan_local.errors import CorruptModel, OutputError
 from wan_local.manifest import MANIFEST, read_manifest, verify
 from wan_local.planner import StagePlan
 from wan_local.quantize import is_block_linear, quantize_weight
-from wan_local.settings import (
-    ImageEncoderConfig,
-    TextEncoderConfig,
-    WeightFormat,
-    WeightFormats,
-    load_model_config,
-    load_settings,
-)
+from wan_local.settings import ImageEncoderConfig, TextEncoderConfig, load_model_config, load_settings
 from wan_local.sources import Source, open_source
 from wan_local.stage import Network, load_network, stage
 from wan_local.store_file import Producer
 from wan_local.store_journal import JOURNAL
 from wan_local.store_layout import ROTATED
+from wan_local.weight_format import WeightFormat, WeightFormats
 
 CPU = torch.device("cpu")
 TINY = find_model(load_settings(model="tiny")).folder
@@ -242,7 +236,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from wan_local.convert import Conversion, convert
-from wan_local.settings import WeightFormats
+from wan_local.weight_format import WeightFormats
 from wan_local.sources import open_source
 
 def show(progress):
@@ -388,7 +382,7 @@ import torch
 from bench.random_model import random_source
 from tests.test_convert import MIDDLE
 from wan_local.convert import Conversion, convert
-from wan_local.settings import WeightFormats
+from wan_local.weight_format import WeightFormats
 source = random_source(Path(sys.argv[1]), MIDDLE)
 before = int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS:")).split()[1])
 open("/proc/self/clear_refs", "w").write("5")

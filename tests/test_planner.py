@@ -7,13 +7,19 @@ import torch
 from torch.nn import functional as F
 
 from tests.live_bytes import live_bytes
+from wan_local import quantize as quantize_module
 from wan_local.errors import DoesNotFit
 from wan_local.geometry import Geometry, Size
+from wan_local.layers import Linear
 from wan_local.models import vae as vae_module
 from wan_local.models.transformer import ContextKV, Modulation, Transformer, stays_float32
 from wan_local.models.vae import Vae
-from wan_local.planner import GIB, Machine, NetworkSize, StagePlan, chunk_tokens, make_plan
+from wan_local.planner import GIB, Machine, NetworkSize, StagePlan, chunk_tokens, make_plan, spread
+from wan_local.quantize import stays_as_stored
+from wan_local.quantized_layers import hold_in_format
 from wan_local.settings import load_model_config
+from wan_local.stage import network_sizes
+from wan_local.weight_format import Int8Arithmetic, WeightFormat, WeightFormats
 
 REAL = load_model_config("flf2v_14b")
 SIZES = {
@@ -129,6 +135,72 @@ def test_loop_peak_at_14b_size_is_predicted_within_8_percent_and_never_below(
     predicted = stage_of(geometry, "denoise", dtype.itemsize).activation_bytes
     contexts = stage_of(geometry, "context", dtype.itemsize).activation_bytes
     assert_predicted(predicted - contexts, looping.peak)
+
+
+QUANTIZED: list[tuple[WeightFormat, Int8Arithmetic]] = [
+    *[("int8", "w8a8"), ("int8", "weight-only"), ("int4", "weight-only"), ("fp8", "weight-only")]
+]
+
+
+@pytest.mark.parametrize(("format_", "arithmetic"), QUANTIZED)
+@pytest.mark.parametrize("geometry", [SMALL, LARGE], ids=lambda geometry: str(geometry.size))
+def test_quantized_loop_peak_at_14b_size_is_predicted_within_15_percent_and_never_below(
+    geometry: Geometry, format_: WeightFormat, arithmetic: Int8Arithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card: the integer product gives its int32 and takes nothing else."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: torch.empty_like(q))
+    monkeypatch.setattr(
+        quantize_module, "integer_product", lambda a, b: a.new_empty((len(a), len(b)), dtype=torch.int32)
+    )
+    config = replace(REAL.transformer, num_layers=1)
+    latent = geometry.latent_size
+    with torch.device("meta"):
+        transformer = Transformer(config)
+        inputs = torch.empty(1, config.in_channels, geometry.latent_frames, latent.height, latent.width)
+        modulation = Modulation(torch.empty(1, config.dim), torch.empty(1, 6, config.dim))
+        rows = (config.text_tokens, config.text_tokens, config.image_tokens, config.image_tokens)
+        context = ContextKV(*(torch.empty(1, n, 40, 128, dtype=torch.bfloat16) for n in rows), text_bias=None)
+    hold_in_format(transformer, "transformer", WeightFormats(format_))
+    for name, parameter in transformer.named_parameters():
+        if not stays_float32(name) and not stays_as_stored(name, parameter.dtype):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    for part in transformer.modules():
+        if isinstance(part, Linear):
+            part.arithmetic = arithmetic
+    chunk = chunk_tokens(config, geometry.tokens, 2)
+    with live_bytes() as looping:
+        transformer(inputs, modulation, [[context]], chunk_tokens=chunk)
+    sizes = network_sizes(REAL, WeightFormats(format_))
+    machine = Machine("cuda:0", 200 * GIB, 64 * GIB, 2, arithmetic)
+    plan = make_plan(geometry, REAL, sizes, machine)
+    predicted = plan.stage("denoise").activation_bytes - stage_of(geometry, "context").activation_bytes
+    assert looping.peak <= predicted <= 1.15 * looping.peak, f"{predicted / GIB:.2f}, {looping.peak / GIB:.2f} counted"
+    assert plan.stage("denoise").int8_arithmetic == arithmetic
+
+
+def test_formats_are_counted_as_they_are_stored() -> None:
+    """The figures that the README gives: bytes of the loop's weights."""
+    formats: list[WeightFormat] = ["bf16", "int8", "int4"]
+    loop = {name: network_sizes(REAL, WeightFormats(name))["transformer"].weight_bytes(2) / 1e9 for name in formats}
+    assert loop["bf16"] == pytest.approx(23.95, abs=0.05)
+    assert loop["int8"] == pytest.approx(11.97, abs=0.05)
+    assert loop["int4"] == pytest.approx(6.74, abs=0.05)
+    edges = network_sizes(REAL, WeightFormats("int8", keep_edges=True))["transformer"]
+    sizes = edges.block_bytes(2)
+    assert [size > 1.9 * sizes[10] for size in sizes] == [True] * 2 + [False] * 35 + [True] * 3
+    assert sum(sizes) < edges.weight_bytes(2) < 1.01 * sum(sizes)
+
+
+def test_blocks_that_differ_are_placed_by_their_own_bytes() -> None:
+    sizes = network_sizes(REAL, WeightFormats("int8", keep_edges=True))
+    plan = make_plan(SMALL, REAL, sizes, Machine("cuda:0", 12 * GIB, 64 * GIB, 2))
+    looped, blocks = plan.stage("denoise"), sizes["transformer"].block_bytes(2)
+    assert looped.resident_blocks is not None
+    stay = spread(40, looped.resident_blocks)
+    waiting = [block for index, block in enumerate(blocks) if index not in stay]
+    rest = sizes["transformer"].weight_bytes(2) - sum(blocks)
+    assert looped.weight_bytes == rest + sum(blocks) - sum(waiting) + 2 * max(waiting)
+    assert looped.peak_bytes <= 0.9 * 12 * GIB
 
 
 def test_14b_in_bfloat16_fits_a_32_gib_card_at_720p() -> None:

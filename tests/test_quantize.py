@@ -20,7 +20,7 @@ from wan_local.quantize import (
     stored_shapes,
     unpack_int4,
 )
-from wan_local.settings import WeightFormat
+from wan_local.weight_format import WeightFormat
 
 FORMATS: list[WeightFormat] = ["int8", "fp8", "int4"]
 # relative error of a Gaussian weight, as published for these formats: half a step of 2/254, 2^-4, 2/15 of the range

@@ -15,8 +15,9 @@ from wan_local.errors import CorruptModel
 from wan_local.key_map import Part, canonical
 from wan_local.planner import StagePlan
 from wan_local.quantize import STORED_DTYPES, dequantize, is_block_linear, quantize_weight
-from wan_local.settings import WeightFormat, WeightFormats, load_settings
+from wan_local.settings import load_settings
 from wan_local.stage import Network, load_network, network_sizes, stage
+from wan_local.weight_format import WeightFormat, WeightFormats
 
 CPU = torch.device("cpu")
 PARTS: list[Part] = ["transformer", "text_encoder", "image_encoder"]

@@ -26,11 +26,11 @@ from wan_local.diffusers_config import config_files
 from wan_local.errors import OutputError, WanLocalError
 from wan_local.lock import device_lock_path, holding
 from wan_local.manifest import MANIFEST, Manifest, StoredFile, read_manifest
-from wan_local.settings import WeightFormats
 from wan_local.sources import Source
 from wan_local.store_file import Adapter, Producer, write_file
 from wan_local.store_journal import JOURNAL, Journal
 from wan_local.store_layout import INDEX, ROTATED, StoreFile, index_of, store_files
+from wan_local.weight_format import WeightFormats
 
 _HEAD_BYTES = 2**20  # of each source file are hashed: its header, and with it all names, dtypes and places
 _SPARE = 1.05  # of the disk: what is asked for beyond the bytes that will be written

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_local.quantize import SCALE, SHIFT, QuantizedWeight, dequantize, linear_w8a8, rotate
-from wan_local.settings import Int8Arithmetic
+from wan_local.weight_format import Int8Arithmetic
 
 _ROTARY_THETA = 10_000.0
 

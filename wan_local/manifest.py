@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from wan_local.errors import CorruptModel, NotAvailable
-from wan_local.settings import WeightFormat
+from wan_local.weight_format import WeightFormat
 
 MANIFEST = "manifest.json"
 KIND = "wan_local store"

@@ -275,6 +275,16 @@ def _writer(job: Job, calls: int, report: Report) -> VideoWriter:
     )
 
 
+def _weights(job: Job) -> dict[str, Any]:
+    """Return the formats of a store, and what its int8 weights were used by; other weights are as they are."""
+    manifest = job.files.manifest
+    if manifest is None:
+        return {"formats": "as in the files"}
+    arithmetic = {stage.name: stage.int8_arithmetic for stage in job.plan.stages if stage.int8_arithmetic}
+    words = {"keep_edges": manifest.keep_edges, "rotated": list(manifest.rotated), "loras": list(manifest.loras)}
+    return {"formats": dict(manifest.formats), "int8_arithmetic": arithmetic, **words}
+
+
 def _result(job: Job, video: VideoReport, measured: dict[str, Any]) -> Result:
     config = job.files.config
     report = {
@@ -284,6 +294,7 @@ def _result(job: Job, video: VideoReport, measured: dict[str, Any]) -> Result:
         "height": job.geometry.size.height,
         "num_frames": video.num_frames,
         "generated_frames": job.geometry.generated_frames,
+        "weights": _weights(job),
         "planned_peak_bytes": {stage.name: stage.peak_bytes for stage in job.plan.stages},
         **measured,
     }

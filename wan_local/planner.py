@@ -12,7 +12,8 @@ from typing import Literal
 
 from wan_local.errors import DoesNotFit
 from wan_local.geometry import PATCH, Geometry
-from wan_local.settings import Int8Arithmetic, ModelConfig, TransformerConfig
+from wan_local.settings import ModelConfig, TransformerConfig
+from wan_local.weight_format import Int8Arithmetic
 
 Source = Literal["ram", "file"]  # where streamed blocks wait
 
@@ -23,6 +24,8 @@ _FLOAT32_BYTES = 4
 _CHUNK_BYTES = GIB  # temporaries of the tokens in flight
 _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
 _RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
+W8A8_TOKENS = 2048  # whose sums of integers are held at a time
+_DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**23, 2**27  # bytes of the rows of a weight that are float32 at a time
 SLOTS = 2  # of the ring that streamed blocks pass through
 # What the VAE holds at its peak, counted in frames of base width at full resolution by tests/test_planner.py
 _ENCODE_FRAMES, _DECODE_FRAMES, _FRAMES_A_RES_BLOCK = 16.0, 21.5, 7.25
@@ -65,12 +68,16 @@ def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the planner knows: the device, the bytes free on it and in RAM, and the bytes of one computed number."""
+    """What the planner knows: the device, the bytes free on it and in RAM, the bytes of one computed number.
+
+    int8_arithmetic: what int8 weights are used by.
+    """
 
     device: str
     free_bytes: int
     free_ram_bytes: int
     compute_bytes: int
+    int8_arithmetic: Int8Arithmetic = "weight-only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +194,8 @@ def _plan(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSi
     compute = machine.compute_bytes
     chunk = chunk_tokens(config.transformer, geometry.tokens, compute)
     contexts = _contexts_bytes(config, compute)
-    loop = contexts + _loop_bytes(geometry, config, chunk, compute)
+    in_linear = {network: _quantized_bytes(size, config, machine) for network, size in sizes.items()}
+    loop = contexts + _loop_bytes(geometry, config, chunk, compute, in_linear["transformer"])
     rows = [
         ("text", "text_encoder", compute, _text_bytes(config, compute)),
         ("image", "image_encoder", compute, _image_bytes(config)),
@@ -196,7 +204,15 @@ def _plan(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSi
         ("denoise", "transformer", compute, loop),
         ("decode", "vae", _FLOAT32_BYTES, _vae_bytes(geometry, config, frames=_DECODE_FRAMES)),
     ]
-    stages = [StagePlan(name, sizes[network].weight_bytes(item), int(extra)) for name, network, item, extra in rows]
+    stages = [
+        StagePlan(
+            name,
+            sizes[network].weight_bytes(item),
+            int(extra) + (0 if name == "denoise" else in_linear[network]),
+            int8_arithmetic=machine.int8_arithmetic if sizes[network].packed else None,
+        )
+        for name, network, item, extra in rows
+    ]
     second_pass = geometry.tokens * config.transformer.dim * compute  # both guidance passes go together
     more = {"text": 0, "context": 0, "denoise": second_pass}
     placed = tuple(
@@ -220,7 +236,8 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, mo
     for resident in range(max(0, len(blocks) - SLOTS), -1, -1):
         stay = spread(len(blocks), resident)
         waiting = [block for index, block in enumerate(blocks) if index not in stay]
-        weights = rest + sum(blocks) - sum(waiting) + SLOTS * max(waiting)
+        ring = SLOTS + (machine.device == "cpu")  # there a block also passes through a buffer in its file's dtypes
+        weights = rest + sum(blocks) - sum(waiting) + ring * max(waiting)
         if activation + weights <= budget:
             break
     in_ram = machine.device != "cpu" and sum(waiting) <= machine.free_ram_bytes * _RAM_SHARE
@@ -233,16 +250,26 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, mo
     )
 
 
+def _quantized_bytes(size: NetworkSize, config: ModelConfig, machine: Machine) -> int:
+    """Bytes that the largest quantized linear takes while it runs: dequantized, or its inputs and sums as integers."""
+    if not size.packed:
+        return 0
+    if machine.int8_arithmetic == "w8a8":
+        widest = max(config.transformer.ffn_dim, config.text_encoder.d_ff, config.image_encoder.intermediate_size)
+        return W8A8_TOKENS * widest * (2 * _FLOAT32_BYTES + 1)
+    return size.unpacked * machine.compute_bytes + (_DEQUANTIZING if machine.device == "cpu" else _DEQUANTIZING_ON_CARD)
+
+
 def chunk_tokens(transformer: TransformerConfig, tokens: int, compute_bytes: int) -> int:
     """Return how many tokens the blocks work on at a time, so that the temporaries stay within `_CHUNK_BYTES`."""
-    return min(tokens, max(_MIN_CHUNK, _CHUNK_BYTES // _temporaries(transformer, compute_bytes)))
+    return min(tokens, max(_MIN_CHUNK, _CHUNK_BYTES // max(_temporaries(transformer, compute_bytes))))
 
 
-def _temporaries(transformer: TransformerConfig, compute_bytes: int) -> int:
-    """Bytes that a token in flight takes: turning q in float32, or the feed-forward's middle, whichever is more."""
+def _temporaries(transformer: TransformerConfig, compute_bytes: int) -> tuple[int, int]:
+    """Bytes that a token in flight takes: while q is turned in float32, and in the middle of the feed-forward."""
     turning = transformer.dim * (4 * _FLOAT32_BYTES + 4 * compute_bytes)
     feeding = transformer.dim * (2 * _FLOAT32_BYTES + compute_bytes) + 2 * transformer.ffn_dim * compute_bytes
-    return max(turning, feeding)
+    return turning, feeding
 
 
 def _text_bytes(config: ModelConfig, compute: int) -> int:
@@ -271,10 +298,14 @@ def _contexts_bytes(config: ModelConfig, compute: int) -> int:
     return 2 * 2 * transformer.num_layers * context_tokens * transformer.dim * compute
 
 
-def _loop_bytes(geometry: Geometry, config: ModelConfig, chunk: int, compute: int) -> int:
-    """The hidden state, whole keys and values, one chunk's temporaries, the rotary table and the latents."""
+def _loop_bytes(geometry: Geometry, config: ModelConfig, chunk: int, compute: int, in_linear: int) -> int:
+    """The hidden state, whole keys and values, one chunk's temporaries, the rotary table and the latents.
+
+    in_linear: what a quantized linear takes while it runs.
+    """
     transformer, tokens = config.transformer, geometry.tokens
     whole = 3 * tokens * transformer.dim * compute
     rotary = tokens * transformer.attention_head_dim * _FLOAT32_BYTES
     latents = 4 * tokens * transformer.in_channels * PATCH * PATCH * _FLOAT32_BYTES
-    return whole + chunk * _temporaries(transformer, compute) + rotary + latents
+    turning, feeding = _temporaries(transformer, compute)
+    return whole + max(chunk * turning, chunk * feeding + in_linear) + rotary + latents

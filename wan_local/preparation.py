@@ -25,12 +25,14 @@ from wan_local.ladder import Ladder
 from wan_local.order import Order, words_of
 from wan_local.planner import Machine, Plan, make_plan, shrink
 from wan_local.probe import choose_kernels
+from wan_local.quantize import default_arithmetic
 from wan_local.report import Report
 from wan_local.request import Check, Request, unchecked
 from wan_local.settings import ModelConfig, Settings, load_acceleration_config, load_profile
 from wan_local.stage import network_sizes
 from wan_local.switches import Switches, planned_stages, prepare_switches
 from wan_local.video import check_output, largest_bytes
+from wan_local.weight_format import PLAIN, Int8Arithmetic, WeightFormats
 from wan_local.workspace import Workspace
 
 _RANDOM_SEEDS = 2**31  # JavaScript clients lose integers beyond 2^53
@@ -67,7 +69,7 @@ class Job:
     def workspace(self, report: Report, check: Check = unchecked) -> Workspace:
         """Return what the stages work with."""
         config, settings = self.files.config, self.settings
-        sizes = network_sizes(config)
+        sizes = network_sizes(config, self.files)
 
         def lesser(plan: Plan, stage: str) -> Plan | None:
             return shrink(plan, stage, config, sizes, self.machine)
@@ -82,7 +84,7 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
     request, remarks = _profiled(request, settings)
     files = find_model(settings)
     device = resolve_device(settings.device)
-    switches = prepare_switches(request, settings, _machine(device))
+    switches = prepare_switches(request, settings, _machine(device, settings))
     start = load_image(request.start_image_url, field="start_image_url")
     end = load_image(request.end_image_url, field="end_image_url")
     start_size = Size(start.height, start.width)
@@ -114,11 +116,11 @@ def planned(
     """Return the job of an order. Raises DoesNotFit, naming `smaller` where that would, OutputError, and what
     `prepare_switches` raises.
     """
-    geometry, config, machine = order.geometry, files.config, _machine(device)
+    geometry, config, machine = order.geometry, files.config, _machine(device, settings)
     if switches is None:
         switches = prepare_switches(order.request, settings, machine)
     lesser = smaller if smaller and smaller.tokens < geometry.tokens else None
-    plan = make_plan(geometry, config, network_sizes(config), machine, smaller=lesser)
+    plan = make_plan(geometry, config, network_sizes(config, files), machine, smaller=lesser)
     plan = plan.preceded_by(*switches.stages)
     check_output(order.output, largest_bytes(geometry))
     images = (picture_tensor(order.pictures[0]), picture_tensor(order.pictures[1]))
@@ -126,24 +128,34 @@ def planned(
     return Job(order, settings, files, device, compute_dtype(device), images, machine, plan, switches, chosen)
 
 
-def _machine(device: torch.device) -> Machine:
-    return Machine(str(device), free_bytes(device), free_ram_bytes(), compute_dtype(device).itemsize)
-
-
-def plan_run(settings: Settings, request: Request, *, machine: Machine | None) -> tuple[ModelConfig, Plan]:
+def plan_run(
+    settings: Settings, request: Request, *, machine: Machine | None, formats: WeightFormats | None = None
+) -> tuple[ModelConfig, Plan]:
     """Return the model's configuration and the plan of a run on `machine` (None: this one). No weights are needed.
 
+    formats: what the weights would be converted into; None is as they are where the settings name a folder, else bf16.
     Of the request its resolution, aspect ratio, number of frames and switches count; its images are not looked at.
 
     Raises DoesNotFit; ModelNotFound where the settings name a folder that is none.
     """
     config, device = model_config(settings), resolve_device(settings.device)
-    machine = machine or _machine(device)
+    machine = machine or _machine(device, settings)
+    weights: ModelFiles | WeightFormats = formats or PLAIN
+    if formats is None and settings.model is not None:
+        weights = find_model(settings)
     sizes = {name: output_size(config.canvas(name), request.aspect_ratio, _WIDE) for name in RESOLUTIONS}
     geometry, small = Geometry(sizes[request.resolution], request.num_frames), Geometry(sizes["480p"], NATIVE_FRAMES)
     smaller = small if small.tokens < geometry.tokens else None
-    plan = make_plan(geometry, config, network_sizes(config), machine, smaller=smaller)
+    plan = make_plan(geometry, config, network_sizes(config, weights), machine, smaller=smaller)
     return config, plan.preceded_by(*planned_stages(request, settings, machine))
+
+
+def _machine(device: torch.device, settings: Settings) -> Machine:
+    """Return this machine as the planner sees it."""
+    arithmetic: Int8Arithmetic = default_arithmetic(device) if settings.precision == "auto" else "weight-only"
+    if settings.int8_arithmetic != "auto":
+        arithmetic = settings.int8_arithmetic
+    return Machine(str(device), free_bytes(device), free_ram_bytes(), compute_dtype(device).itemsize, arithmetic)
 
 
 def remarks_on(job: Job) -> list[str]:

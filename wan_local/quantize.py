@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from wan_local.key_map import Part
-from wan_local.settings import Int8Arithmetic, WeightFormat
+from wan_local.planner import W8A8_TOKENS
+from wan_local.weight_format import Int8Arithmetic, WeightFormat
 
 GROUP = 64  # inputs that share a scale in int4, and that are rotated together
 INT8_MAX = 127
@@ -41,7 +42,6 @@ SMALLEST = 1e-12  # of a row's or a token's largest value: 0/0 must not happen
 _EXACT_LENGTH = 1024  # products of two int8 whose float32 sum is exact in any order: 127^2 * 1024 < 2^24
 _CHUNK_NUMBERS = 2**18  # worked on at a time: 1 MiB of float32 stays in a core's cache
 _CHUNK_NUMBERS_ON_CARD = 2**24  # there it is launches that should be few
-W8A8_TOKENS = 2048  # whose int32 products are held at a time
 SCALE, SHIFT = "weight_scale", "weight_shift"
 STORED_DTYPES: Mapping[torch.dtype, WeightFormat] = {
     torch.int8: "int8",
@@ -121,17 +121,16 @@ def _quantize_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def _row_scale(weight_NK: Tensor, most: float) -> Tensor:
-    low, high = torch.aminmax(weight_NK, dim=1, keepdim=True)
-    return torch.maximum(-low, high).clamp_(min=SMALLEST).div_(most)
+    return weight_NK.abs().amax(dim=1, keepdim=True).clamp_(min=SMALLEST).div_(most)
 
 
 def _quantize_int4(weight_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Round scale and shift to bfloat16 first, so that the data make up for what that loses."""
     groups = weight_NK.unflatten(1, (-1, GROUP))
-    low, high = torch.aminmax(groups, dim=2, keepdim=True)
+    low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)  # aminmax is five times slower
     scale = (high - low).clamp_(min=SMALLEST).div_(15).bfloat16()
     shift = (-low).bfloat16()
-    q_NGK = ((groups + shift.float()) / scale.float()).round_().clamp_(0, 15).to(torch.uint8)
+    q_NGK = (groups + shift.float()).div_(scale.float()).round_().clamp_(0, 15).to(torch.uint8)
     return pack_int4(q_NGK.flatten(1)), scale.squeeze(2), shift.squeeze(2)
 
 

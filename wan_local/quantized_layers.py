@@ -13,7 +13,7 @@ from wan_local.errors import CorruptModel
 from wan_local.key_map import Part, canonical
 from wan_local.layers import Linear
 from wan_local.quantize import SCALE, SHIFT, STORED_DTYPES, block_number, is_block_linear, stored_shapes
-from wan_local.settings import Int8Arithmetic, WeightFormat, WeightFormats
+from wan_local.weight_format import Int8Arithmetic, WeightFormat, WeightFormats
 
 _META = torch.device("meta")
 _DATA_DTYPES = {format_: dtype for dtype, format_ in STORED_DTYPES.items()}

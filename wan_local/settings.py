@@ -12,23 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from wan_local.geometry import Canvas, Resolution, Size
 from wan_local.switch_config import ExpansionConfig, ExpansionModel, SafetyConfig
+from wan_local.weight_format import Int8Arithmetic
 
 UrlScheme = Literal["http", "file"]
 Precision = Literal["auto", "reference"]
-WeightFormat = Literal["bf16", "int8", "int4", "fp8"]
-Int8Arithmetic = Literal["w8a8", "weight-only"]
 AttentionName = Literal["auto", "int8", "int8_pv", "sage", "sdpa", "xformers"]
 KernelsChoice = Literal["auto", "on", "off"]
 AccelerationPolicy = Literal["merge", "static", "reuse"]
 Profile = Literal["distill4"]
 
 TINY = "tiny"
-FIRST_KEPT, LAST_KEPT = 2, 3  # blocks that suffer most from rounding (arXiv 2606.00957)
-QUANTIZED_PARTS = ("transformer", "text_encoder", "image_encoder")
 _CONFIGS = ("flf2v_14b", "flf2v_tiny")
 _POLICIES = ("merge", "static", "reuse")
 _ATTENTION_NAMES = ("auto", "int8", "int8_pv", "sage", "sdpa", "xformers")
@@ -43,6 +40,8 @@ class Settings:
     `model`: folder with weights, `"tiny"` for the embedded model, or None for the 14B model at its usual places.
     `device`: "auto", "cpu" or a torch device such as "cuda:0".
     `precision`: "auto" computes in bfloat16 on a GPU and float32 on a CPU; "reference" is float32 everywhere.
+    `int8_arithmetic`: what int8 weights are used by: "w8a8" rounds their inputs to int8 too, "weight-only" does not;
+    "auto" is w8a8 where the hardware multiplies bytes fast (CUDA, AVX512-VNNI).
     `output_dir`: where videos go that were given no name. `models_dir`: where downloaded weights are looked for.
     `url_scheme`: what the result's url is: loopback "http", or "file".
     `embed_metadata`: write prompt and settings into the mp4 (the sidecar is always written).
@@ -64,6 +63,7 @@ class Settings:
     precision: Precision = "auto"
     output_dir: Path = Path("outputs")
     models_dir: Path = Path("models")
+    int8_arithmetic: Literal["auto", "w8a8", "weight-only"] = "auto"
     url_scheme: UrlScheme = "http"
     embed_metadata: bool = True
     state_dir: Path = Path("state")
@@ -80,27 +80,6 @@ class Settings:
     share_device: bool = False
     attention: AttentionName = "auto"
     kernels: KernelsChoice = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFormats:
-    """The format of each part's block linears. `keep_edges`: the transformer's first two and last three stay bf16."""
-
-    transformer: WeightFormat = "bf16"
-    text_encoder: WeightFormat = "bf16"
-    image_encoder: WeightFormat = "bf16"
-    keep_edges: bool = False
-
-    def of_block(self, part: str, index: int, num_blocks: int) -> WeightFormat:
-        """Return the format of block `index` of a part."""
-        at_an_edge = index < FIRST_KEPT or index >= num_blocks - LAST_KEPT
-        if part == "transformer" and self.keep_edges and at_an_edge:
-            return "bf16"
-        formats: dict[str, WeightFormat] = {name: getattr(self, name) for name in QUANTIZED_PARTS}
-        return formats.get(part, "bf16")
-
-
-PLAIN = WeightFormats()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +234,8 @@ class ModelConfig:
 def load_settings(**overrides: Any) -> Settings:
     """Return the settings: what is passed here, else the environment, else the default.
 
-    Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
+    Environment: WAN_LOCAL_MODEL, WAN_LOCAL_DEVICE, WAN_LOCAL_PRECISION, WAN_LOCAL_INT8_ARITHMETIC,
+    WAN_LOCAL_OUTPUT_DIR, WAN_LOCAL_MODELS_DIR,
     WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE,
     WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_EXPANSION_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_SHARE_DEVICE, WAN_LOCAL_STATE_DIR,
     WAN_LOCAL_SAVE_STATE, WAN_LOCAL_KEEP_RUNS, WAN_LOCAL_KEEP_RUNS_GIGABYTES, WAN_LOCAL_CACHE_DIR,
@@ -285,6 +265,7 @@ def load_settings(**overrides: Any) -> Settings:
         if name in values:
             values[name] = _amount(name, values[name], kind)
     _check_choice("url_scheme", values.get("url_scheme", "http"), ("http", "file"))
+    _check_choice("int8_arithmetic", values.get("int8_arithmetic", "auto"), ("auto", *get_args(Int8Arithmetic)))
     _check_choice("precision", values.get("precision", "auto"), ("auto", "reference"))
     if "acceleration_file" in values:
         values["acceleration_file"] = Path(values["acceleration_file"]).expanduser().absolute()

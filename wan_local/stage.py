@@ -28,7 +28,8 @@ from wan_local.planner import NetworkSize, StagePlan, spread
 from wan_local.quantize import STORED_DTYPES, default_arithmetic, stays_as_stored
 from wan_local.quantized_layers import hold_in_format, hold_quantized
 from wan_local.request import Check, unchecked
-from wan_local.settings import PLAIN, ModelConfig, WeightFormats
+from wan_local.settings import ModelConfig
+from wan_local.weight_format import PLAIN, WeightFormats
 
 Network = Literal["text_encoder", "image_encoder", "vae", "context_embedder", "transformer"]
 

@@ -22,7 +22,8 @@ from wan_local.extent import DTYPES
 from wan_local.key_map import PARTS, Part
 from wan_local.models.transformer import stays_float32
 from wan_local.quantize import GROUP, STORED_DTYPES, block_number, is_block_linear, stored_shapes
-from wan_local.settings import ModelConfig, WeightFormat, WeightFormats
+from wan_local.settings import ModelConfig
+from wan_local.weight_format import WeightFormat, WeightFormats
 
 ROTATED = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")  # what no norm comes before: there outliers are
 _LOOP = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from wan_local.cli.terminal import DONE, INTERRUPTED, say
-from wan_local.settings import WeightFormat, WeightFormats
+from wan_local.weight_format import WeightFormat, WeightFormats
 
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--format", choices=_FORMATS, required=True, help="of the transformer's block linears")
     encoders = parser.add_argument_group("the encoders")
     encoders.add_argument("--text-encoder-format", choices=_FORMATS, help="as --format, but int8 for int4")
-    encoders.add_argument("--image-encoder-format", choices=_FORMATS, default="bf16", help="bf16 unless told")
+    encoders.add_argument("--image-encoder-format", choices=_FORMATS, help="bf16 unless told")
     how = parser.add_argument_group("how")
     how.add_argument(
         "--lora", action="append", default=[], type=_lora, metavar="FILE:STRENGTH",
@@ -70,8 +70,12 @@ def _convert(options: argparse.Namespace) -> int:
     loras = [open_lora(file.expanduser(), strength, source.config) for file, strength in options.lora]
     for lora in loras:
         say(lora.report.describe())
-    text_format: WeightFormat = options.text_encoder_format or ("int8" if options.format == "int4" else options.format)
-    formats = WeightFormats(options.format, text_format, options.image_encoder_format, options.keep_edges)
+    formats = WeightFormats.converted(
+        options.format,
+        text_encoder=options.text_encoder_format,
+        image_encoder=options.image_encoder_format,
+        keep_edges=options.keep_edges,
+    )
     target = options.target.expanduser().absolute()
     was_complete = is_complete(target)
     try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from wan_local.cli.flags import add_place_flags, add_request_flags, gibibytes, settings_from
 from wan_local.cli.terminal import DONE
+from wan_local.weight_format import WeightFormat, WeightFormats
 
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
@@ -26,6 +27,10 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.set_defaults(run=_plan)
     add_request_flags(parser.add_argument_group("the video"), only=_PLANNED)
+    weights = parser.add_argument_group("the weights (as they are in the model's folder, bf16 where there is none)")
+    weights.add_argument("--format", choices=get_args(WeightFormat), help="as if converted into this format")
+    weights.add_argument("--text-encoder-format", choices=get_args(WeightFormat), help="as in convert")
+    weights.add_argument("--keep-edges", action="store_true", help="as in convert")
     machine = parser.add_argument_group("the machine (this one unless told)")
     add_place_flags(machine)
     machine.add_argument("--vram", type=gibibytes, metavar="GIB", help="free memory of a card to plan for")
@@ -47,7 +52,7 @@ def _plan(options: argparse.Namespace) -> int:
         machine = Machine("a card", given["vram"], given.get("ram", given["vram"]), compute_bytes=2)
     elif "ram" in given:
         machine = Machine("cpu", given["ram"], given["ram"], compute_bytes=4)
-    config, plan = plan_run(settings_from(given), request, machine=machine)
+    config, plan = plan_run(settings_from(given), request, machine=machine, formats=_formats(given))
     if "json" in given:
         stages = [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in plan.stages]
         print(json.dumps({"model": config.name, "device": plan.device, "stages": stages}, indent=2))
@@ -60,6 +65,15 @@ def _plan(options: argparse.Namespace) -> int:
     if config.download_gigabytes is not None:
         print(f"Weights: {config.repository}, about {config.download_gigabytes} GB to download.")
     return DONE
+
+
+def _formats(given: dict[str, Any]) -> WeightFormats | None:
+    """Return the formats that are asked for; None for those that the weights have."""
+    if "format" not in given:
+        return None
+    return WeightFormats.converted(
+        given["format"], text_encoder=given.get("text_encoder_format"), keep_edges="keep_edges" in given
+    )
 
 
 def _row(stage: StagePlan) -> str:
