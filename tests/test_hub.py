@@ -18,8 +18,16 @@ from wan_local.checkpoint import find_model
 from wan_local.cli import download as command
 from wan_local.cli import main
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, OutputError
-from wan_local.hub import FaceHub, RemoteFile, plan_download, run_download
-from wan_local.settings import DownloadConfig, DownloadSource, load_downloads, load_settings
+from wan_local.hub import (
+    DownloadConfig,
+    DownloadSource,
+    FaceHub,
+    RemoteFile,
+    load_downloads,
+    plan_download,
+    run_download,
+)
+from wan_local.settings import load_settings
 
 COMMIT = "c" * 40
 REPOSITORY = "Some-Org/some-model"
@@ -295,7 +303,8 @@ def test_a_path_that_leads_out_of_the_folder_is_refused(path: str, tmp_path: Pat
 def test_the_command_asks_first_and_says_what_next(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("wan_local.settings.load_downloads", lambda: dict.fromkeys(load_downloads(), CONFIG))
+    choices = dict.fromkeys(load_downloads(), CONFIG)
+    monkeypatch.setattr("wan_local.hub.load_downloads", lambda: choices)
     monkeypatch.setattr("wan_local.hub.FaceHub", lambda: FaceHub(hub.endpoint))
     target = tmp_path / "model"
     assert main(["download", "--to", str(target)]) == 2  # no terminal to ask on, and no --yes

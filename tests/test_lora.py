@@ -15,8 +15,8 @@ from torch import Tensor
 from tests import layouts
 from wan_local.errors import CorruptModel, NotAvailable, WanLocalError, WrongModel
 from wan_local.key_map import to_official
-from wan_local.lora import apply_all, lora_argument, open_lora
-from wan_local.settings import known_models
+from wan_local.lora import apply_all, open_lora
+from wan_local.settings import LoraSetting, known_models
 
 REAL, TINY = known_models()
 RANK = 4
@@ -249,7 +249,7 @@ def test_what_diffusers_saves_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_an_argument_is_a_file_and_a_strength(text: str, file: str, strength: float) -> None:
-    assert lora_argument(text) == (Path(file), strength)
+    assert LoraSetting.parse(text) == LoraSetting(Path(file), strength)
 
 
 NAMES = st.sampled_from(

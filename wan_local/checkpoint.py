@@ -7,7 +7,7 @@ Takes a model's folder in diffusers' layout (`transformer/ vae/ text_encoder/ im
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from wan_local.errors import ModelNotFound, WrongModel
 from wan_local.extent import DTYPES, read_tensor
 from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical, ignorable
+from wan_local.lora import Lora, open_loras
 from wan_local.manifest import Manifest, read_manifest
 from wan_local.settings import TINY, ModelConfig, Settings, hub_cache_dir, known_models
 from wan_local.weight_files import read_part, read_weights, weight_sets
@@ -32,6 +33,7 @@ class ModelFiles:
     config: ModelConfig
     tensors: Mapping[Part, Mapping[str, TensorInfo]]
     manifest: Manifest | None = None  # of a store
+    loras: tuple[Lora, ...] = ()  # that are added to the transformer as it is loaded
 
     @property
     def rotated(self) -> tuple[str, ...]:
@@ -81,11 +83,16 @@ class PartTensors(Mapping[str, torch.Tensor]):
 
 
 def find_model(settings: Settings) -> ModelFiles:
-    """Find the model that the settings name, and identify it by its headers.
+    """Find the model that the settings name, identify it by its headers, and open the LoRAs that go with it.
 
     Raises ModelNotFound with what to download, how large it is and the command; WrongModel, CorruptModel.
     The embedded model is used only when it is asked for as "tiny".
     """
+    files = _find_weights(settings)
+    return replace(files, loras=open_loras(settings.loras, files.config))
+
+
+def _find_weights(settings: Settings) -> ModelFiles:
     real, tiny = known_models()
     if settings.model == TINY:
         assert tiny.embedded is not None

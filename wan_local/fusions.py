@@ -55,8 +55,8 @@ def affine_of(norm: LayerNorm) -> Affine:
 
 
 def takes_int8(linear: Linear) -> bool:
-    """Tell whether a linear's weights are to meet int8 rows."""
-    return linear.arithmetic == "w8a8" and linear.weight.dtype in (torch.int8, torch.uint8)
+    """Tell whether a linear's weights are to meet int8 rows; a LoRA's side branch wants floats."""
+    return linear.arithmetic == "w8a8" and linear.weight.dtype in (torch.int8, torch.uint8) and not linear.branched
 
 
 def norm_rows(x_BLD: Tensor, update: Update | None, norm: LayerNorm, affine: Affine, into: Sequence[Linear]) -> Rows:

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, OutputError
-from wan_local.settings import DownloadConfig
+from wan_local.settings import read_toml
 
 _RECORD = ".wan_local-download.json"  # what was verified: so that running again does not hash 80 GB
 _SPARE = 1.02  # of the bytes to come, free on disk: file systems have their own needs
@@ -28,6 +28,24 @@ _HASHED_AT_ONCE = 2**22
 _PARTIAL_CONTENT = 206
 _MOST_TRIES = 5  # without a byte, at growing intervals: half a minute in all
 _TELL_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadSource:
+    """Files of one repository of the hub, by patterns of their paths."""
+
+    repository: str
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadConfig:
+    """One choice of `wan-local download`. `runs`: whether a run loads it as it is, without converting."""
+
+    title: str
+    gigabytes: int
+    runs: bool
+    sources: tuple[DownloadSource, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +125,17 @@ class FaceHub:
         ):
             hf_raise_for_status(response)
             yield (start if response.status_code == _PARTIAL_CONTENT else 0), response.iter_bytes()
+
+
+def load_downloads() -> dict[str, DownloadConfig]:
+    """Read what `wan-local download` can fetch, by the name of its `--format`."""
+    downloads = {}
+    for name, table in read_toml("downloads").items():
+        sources = tuple(
+            DownloadSource(source["repository"], tuple(source["patterns"])) for source in table.pop("sources")
+        )
+        downloads[name] = DownloadConfig(sources=sources, **table)
+    return downloads
 
 
 def plan_download(config: DownloadConfig, target: Path, hub: Hub) -> DownloadPlan:

@@ -17,7 +17,8 @@ _SAMPLES, _SAMPLE_BYTES = 32, 4096  # of each file, spread evenly from its first
 def part_identity(files: ModelFiles, part: Part) -> str:
     """Return a digest of one part's weights that stays the same when its files are copied or moved.
 
-    Every tensor's name, dtype and shape counts, every file's size, and 32 samples of 4 KiB of each.
+    Every tensor's name, dtype and shape counts, every file's size, and 32 samples of 4 KiB of each; of the transformer
+    also its LoRAs and their strengths.
     """
     state = hashlib.blake2b(digest_size=20)
     tensors = files.tensors[part]
@@ -26,6 +27,9 @@ def part_identity(files: ModelFiles, part: Part) -> str:
         state.update(f"{name} {info.dtype} {info.shape};".encode())
     for file in sorted({info.file for info in tensors.values()}):
         _sample(state, file)
+    for lora in files.loras if part == "transformer" else ():
+        state.update(f"lora {lora.strength!r};".encode())
+        _sample(state, lora.file)
     return state.hexdigest()
 
 

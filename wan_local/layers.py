@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from wan_local.quantize import SCALE, SHIFT, QuantizedWeight, dequantize, linear_w8a8, rotate
 from wan_local.weight_format import Int8Arithmetic
 
+DOWN, UP, DELTA = "lora_down", "lora_up", "lora_delta"
 _ROTARY_THETA = 10_000.0
 
 
@@ -43,6 +44,9 @@ class Linear(nn.Module):
     bias: nn.Parameter | None
     weight_scale: nn.Parameter | None
     weight_shift: nn.Parameter | None
+    lora_down: nn.Parameter | None
+    lora_up: nn.Parameter | None
+    lora_delta: nn.Parameter | None
 
     def __init__(self, dim_in: int, dim_out: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -50,6 +54,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim_out)) if bias else None
         self.register_parameter(SCALE, None)
         self.register_parameter(SHIFT, None)
+        for name in (DOWN, UP, DELTA):
+            self.register_parameter(name, None)
+        self.shape = (dim_out, dim_in)
         self.rotated = False
         self.arithmetic: Int8Arithmetic = "weight-only"
 
@@ -65,11 +72,32 @@ class Linear(nn.Module):
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
         self.rotated, self.arithmetic = rotated, arithmetic
 
+    @property
+    def branched(self) -> bool:
+        """Tell whether there is a side branch."""
+        return self.lora_down is not None or self.lora_delta is not None
+
+    def branch(self, rank: int | None) -> dict[str, tuple[int, ...]]:
+        """Take a side branch, on meta: of low rank, or (None) a whole matrix. Return its tensors' shapes."""
+        rows, columns = self.shape
+        shapes: dict[str, tuple[int, ...]] = {DELTA: (rows, columns)}
+        if rank is not None:
+            shapes = {DOWN: (rank, columns), UP: (rows, rank)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+        return shapes
+
     def forward(self, x: Tensor) -> Tensor:
         if self.weight_scale is None:
-            return linear(x, self.weight, self.bias)
-        weight = QuantizedWeight(self.weight, self.weight_scale, self.weight_shift, self.rotated, self.arithmetic)
-        return linear(x, weight, self.bias)
+            out = linear(x, self.weight, self.bias)
+        else:
+            weight = QuantizedWeight(self.weight, self.weight_scale, self.weight_shift, self.rotated, self.arithmetic)
+            out = linear(x, weight, self.bias)
+        if self.lora_down is not None and self.lora_up is not None:
+            out.view(-1, self.shape[0]).addmm_(F.linear(x, self.lora_down).flatten(0, -2), self.lora_up.t())
+        if self.lora_delta is not None:
+            out.view(-1, self.shape[0]).addmm_(x.flatten(0, -2), self.lora_delta.t())
+        return out
 
 
 def adopt_linears(module: nn.Module) -> None:

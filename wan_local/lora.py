@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from wan_local.anatomy import transformer_shapes
 from wan_local.errors import CorruptModel, NotAvailable, WrongModel
 from wan_local.header import Header, TensorInfo
 from wan_local.key_map import to_official
-from wan_local.settings import ModelConfig
+from wan_local.settings import LoraSetting, ModelConfig
 from wan_local.stored_tensor import StoredTensor, TensorReader
 from wan_local.weight_files import read_file_header
 
@@ -110,6 +109,13 @@ class Lora:
             total += _delta(change, shape)
         return total
 
+    def rank(self, name: str) -> int | None:
+        """Return the rank of all changes of a linear together, from the header; None where one is a full difference."""
+        changes = self._changes.get(name, ())
+        if any("down" not in change.pieces for change in changes):
+            return None
+        return sum(change.pieces["down"][1].shape[0] for change in changes)
+
     def low_rank(self, name: str) -> list[LowRank] | None:
         """Return the changes of a linear as low-rank pairs; None where one of them is a full difference."""
         pairs = []
@@ -161,6 +167,12 @@ def open_lora(file: Path, strength: float, config: ModelConfig) -> Lora:
             f"{', '.join(unmatched[:3]) or 'none'}; {report.zero} changes are zero. It was made for another model."
         )
     return Lora(file, strength, changes, report)
+
+
+def open_loras(texts: Sequence[str], config: ModelConfig) -> tuple[Lora, ...]:
+    """Open LoRAs given as FILE:STRENGTH; see `open_lora`. Raises ModelNotFound too, for a file that is not there."""
+    entries = [LoraSetting.parse(text) for text in texts]
+    return tuple(open_lora(entry.file, entry.strength, config) for entry in entries)
 
 
 def apply_all(loras: Sequence[Lora], name: str, weight: Tensor) -> Tensor:
@@ -312,9 +324,3 @@ def _delta(change: _Change, shape: tuple[int, ...]) -> Tensor:
     wide = torch.zeros(shape)  # see _widens
     wide[:, : numbers.shape[1]] = numbers
     return wide
-
-
-def lora_argument(text: str) -> tuple[Path, float]:
-    """Read FILE or FILE:STRENGTH; a drive letter's colon is no strength."""
-    match = re.fullmatch(r"(?P<file>.+):(?P<strength>[-+]?[\d.]+(e[-+]?\d+)?)", text)
-    return (Path(match["file"]), float(match["strength"])) if match else (Path(text), 1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from wan_local import __version__, runs
 from wan_local.acceleration import EveryStep, make_policy
 from wan_local.answers import Answers, Latents, Remembering
 from wan_local.attention import PLAIN_KERNELS
-from wan_local.checkpoint import find_model
+from wan_local.checkpoint import ModelFiles, find_model
 from wan_local.conditioning import initial_noise
 from wan_local.decode import decode_frames
 from wan_local.denoise import Guided, denoise
@@ -145,6 +145,7 @@ def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Ge
     geometry, space = job.geometry, job.workspace(report, check)
     for text in remarks_on(job):
         report.note(text)
+    _report_loras(job.files, report)
     yield report.step(1, 1, f"{job.files.config.title}: {job.plan.describe()}")
     yield from checked_images(job.switches, job.images, report)
     prompt = yield from expanded_prompt(job.switches, job.images, answers, report, seed=job.seed, check=check)
@@ -184,6 +185,14 @@ def _decode(job: Job, space: Workspace, final: Latents) -> Generator[Step, None,
                 yield report.step(decoded.done, total, f"frame {decoded.done} of {total}")
             video = writer.finish()
     return video
+
+
+def _report_loras(files: ModelFiles, report: Report) -> None:
+    if files.loras:
+        report.facts["loras"] = [asdict(lora.report) for lora in files.loras]
+    for lora in files.loras:
+        if lora.report.unmatched or lora.report.missing_images:
+            report.note(lora.report.describe())
 
 
 @dataclass(frozen=True, slots=True)

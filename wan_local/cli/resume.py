@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wan_local.cli.flags import add_place_flags, settings_from
+from wan_local.cli.flags import add_lora_flag, add_place_flags, settings_from
 from wan_local.cli.generate import add_output_flags, follow
 from wan_local.runs import settings_of
 
@@ -24,6 +24,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("run_id", metavar="RUN", help="its id, as `wan-local runs` lists it")
     local = parser.add_argument_group("where and how (as the run was begun unless told)")
     add_place_flags(local)
+    add_lora_flag(local)
     add_output_flags(local)
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_local.cli.flags import add_place_flags
+from wan_local.cli.flags import add_lora_flag, add_place_flags
 from wan_local.cli.terminal import DONE, say
 from wan_local.errors import NotAvailable
 
@@ -31,6 +31,7 @@ def add(commands: Commands) -> None:
     parser.set_defaults(run=_serve)
     place = parser.add_argument_group("where and how")
     add_place_flags(place)
+    add_lora_flag(place)
     place.add_argument("--output-dir", type=Path, metavar="DIR", help="where videos, uploads and the queue are kept")
     place.add_argument("--host", help="address to listen at (default: 127.0.0.1; others need --api-key)")
     place.add_argument("--port", type=int, help="port to listen at, 0 for a free one (default: 8787)")
@@ -59,7 +60,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     given = vars(options)
     names = ("host", "port", "tls", "allow_local_files", "allow_private_urls")
-    settings = load_settings(**{name: given.get(name) for name in ("model", "device", "output_dir")})
+    settings = load_settings(**{name: given.get(name) for name in ("model", "device", "output_dir", "loras")})
     origins = tuple(origin.lower().rstrip("/") for origin in given.get("cors_origin", ()))
     wanted = {name: given[name] for name in names if name in given}
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
