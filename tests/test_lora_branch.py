@@ -17,6 +17,7 @@ from tests.test_quantized_networks import parameters as parameters_of
 from wan_local.checkpoint import ModelFiles, find_model, open_model
 from wan_local.cli.flags import settings_from
 from wan_local.errors import ModelNotFound
+from wan_local.identity import part_identity
 from wan_local.layers import Linear
 from wan_local.lora import apply_all
 from wan_local.planner import StagePlan
@@ -136,3 +137,11 @@ def test_a_run_that_is_gone_on_with_has_its_loras(loras: tuple[LoraSetting, ...]
     stored = json.loads(json.dumps(_public_settings(settings)))
     assert load_settings(loras=stored["loras"]).loras == settings.loras
     assert [LoraSetting.parse(text) for text in settings.loras] == list(loras)
+
+
+def test_another_lora_or_strength_is_another_transformer_to_resume(loras: tuple[LoraSetting, ...]) -> None:
+    variants = [(), loras[:1], loras, (replace(loras[0], strength=0.4),)]
+    identities = {
+        part_identity(find_model(load_settings(model="tiny", loras=some)), "transformer") for some in variants
+    }
+    assert len(identities) == len(variants)

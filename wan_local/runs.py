@@ -174,8 +174,10 @@ def settings_of(run_id: str, settings: Settings) -> Settings:
     stored: dict[str, Any] = {}
     for field in fields(Settings):
         value = run.about.get("settings", {}).get(field.name, getattr(settings, field.name))
-        value = tuple(value) if isinstance(value, list) else value
-        stored[field.name] = Path(value) if value is not None and "Path" in str(field.type) else value
+        if isinstance(value, list):
+            stored[field.name] = tuple(value)
+        else:
+            stored[field.name] = Path(value) if value is not None and "Path" in str(field.type) else value
     return replace(Settings(**stored), state_dir=settings.state_dir)
 
 
