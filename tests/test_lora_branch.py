@@ -17,6 +17,7 @@ from tests.test_quantized_networks import parameters as parameters_of
 from wan_local.checkpoint import ModelFiles, find_model, open_model
 from wan_local.cli.flags import settings_from
 from wan_local.errors import ModelNotFound
+from wan_local.fusions import takes_int8
 from wan_local.identity import part_identity
 from wan_local.layers import Linear
 from wan_local.lora import apply_all
@@ -145,3 +146,15 @@ def test_another_lora_or_strength_is_another_transformer_to_resume(loras: tuple[
         part_identity(find_model(load_settings(model="tiny", loras=some)), "transformer") for some in variants
     }
     assert len(identities) == len(variants)
+
+
+def test_a_fused_kernel_leaves_a_linear_with_a_branch_alone() -> None:
+    linear = Linear(64, 64)
+    linear.hold(
+        {"weight": torch.zeros(64, 64, dtype=torch.int8), "weight_scale": torch.ones(64)},
+        rotated=False,
+        arithmetic="w8a8",
+    )
+    assert takes_int8(linear)
+    linear.branch(4)
+    assert linear.branched and not takes_int8(linear)
