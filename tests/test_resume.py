@@ -126,7 +126,7 @@ PLACES = (
 def test_a_run_killed_after_any_stage_or_step_ends_with_the_same_file(stamps: Stamps, tmp_path: Path) -> None:
     script = [sys.executable, "-c", KILL, str(tmp_path), *PLACES]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1200, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     settings = replace(stamps.settings, state_dir=tmp_path / "state", cache_dir=tmp_path / "cache")
     left = {run.id: run for run in runs.list_runs(settings)}
@@ -138,7 +138,8 @@ def test_a_run_killed_after_any_stage_or_step_ends_with_the_same_file(stamps: St
         result = finish(settings, place)
         assert result.video.path == tmp_path / f"{place}.mp4"
         assert result.video.path.read_bytes() == stamps.video, place
-        assert Path(f"{result.video.path}.json").read_bytes() == stamps.sidecar
+        sidecar = Path(f"{result.video.path}.json").read_bytes()
+        assert sidecar == stamps.sidecar.replace(b"whole.mp4", f"{place}.mp4".encode())
         assert result.report["notes"] == []
     assert not list(tmp_path.rglob("*.part"))
 
@@ -235,6 +236,28 @@ def assert_same_frames(path: Path, video: bytes, folder: Path) -> None:
 
     (folder / "expected.mp4").write_bytes(video)
     assert (read_video(path) == read_video(folder / "expected.mp4")).all()
+
+
+def test_a_run_keeps_the_encodings_it_was_begun_with(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever became of the cache since: encoded in other tiles, say, their last bits would differ."""
+    for cache_gigabytes in (0.0, 1.0):
+        chosen = replace(settings, cache_gigabytes=cache_gigabytes, cache_dir=tmp_path / "cache")
+        run_until(chosen, stamps.request, "own", tmp_path / "x.mp4", "denoise", 3)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        opened: list[str] = []
+        opening = pipeline.Workspace.open
+
+        def recorded(self: Any, network: Any, rung: Any, names: list[str] = opened, opening: Any = opening) -> Any:
+            names.append(network)
+            return opening(self, network, rung)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.Workspace, "open", recorded)
+            finish(chosen, "own")
+        assert opened[:2] == ["context_embedder", "transformer"] and len(opened) == 3
+        assert (tmp_path / "x.mp4").read_bytes() == stamps.video
 
 
 def test_an_id_that_is_known_is_gone_on_with(

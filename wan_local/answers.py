@@ -39,7 +39,7 @@ class Answers:
     """The calls in one run's folder. `note` is told what the caller should know; `write_ms` is what each write took."""
 
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
-        self._folder, self._note = folder, note
+        self.folder, self._note = folder, note
         self._writes = self._same_bits = True
         self.write_ms: list[float] = []
 
@@ -74,21 +74,21 @@ class Answers:
     def finish(self, final: Latents) -> None:
         """Put the final latents in the calls' place."""
         header = {"calls": final.calls, "acceleration": final.acceleration}
-        if self._write(self._folder / LATENTS, {"latents": final.latents}, header):
+        if self._write(self.folder / LATENTS, {"latents": final.latents}, header):
             self._forget_from(1)
 
     def keep_expansion(self, expansion: Mapping[str, Any]) -> None:
         """Keep what the prompt was expanded to, so that a run that is gone on with asks no language model again."""
-        self._write(self._folder / EXPANSION, {}, dict(expansion))
+        self._write(self.folder / EXPANSION, {}, dict(expansion))
 
     def expansion(self) -> dict[str, Any] | None:
         """Return what `keep_expansion` was given, if it was."""
-        record = read_record(self._folder / EXPANSION)
+        record = read_record(self.folder / EXPANSION)
         return None if record is None else dict(record.header)
 
     def final(self) -> Latents | None:
         """Return the final latents, on the CPU, if denoising was done."""
-        record = read_record(self._folder / LATENTS)
+        record = read_record(self.folder / LATENTS)
         if record is None:
             return None
         return Latents(record.tensors["latents"], record.header["calls"], record.header["acceleration"])
@@ -99,7 +99,7 @@ class Answers:
         started = time.perf_counter()
         needed = sum(tensor.nbytes for tensor in tensors.values())
         try:
-            free = shutil.disk_usage(self._folder).free
+            free = shutil.disk_usage(self.folder).free
             if free < needed + _LEAST_FREE_BYTES:
                 raise OSError(f"{free / 1e6:.0f} MB is free on that disk")
             write_record(path, tensors, header)
@@ -113,12 +113,12 @@ class Answers:
         return True
 
     def _forget_from(self, number: int) -> None:
-        for path in self._folder.glob(CALLS):
+        for path in self.folder.glob(CALLS):
             if path >= self._path(number):
                 path.unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
-        return self._folder / CALLS.replace("*", f"{number:04d}")
+        return self.folder / CALLS.replace("*", f"{number:04d}")
 
 
 class Remembering:

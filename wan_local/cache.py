@@ -37,13 +37,25 @@ class Entry:
 
 
 class EncodingCache:
-    """Encodings in `folder`, at most `limit_bytes` of them; a limit of 0 switches it off."""
+    """Encodings in `folder`, at most `limit_bytes` of them; a limit of 0 switches it off.
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self._folder, self._limit_bytes = folder, limit_bytes
+    private: the folder of one run, where everything that the run uses is kept, too: whatever the bound lets go or the
+    cache is switched to, the run can be gone on with from the same bits.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, *, private: Path | None = None) -> None:
+        self._folder, self._limit_bytes, self._private = folder, limit_bytes, private
 
     def get(self, key: str) -> Record | None:
         """Return what was put under `key`, or None. A damaged entry is removed."""
+        if self._private is None:
+            return self._shared(key)
+        record = read_record(self._private / f"{key}{_SUFFIX}")
+        if record is None and (record := self._shared(key)) is not None:
+            self._write(self._private / f"{key}{_SUFFIX}", record)
+        return record
+
+    def _shared(self, key: str) -> Record | None:
         path = self._path(key)
         if not self._limit_bytes or not path.exists():
             return None
@@ -58,14 +70,20 @@ class EncodingCache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:
         """Keep an encoding. Where that is not possible, say so in the log and go on: it can be made again."""
-        if not self._limit_bytes:
-            return
-        try:
-            durable.make_folder(self._folder)
-            write_record(self._path(key), tensors, header or {})
+        record = Record(tensors, header or {})
+        if self._private is not None:
+            self._write(self._private / f"{key}{_SUFFIX}", record)
+        if self._limit_bytes and self._write(self._path(key), record):
             self._evict()
+
+    def _write(self, path: Path, record: Record) -> bool:
+        try:
+            durable.make_folder(path.parent)
+            write_record(path, record.tensors, record.header)
         except OSError as error:
-            _log.warning("an encoding could not be kept in %s: %s", self._folder, error.strerror or error)
+            _log.warning("an encoding could not be kept in %s: %s", path.parent, error.strerror or error)
+            return False
+        return True
 
     def entries(self) -> list[Entry]:
         """Return every entry, the least recently used first."""

@@ -142,7 +142,7 @@ class Pipeline:
 
 def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Generator[Step, None, Result]:
     """Make the video of a job; what the answers tell already is not done again."""
-    geometry, space = job.geometry, job.workspace(report, check)
+    geometry, space = job.geometry, job.workspace(report, check, private=answers.folder if answers else None)
     for text in remarks_on(job):
         report.note(text)
     _report_loras(job.files, report)

@@ -66,8 +66,8 @@ class Job:
     def seed(self) -> int:
         return self.order.seed
 
-    def workspace(self, report: Report, check: Check = unchecked) -> Workspace:
-        """Return what the stages work with."""
+    def workspace(self, report: Report, check: Check = unchecked, *, private: Path | None = None) -> Workspace:
+        """Return what the stages work with. private: the run's own folder, where its encodings are kept."""
         config, settings = self.files.config, self.settings
         sizes = network_sizes(config, self.files)
 
@@ -75,7 +75,7 @@ class Job:
             return shrink(plan, stage, config, sizes, self.machine)
 
         ladder = Ladder(self.plan, self.device, self.dtype, shrink=lesser, note=report.note)
-        cache = EncodingCache(settings.cache_dir, int(settings.cache_gigabytes * 1e9))
+        cache = EncodingCache(settings.cache_dir, int(settings.cache_gigabytes * 1e9), private=private)
         return Workspace(self.files, self.device, self.dtype, ladder, cache, report, check)
 
 

@@ -3,6 +3,7 @@
     <state_dir>/runs/<run id>/
         run.json                 request, settings, seed, sizes, versions, the model's identity
         start.png end.png        both images at the video's size
+        text-... image-... condition-...   the encodings that the run uses (see `cache`)
         call-0001.safetensors    what the transformer answered, one file a model call (see `answers`)
         latents.safetensors      the final latents, once there are some; the calls are gone then
         expansion.safetensors    what the prompt was expanded to, where that was asked for

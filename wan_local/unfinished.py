@@ -36,7 +36,7 @@ def begun(
 def taken(settings: Settings, run_id: str) -> Iterator[runs.RunFolder]:
     """Take over an unfinished run. Raises NotResumable."""
     folder = runs.take(settings, run_id)
-    with _held(folder):
+    with _held(folder, keep=True):
         yield folder
 
 
@@ -44,19 +44,22 @@ def _begin(
     order: Order, settings: Settings, files: ModelFiles, plan: Plan, run_id: str, note: Callable[[str], None]
 ) -> runs.RunFolder | None:
     about = describe(order, settings, files, torch.device(plan.device))
+    folder: runs.RunFolder | None = None
     try:
         runs.prune(settings)
         folder = runs.begin(settings, run_id, {**about, "chunk_tokens": plan.chunk_tokens})
         write_pictures(order, folder.folder)
     except OSError as error:
         note(f"the state of this run cannot be saved in {runs.runs_folder(settings)}: {error.strerror or error}")
+        if folder is not None:
+            folder.release(remove=True)
         return None
     return folder
 
 
 @contextmanager
-def _held(folder: runs.RunFolder) -> Iterator[None]:
-    """Remove the folder when the block ends well, or before anything was done; keep it otherwise."""
+def _held(folder: runs.RunFolder, *, keep: bool = False) -> Iterator[None]:
+    """Remove the folder when the block ends well, or before anything was done unless `keep`; keep it otherwise."""
     done = False
     try:
         yield
@@ -69,7 +72,7 @@ def _held(folder: runs.RunFolder) -> Iterator[None]:
             raise OutOfMemory(f"{error} What was done is kept: wan-local resume {folder.id}") from error
         raise
     finally:
-        kept = not done and folder.worth_keeping
+        kept = not done and (keep or folder.worth_keeping)
         folder.release(remove=not kept)
         if kept:
             _log.info("the unfinished run %s is kept", folder.id)
