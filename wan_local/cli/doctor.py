@@ -24,8 +24,8 @@ def add(commands: Commands) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from wan_local.device import resolve_device
     from wan_local import expander, safety
+    from wan_local.device import resolve_device
     from wan_local.doctor import backend_reports, kernel_reports, line_to_paste, world
 
     settings = settings_from(vars(options))
