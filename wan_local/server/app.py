@@ -41,6 +41,7 @@ def create_app(service: Service, files: ServedFiles, options: ServerOptions) -> 
     app = FastAPI(title="wan_local", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     endpoint = Endpoint(service, files, options)
     app.add_api_route("/run/{target:path}", endpoint.run, methods=["POST"])
+    app.add_api_route(f"/{APPLICATION}", endpoint.run_at_root, methods=["POST"])  # nothing but the host swapped
     app.add_api_route("/queue/{target:path}", endpoint.submit, methods=["POST"])
     app.add_api_route("/queue/{target:path}", endpoint.look, methods=["GET"])
     app.add_api_route("/queue/{target:path}", endpoint.cancel, methods=["PUT"])
@@ -111,6 +112,10 @@ class Endpoint:
         finally:
             self._service.queue.cancel(job)
         return self._outcome(job, request)
+
+    async def run_at_root(self, request: HttpRequest) -> Response:
+        """Run, for those who swapped the host of https://fal.run and nothing else."""
+        return await self.run(APPLICATION, request)
 
     async def submit(self, target: str, request: HttpRequest) -> Response:
         """Queue a request. A wrong one is queued too: its result says so, as on the hosted service."""
