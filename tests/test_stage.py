@@ -15,7 +15,8 @@ from wan_local.settings import load_settings
 from wan_local.stage import Network, load_network, load_strictly, network_sizes, stage
 
 CPU = torch.device("cpu")
-NETWORKS: list[Network] = ["text_encoder", "image_encoder", "vae", "context_embedder", "transformer"]
+NETWORKS: list[Network] = ["text_encoder", "image_encoder", "vae", "vae_encoder", "vae_decoder"]
+NETWORKS += ["context_embedder", "transformer"]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,20 @@ def files() -> ModelFiles:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_parameter_is_loaded_and_none_stays_on_meta(files: ModelFiles, network: Network) -> None:
     module = load_network(network, files, CPU, torch.float32)
-    part, wanted = {"context_embedder": ("transformer", True), "transformer": ("transformer", False)}.get(
-        network, (network, None)
+    part = (
+        "vae"
+        if network.startswith("vae")
+        else "transformer"
+        if network in ("context_embedder", "transformer")
+        else network
     )
-    stored = PartTensors(files, part, lambda name: wanted is None or in_context(name) is wanted)
+    theirs = {
+        "context_embedder": in_context,
+        "transformer": lambda name: not in_context(name),
+        "vae_encoder": lambda name: name.startswith(("encoder.", "quant_conv.")),
+        "vae_decoder": lambda name: name.startswith(("decoder.", "post_quant_conv.")),
+    }
+    stored = PartTensors(files, part, theirs.get(network, lambda _: True))
     assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
     assert not any(parameter.requires_grad for parameter in module.parameters())
     state = {canonical(part, name): tensor for name, tensor in module.state_dict().items()}
@@ -54,11 +65,13 @@ def test_loop_and_context_share_the_transformers_tensors_without_one_left_over(f
     assert counted["transformer"].total + counted["context_embedder"].total == stored
     for network, size in counted.items():
         module = load_network(network, files, CPU, torch.bfloat16)
-        item = 4 if network == "vae" else 2
+        item = 4 if network.startswith("vae") else 2
         stored_once = {
             p.data_ptr(): p.numel() * p.element_size() for p in module.parameters()
         }  # one table has two names
         assert size.weight_bytes(item) == sum(stored_once.values())
+    halves = counted["vae_encoder"].total + counted["vae_decoder"].total
+    assert counted["vae"].total == halves == sum(tensor.numel() for tensor in PartTensors(files, "vae").values())
     assert counted["transformer"].num_blocks == files.config.transformer.num_layers
     assert counted["text_encoder"].table == files.config.text_encoder.vocab_size * files.config.text_encoder.d_model
 

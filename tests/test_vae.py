@@ -3,12 +3,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests import parity
+from tests.live_bytes import live_bytes
 from wan_local.conditioning import encode_condition
+from wan_local.decode import decode_frames
+from wan_local.geometry import Geometry, Size
+from wan_local.models.vae import Vae
+from wan_local.settings import VaeConfig
+from wan_local.tiling import WHOLE, Tiling
+from wan_local.vae_cost import kept_bytes
 
 
 def condition_chunks(start: Tensor, end: Tensor, chunks: int, *, blank: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -39,16 +47,102 @@ def test_most_of_the_encoding_of_81_frames_is_not_repeated(monkeypatch: pytest.M
     images = (torch.rand(3, 32, 48), torch.rand(3, 32, 48))
     encode_condition(vae, images, 81)
     assert calls.count(vae.encoder.conv_in) <= 8
-    first_coarse = vae.encoder.down_blocks[vae.encoder.fine_blocks + 1].conv1
+    merging = len(vae.encoder.local.frame) - 1  # the first layer that sees chunks; conv_in stands before the blocks
+    first_coarse = vae.encoder.down_blocks[merging + 1].conv1
     assert calls.count(first_coarse) <= 12  # of 21 chunks
 
 
 def test_memory_of_a_stream_does_not_grow_with_its_length() -> None:
     vae = parity.official_vae()
-    sizes = []
+    peaks = []
     for frames in (3, 9):
-        memory: dict[Any, Tensor] = {}
-        for latent in torch.randn(1, 16, frames, 4, 6).split(1, dim=2):
-            vae.decoder(vae.post_quant_conv(latent, memory), memory)
-        sizes.append(sum(tensor.numel() for tensor in memory.values()))
-    assert sizes[0] == sizes[1]
+        latents = torch.randn(1, 16, frames, 4, 6)
+        with live_bytes() as decoding:
+            for chunk in vae.decode(latents):
+                del chunk
+        peaks.append(decoding.peak - latents.nbytes)  # denormalised, they are held once more
+    assert peaks[0] == peaks[1]
+
+
+def test_memory_of_tiles_does_not_grow_with_the_length_of_the_clip() -> None:
+    """What is kept between the whole frames and the tiles is in RAM, and known."""
+    config = parity.vae_config()
+    with torch.device("meta"):
+        vae = Vae(config)
+    peaks = []
+    for frames in (3, 5):
+        latents = torch.empty(1, 16, frames, 16, 24, device="meta")
+        geometry = Geometry(Size(128, 192), 4 * (frames - 1) + 1)
+        with live_bytes() as decoding:
+            for tile in vae.decode_tiles(latents, Tiling(1, 2), keep_on="meta"):
+                del tile
+        kept = kept_bytes("decoder", geometry, config, Tiling(1, 2)) - geometry.generated_frames * 128 * 192 * 3
+        peaks.append(decoding.peak - kept)
+    assert peaks[0] == peaks[1]
+
+
+def wide_vae(seed: int) -> Vae:
+    """Return a VAE of the real one's depth with random weights."""
+    torch.manual_seed(seed)
+    vae = Vae(VaeConfig(8, 16, (1, 2, 4, 4), 2, (False, True, True), (0.1,) * 16, (1.7,) * 16))
+    for name, parameter in vae.named_parameters():
+        fan_in = max(parameter[0].numel(), 1)
+        torch.nn.init.normal_(parameter, 1.0 if name.endswith("gamma") else 0.0, 0.8 / fan_in**0.5)
+    return vae.eval().requires_grad_(False)
+
+
+TILINGS = [(1, 2), (2, 1), (2, 3), (5, 4)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), TILINGS)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_tiled_decoding_equals_the_whole_frames_within_rounding(rows: int, columns: int, frames: int) -> None:
+    """Odd sizes, tiles down to one row of latent cells, NaN where no tile has written."""
+    for vae in (parity.official_vae(), wide_vae(frames)):
+        latents = torch.randn(1, 16, frames, 5, 7, generator=torch.Generator().manual_seed(frames))
+        whole = torch.cat(list(vae.decode(latents)), dim=2)
+        tiled = torch.full_like(whole, torch.nan)
+        for tile in vae.decode_tiles(latents, Tiling(rows, columns)):
+            last = tile.first + tile.pixels.shape[2]
+            tiled[:, :, tile.first : last, tile.window.rows.slice, tile.window.columns.slice] = tile.pixels
+        assert parity.relative_error(tiled, whole) <= 1e-5
+
+
+@pytest.mark.parametrize(("rows", "columns"), TILINGS)
+@pytest.mark.parametrize("chunks", [0, 10])
+def test_tiled_encoding_equals_the_whole_frames_within_rounding(rows: int, columns: int, chunks: int) -> None:
+    """Of a clip that repeats in the middle and of one that does not."""
+    generator = torch.Generator().manual_seed(chunks)
+    start, end = (torch.rand(1, 3, 1, 40, 56, generator=generator) * 2 - 1 for _ in range(2))
+    repeating = condition_chunks(start, end, chunks, blank=lambda middle: middle) if chunks else [start]
+    moving = [start, *(torch.rand(1, 3, 4, 40, 56, generator=generator) for _ in range(min(chunks, 1)))]
+    vae = parity.official_vae() if chunks else wide_vae(3)
+    for clip in (repeating, moving):
+        assert parity.relative_error(vae.encode(clip, Tiling(rows, columns)), vae.encode(clip)) <= 1e-5
+
+
+def test_encoding_in_tiles_skips_what_repeats_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, frames = parity.official_vae(), []
+    forward = type(vae.encoder.conv_in).forward
+
+    def counted(self: Any, *args: Any) -> Tensor:
+        if self is vae.encoder.conv_in:
+            frames.append(args[0].shape[2])
+        return forward(self, *args)
+
+    monkeypatch.setattr(type(vae.encoder.conv_in), "forward", counted)
+    encode_condition(vae, (torch.rand(3, 32, 48), torch.rand(3, 32, 48)), 81, tiling=Tiling(2, 2))
+    assert sum(frames) <= 4 * 8
+
+
+@pytest.mark.parametrize("num_frames", [17, 15])
+def test_frames_of_a_tiled_decode_are_those_of_a_whole_one(num_frames: int) -> None:
+    vae, geometry = parity.official_vae(), Geometry(Size(64, 96), num_frames)
+    latents = torch.randn(1, 16, geometry.latent_frames, 8, 12)
+    videos = []
+    for tiling in (WHOLE, Tiling(2, 3)):
+        decoded = list(decode_frames(vae, latents, geometry, tiling=tiling))
+        assert decoded[-1].done == geometry.generated_frames
+        videos.append(np.concatenate([part.frames for part in decoded]).astype(int))
+    assert videos[0].shape == videos[1].shape == (num_frames, 64, 96, 3)
+    assert np.abs(videos[0] - videos[1]).max() <= 1

@@ -21,6 +21,7 @@ from wan_local.models.text_encoder import encode_tokens
 from wan_local.models.vae import Vae
 from wan_local.request import Check, unchecked
 from wan_local.settings import ImageEncoderConfig
+from wan_local.tiling import WHOLE, Tiling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,15 +98,20 @@ def picture_tensor(image: Image) -> Tensor:
 
 
 def encode_condition(
-    vae: Vae, images: tuple[Tensor, Tensor], generated_frames: int, *, check: Check = unchecked
+    vae: Vae,
+    images: tuple[Tensor, Tensor],
+    generated_frames: int,
+    *,
+    tiling: Tiling = WHOLE,
+    check: Check = unchecked,
 ) -> Tensor:
     """Return the condition [1, 4 + z_dim, T, H, W]: the mask, then the latents of [start, zeros ..., end].
 
     images: each [3, height, width] in [-1, 1]. Zero is mid-grey. Source: wan/first_last_frame2video.py of Wan2.1.
-    check: called before each chunk.
+    tiling: of the VAE. check: called before each chunk of each tile.
     """
-    chunks = _condition_clip(images, generated_frames, vae.post_quant_conv.weight.device)
-    latents = vae.encode(_checked(chunks, check))
+    chunks = _condition_clip(images, generated_frames, vae.device)
+    latents = vae.encode(chunks, tiling, check=check)
     return torch.cat((frame_mask(generated_frames, latents), latents), dim=1)
 
 
@@ -118,12 +124,6 @@ def _condition_clip(images: tuple[Tensor, Tensor], generated_frames: int, device
     for _ in range(chunks - 1):
         yield blank
     yield torch.cat((blank[:, :, 1:], end), dim=2)
-
-
-def _checked(chunks: Iterator[Tensor], check: Check) -> Iterator[Tensor]:
-    for chunk in chunks:
-        check()
-        yield chunk
 
 
 def frame_mask(generated_frames: int, like: Tensor) -> Tensor:

@@ -11,38 +11,50 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wan_local.errors import NumericalError
-from wan_local.geometry import Geometry, frames_to_drop
+from wan_local.geometry import TEMPORAL_STRIDE, Geometry, frames_to_drop
 from wan_local.models.vae import Vae
 from wan_local.preview import to_uint8
 from wan_local.request import Check, unchecked
+from wan_local.tiling import WHOLE, Tiling
 
 Frames = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """`done` of the generated frames are decoded; `frames` [N, H, W, 3] are ready to be written, N may be 0."""
+    """`done` of the generated frames are decoded; `frames` [N, H, W, 3] are ready to be written, N may be 0.
+
+    Where frames are decoded in tiles, `done` is how many frames the pixels so far would make.
+    """
 
     done: int
     frames: Frames
 
 
-def decode_frames(vae: Vae, latents: Tensor, geometry: Geometry, *, check: Check = unchecked) -> Iterator[Decoded]:
+def decode_frames(
+    vae: Vae, latents: Tensor, geometry: Geometry, *, tiling: Tiling = WHOLE, check: Check = unchecked
+) -> Iterator[Decoded]:
     """Yield the frames of normalised latents [1, C, T, h, w], a few at a time.
 
-    Where the model made up to three frames more than were asked for, all are kept as uint8 until the least-moving
-    interior ones are known. check: called after each chunk. Raises NumericalError.
+    They are kept as uint8 in RAM and come at the end where frames are decoded in tiles, and where the model made up to
+    three frames more than were asked for: the least-moving interior ones are left out. check: called after each chunk.
+    Raises NumericalError.
     """
+    if tiling.count > 1:
+        parts = _tiles(vae, latents, geometry, tiling)
+    else:
+        parts = _whole_frames(vae, latents, geometry)
+    for part in parts:
+        check()
+        yield part
+
+
+def _whole_frames(vae: Vae, latents: Tensor, geometry: Geometry) -> Iterator[Decoded]:
     streams = geometry.generated_frames == geometry.num_frames
     kept: list[Frames] = []
     done = 0
     for chunk in vae.decode(latents):
-        check()
-        if not torch.isfinite(chunk).all():
-            raise NumericalError(
-                "decoding gave NaN or infinity; no video is written. The VAE's weights may be damaged."
-            )
-        frames = to_uint8(chunk[0])
+        frames = _checked_frames(chunk)
         done += len(frames)
         if streams:
             yield Decoded(done, frames)
@@ -51,6 +63,27 @@ def decode_frames(vae: Vae, latents: Tensor, geometry: Geometry, *, check: Check
             yield Decoded(done, frames[:0])
     if kept:
         yield Decoded(done, without_excess(np.concatenate(kept), geometry.num_frames))
+
+
+def _tiles(vae: Vae, latents: Tensor, geometry: Geometry, tiling: Tiling) -> Iterator[Decoded]:
+    size, frames = geometry.size, geometry.generated_frames
+    video = np.empty((frames, size.height, size.width, 3), dtype=np.uint8)
+    pixels = 0
+    for tile in vae.decode_tiles(latents, tiling):
+        part = _checked_frames(tile.pixels)
+        video[tile.first : tile.first + len(part), tile.window.rows.slice, tile.window.columns.slice] = part
+        pixels += len(part) * tile.window.area
+        yield Decoded(pixels // (size.height * size.width), video[:0])
+    if geometry.generated_frames > geometry.num_frames:
+        video = without_excess(video, geometry.num_frames)
+    for first in range(0, len(video), TEMPORAL_STRIDE):
+        yield Decoded(frames, video[first : first + TEMPORAL_STRIDE])
+
+
+def _checked_frames(chunk: Tensor) -> Frames:
+    if not torch.isfinite(chunk).all():
+        raise NumericalError("decoding gave NaN or infinity; no video is written. The VAE's weights may be damaged.")
+    return to_uint8(chunk[0])
 
 
 def without_excess(frames: Frames, num_frames: int) -> Frames:

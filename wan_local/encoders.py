@@ -82,10 +82,18 @@ def encode_frames(pictures: Pictures, generated_frames: int, space: Workspace) -
     """Return the condition [1, 4 + z_dim, T, H/8, W/8], float32: the mask and both frames' latents."""
 
     def encode(rung: Rung) -> Tensor:
-        with space.open("vae", rung) as vae:
-            return encode_condition(vae, pictures, generated_frames, check=space.check)
+        with space.open("vae_encoder", rung) as vae:
+            return encode_condition(vae, pictures, generated_frames, tiling=rung.plan.tiling, check=space.check)
 
-    key = _key("condition", space, vae=_identity("vae", space), pictures=fingerprint(pictures), frames=generated_frames)
+    tiling = space.ladder.planned("condition").tiling
+    key = _key(
+        "condition",
+        space,
+        vae=_identity("vae", space),
+        pictures=fingerprint(pictures),
+        frames=generated_frames,
+        tiling=str(tiling),
+    )
     return _cached("condition", key, encode, space)
 
 

@@ -1,9 +1,9 @@
 """When memory runs out: free what the attempt held, take one rung down, and do that piece of work again.
 
 The planner makes the rungs, by planning the same stage for fewer bytes: fewer blocks stay on the device, then fewer
-tokens go at a time. The lowest of them is tried twice, since memory that others held may be free by then; after that,
-on a card, what can be done on the CPU in reasonable time is done there. Rungs are few; after the last one OutOfMemory
-says what was tried.
+tokens go at a time; the VAE takes smaller tiles. The lowest of them is tried twice, since memory that others held may be
+free by then; after that, on a card, what can be done on the CPU in reasonable time is done there. Rungs are few; after
+the last one OutOfMemory says what was tried.
 
     for attempt in ladder.attempts("text"):
         with attempt as rung:  # takes running out of memory, and nothing else
@@ -42,6 +42,8 @@ class Rung:
         where, plan = f"on {self.device}", self.plan
         if plan.resident_blocks is not None:
             where += f" with {plan.resident_blocks} blocks resident"
+        if plan.tiling.count > 1:
+            where += f" in {plan.tiling} tiles"
         return where
 
 
@@ -65,6 +67,10 @@ class Ladder:
         self._shrink, self._note = shrink, note
         self._current: dict[Stage, Iterator[Rung]] = {}
         self._rungs: dict[Stage, Rung] = {}
+
+    def planned(self, stage: Stage) -> StagePlan:
+        """Return how a stage is tried first."""
+        return self._plan.stage(stage)
 
     def attempts(self, stage: Stage) -> Iterator[Attempt]:
         """Yield attempts until one succeeds, each one rung lower; the first is on the rung that the last one was on."""

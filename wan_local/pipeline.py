@@ -178,8 +178,9 @@ def _decode(job: Job, space: Workspace, final: Latents) -> Generator[Step, None,
     """Write the video, from its first frame on at every attempt; return what was written."""
     total, report = job.geometry.generated_frames, space.report
     for attempt in space.attempts("decode"):
-        with attempt as rung, space.open("vae", rung) as vae, _writer(job, final.calls, report) as writer:
-            frames = decode_frames(vae, final.latents.to(rung.device), job.geometry, check=space.check)
+        with attempt as rung, space.open("vae_decoder", rung) as vae, _writer(job, final.calls, report) as writer:
+            latents, tiling = final.latents.to(rung.device), rung.plan.tiling
+            frames = decode_frames(vae, latents, job.geometry, tiling=tiling, check=space.check)
             for decoded in checked_frames(job.switches, frames, job.geometry.num_frames, report):
                 writer.write(decoded.frames)
                 yield report.step(decoded.done, total, f"frame {decoded.done} of {total}")

@@ -13,6 +13,8 @@ from typing import Literal
 from wan_local.errors import DoesNotFit
 from wan_local.geometry import PATCH, Geometry
 from wan_local.settings import ModelConfig, TransformerConfig
+from wan_local.tiling import WHOLE, Tiling
+from wan_local.vae_cost import VaeHalf, kept_bytes, tilings, vae_bytes
 from wan_local.weight_format import Int8Arithmetic
 
 Source = Literal["ram", "file"]  # where streamed blocks wait
@@ -27,9 +29,6 @@ _RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
 W8A8_TOKENS = 2048  # whose sums of integers are held at a time
 _DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**23, 2**27  # bytes of the rows of a weight that are float32 at a time
 SLOTS = 2  # of the ring that streamed blocks pass through
-# What the VAE holds at its peak, counted in frames of base width at full resolution by tests/test_planner.py
-_ENCODE_FRAMES, _DECODE_FRAMES, _FRAMES_A_RES_BLOCK = 16.0, 21.5, 7.25
-_PIXEL_FRAMES = 12  # of three channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +86,7 @@ class StagePlan:
     `resident_blocks` stay on the device and the others stream from `source`; None: all stay.
     `device` is where it runs, None for the run's own. `seconds` it will take about, None where that is not known.
     `int8_arithmetic` is what int8 weights are used by; None: as suits the device.
+    `tiling` is of the VAE's frames. `ram_bytes` wait in RAM meanwhile where the device is a card: blocks, features.
     """
 
     name: str
@@ -97,6 +97,8 @@ class StagePlan:
     device: str | None = None
     seconds: float | None = None
     int8_arithmetic: Int8Arithmetic | None = None
+    tiling: Tiling = WHOLE
+    ram_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -199,10 +201,8 @@ def _plan(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSi
     rows = [
         ("text", "text_encoder", compute, _text_bytes(config, compute)),
         ("image", "image_encoder", compute, _image_bytes(config)),
-        ("condition", "vae", _FLOAT32_BYTES, _vae_bytes(geometry, config, frames=_ENCODE_FRAMES)),
         ("context", "context_embedder", compute, contexts),
         ("denoise", "transformer", compute, loop),
-        ("decode", "vae", _FLOAT32_BYTES, _vae_bytes(geometry, config, frames=_DECODE_FRAMES)),
     ]
     stages = [
         StagePlan(
@@ -215,11 +215,36 @@ def _plan(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSi
     ]
     second_pass = geometry.tokens * config.transformer.dim * compute  # both guidance passes go together
     more = {"text": 0, "context": 0, "denoise": second_pass}
-    placed = tuple(
+    text, image, context, denoising = (
         streamed_if_needed(stage, sizes[network], machine, more[stage.name]) if stage.name in more else stage
         for stage, (_, network, _, _) in zip(stages, rows, strict=True)
     )
+    encoding = _tiled("condition", "encoder", geometry, config, sizes["vae_encoder"], machine)
+    decoding = _tiled("decode", "decoder", geometry, config, sizes["vae_decoder"], machine)
+    placed = (text, image, encoding, context, denoising, decoding)
     return Plan(geometry, machine.device, chunk, placed, machine.free_bytes)
+
+
+def _tiled(
+    name: str, half: VaeHalf, geometry: Geometry, config: ModelConfig, size: NetworkSize, machine: Machine
+) -> StagePlan:
+    """Return the VAE's stage with the tiles that cost least of those that fit; with the smallest where none fits."""
+    plans = []
+    for tiling in tilings(geometry, config.vae, half):
+        held = vae_bytes(half, geometry, config.vae, tiling)
+        kept = kept_bytes(half, geometry, config.vae, tiling)
+        on_cpu = machine.device == "cpu"
+        plan = StagePlan(
+            name,
+            size.weight_bytes(_FLOAT32_BYTES),
+            held + kept if on_cpu else held,
+            tiling=tiling,
+            ram_bytes=0 if on_cpu else kept,
+        )
+        if plan.peak_bytes <= _budget(machine):
+            return plan
+        plans.append(plan)
+    return min(plans, key=lambda plan: plan.peak_bytes)
 
 
 def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, more_bytes: int) -> StagePlan:
@@ -282,13 +307,6 @@ def _image_bytes(config: ModelConfig) -> int:
     encoder = config.image_encoder
     kept = (encoder.num_hidden_layers + 8) * encoder.hidden_size + 2 * encoder.intermediate_size
     return 2 * encoder.tokens * kept * _FLOAT32_BYTES
-
-
-def _vae_bytes(geometry: Geometry, config: ModelConfig, *, frames: float) -> int:
-    """`frames` of features at full resolution and base width, those that causal layers remember, and the pixels."""
-    features = (frames + _FRAMES_A_RES_BLOCK * config.vae.num_res_blocks) * config.vae.base_dim
-    pixels = geometry.size.height * geometry.size.width * _FLOAT32_BYTES
-    return int((features + 3 * _PIXEL_FRAMES) * pixels)
 
 
 def _contexts_bytes(config: ModelConfig, compute: int) -> int:

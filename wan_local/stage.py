@@ -32,7 +32,10 @@ from wan_local.request import Check, unchecked
 from wan_local.settings import ModelConfig
 from wan_local.weight_format import PLAIN, WeightFormats
 
-Network = Literal["text_encoder", "image_encoder", "vae", "context_embedder", "transformer"]
+Network = Literal[
+    "text_encoder", "image_encoder", "vae", "vae_encoder", "vae_decoder", "context_embedder", "transformer"
+]
+_ENCODING = ("encoder.", "quant_conv.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,12 @@ _RECIPES: Mapping[Network, _Recipe] = {
         lambda config: build_image_encoder(config.image_encoder), "image_encoder", layers="encoder.layers"
     ),
     "vae": _Recipe(lambda config: Vae(config.vae), "vae"),
+    "vae_encoder": _Recipe(
+        lambda config: Vae(config.vae, decodes=False), "vae", lambda name: name.startswith(_ENCODING)
+    ),
+    "vae_decoder": _Recipe(
+        lambda config: Vae(config.vae, encodes=False), "vae", lambda name: not name.startswith(_ENCODING)
+    ),
     "context_embedder": _Recipe(
         lambda config: ContextEmbedder(config.transformer), "transformer", in_context, layers="blocks", streams=True
     ),
@@ -194,7 +203,7 @@ def _load(module: nn.Module, network: Network, files: ModelFiles, place: _Place,
         for name, buffer in part.named_buffers(recurse=False):
             part.register_buffer(name, buffer.to(device), persistent=False)
     module.eval().requires_grad_(False)
-    if network == "vae" and device.type == "cpu":
+    if recipe.part == "vae" and device.type == "cpu":
         _channels_last(module)
 
 

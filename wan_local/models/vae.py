@@ -34,6 +34,7 @@ from wan_local.models.causal_layers import (
     cut,
     run_layers,
 )
+from wan_local.request import Check, unchecked
 from wan_local.settings import VaeConfig
 from wan_local.tiling import WHOLE, Tiling, Window, crops, decoder_layers, encoder_layers, windows_through
 
@@ -174,41 +175,61 @@ class TilePixels:
 class Vae(nn.Module):
     """Encoder and decoder with the normalisation of latents that the transformer was trained with."""
 
-    def __init__(self, config: VaeConfig) -> None:
+    def __init__(self, config: VaeConfig, *, encodes: bool = True, decodes: bool = True) -> None:
+        """Build both halves, or the one that is needed."""
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)
-        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1)
+        if encodes:
+            self.encoder = Encoder(config)
+            self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        if decodes:
+            self.decoder = Decoder(config)
+            self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1)
 
-    def encode(self, chunks: Iterable[Tensor], tiling: Tiling = WHOLE, *, keep_on: str = "cpu") -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def encode(
+        self,
+        chunks: Iterable[Tensor],
+        tiling: Tiling = WHOLE,
+        *,
+        keep_on: str = "cpu",
+        check: Check = unchecked,
+    ) -> Tensor:
         """Return normalised latents [B, z_dim, T, H/8, W/8] of a video that comes as chunks of frames.
 
         chunks: [B, 3, t, H, W] in [-1, 1], the first with one frame and every other with four. Where one tensor that
         holds a single frame expanded to four comes again and again, as the blank middle of FLF2V's condition does, what
         repeats is not computed again; the result is the same bit for bit. The posterior's mean is taken, no sample.
         tiling: of each frame; tiles change the result by rounding alone. keep_on: the device that holds all frames'
-        features between the tiles and the layers that see whole frames; nothing is kept for one tile.
+        features between the tiles and the layers that see whole frames; nothing is kept for one tile. check: called
+        before each chunk of each tile.
         """
         memory: Memory = {}
         means: list[Tensor] = []
         previous: Tensor | None = None
         steady: Steady | None = None
-        for features in self._local_features(chunks, tiling, keep_on):
+        for features in self._local_features(chunks, tiling, keep_on, check):
             steady = (steady or Steady()) if features is previous else None
             previous = features
-            x = features.to(self.quant_conv.weight.device)
-            moments = self.quant_conv(run_layers(self.encoder.whole_layers, x, memory, steady=steady), memory)
+            x = run_layers(self.encoder.whole_layers, features.to(self.device), memory, steady=steady)
+            moments = self.quant_conv(x, memory)
             means.append(moments[:, : self.config.z_dim])
         return self.normalize(torch.cat(means, dim=2))
 
-    def _local_features(self, chunks: Iterable[Tensor], tiling: Tiling, keep_on: str) -> Iterator[Tensor]:
+    def _local_features(self, chunks: Iterable[Tensor], tiling: Tiling, keep_on: str, check: Check) -> Iterator[Tensor]:
         """Yield each chunk's features before the layers that see whole frames; one tensor again where it repeats."""
         if tiling.count > 1:
-            return iter(self._joined_tiles(list(chunks), tiling, keep_on))
-        return map(_EncoderStream(self.encoder).features, chunks)
+            yield from self._joined_tiles(list(chunks), tiling, keep_on, check)
+            return
+        stream = _EncoderStream(self.encoder)
+        for chunk in chunks:
+            check()
+            yield stream.features(chunk)
 
-    def _joined_tiles(self, chunks: list[Tensor], tiling: Tiling, keep_on: str) -> list[Tensor]:
+    def _joined_tiles(self, chunks: list[Tensor], tiling: Tiling, keep_on: str, check: Check) -> list[Tensor]:
         """Return every chunk's features, made tile by tile and kept on `keep_on`."""
         latent = Size(chunks[0].shape[-2] // SPATIAL_STRIDE, chunks[0].shape[-1] // SPATIAL_STRIDE)
         whole: list[Tensor] = []
@@ -216,6 +237,7 @@ class Vae(nn.Module):
         for window in tiling.windows(latent):
             stream, previous = _EncoderStream(self.encoder, window, latent), None
             for index, chunk in enumerate(chunks):
+                check()
                 tile = stream.features(chunk)
                 if len(whole) == index:
                     whole.append(tile.new_empty((*tile.shape[:3], latent.height, latent.width), device=keep_on))

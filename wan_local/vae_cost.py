@@ -1,6 +1,6 @@
 """What the VAE holds at its peak and what it computes, from shapes alone: the planner's view of `models/vae.py`.
 
-Mirrors the order in which the layers make and drop their buffers; `tests/test_vae_memory.py` holds every figure to the
+Mirrors the order in which the layers make and drop their buffers; `tests/test_vae_cost.py` holds every figure to the
 bytes that are counted while the real layers run on `meta` at full size. All float32. Integers, no torch.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 from wan_local.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, Geometry, Size
 from wan_local.settings import VaeConfig
 from wan_local.tiling import (
     ATTENTION_SCORES,
     Layer,
+    Span,
     Tiling,
     Window,
     decoder_layers,
@@ -27,6 +29,8 @@ _FLOAT32_BYTES = 4
 _KERNEL = 27  # weights of a causal convolution for one pair of channels
 _FLAT_KERNEL = 9  # and of one inside a frame
 _RGB = 3
+_FAR = 16  # latent cells beyond which a frame's edge no longer matters to a tile: the widest halo is 7
+_MOST_TILES = 8  # along a side
 _MARGIN = 1.02  # small buffers that are not counted one by one
 
 
@@ -42,33 +46,84 @@ class _Held:
         return self.remembered + self.working
 
 
-@cache
-def decode_bytes(geometry: Geometry, config: VaeConfig, tiling: Tiling) -> int:
-    """Return the most bytes that decoding holds on its device beside the weights and the latents."""
-    latent = geometry.latent_size
-    dims = [config.base_dim * factor for factor in (config.dim_mult[-1], config.dim_mult[-1])]
-    widths = [config.z_dim, *dims * (2 + config.num_res_blocks + 1)]
-    whole = _whole_layers(latent, widths)
-    latents = _latents(geometry, config)  # once more, denormalised
-    tiles = [_decode_tile(geometry.size, config, tile) for tile in tiling.windows(latent)]
-    return int(_MARGIN * _FLOAT32_BYTES * _peak(whole, tiles, beside_whole=latents))
+VaeHalf = Literal["encoder", "decoder"]
 
 
 @cache
-def encode_bytes(geometry: Geometry, config: VaeConfig, tiling: Tiling) -> int:
-    """Return the most bytes that encoding holds on its device beside the weights and the images."""
-    dim = config.base_dim * config.dim_mult[-1]
-    whole = _whole_layers(geometry.latent_size, [dim] * (2 * (2 + config.num_res_blocks) + 1), compared=True)
-    latents = _latents(geometry, config)  # the parts that are done
-    tiles = [_encode_tile(geometry.size, config, tile) for tile in tiling.windows(geometry.latent_size)]
-    return int(_MARGIN * _FLOAT32_BYTES * _peak(whole, tiles, beside_whole=latents))
-
-
-def kept_bytes(geometry: Geometry, config: VaeConfig, tiling: Tiling) -> int:
-    """Return the bytes of RAM that wait between whole frames and tiles: every latent frame's features."""
+def vae_bytes(half: VaeHalf, geometry: Geometry, config: VaeConfig, tiling: Tiling) -> int:
+    """Return the most bytes that one half holds on its device beside its weights and what it is given."""
     latent, dim = geometry.latent_size, config.base_dim * config.dim_mult[-1]
-    frames = geometry.latent_frames if tiling.count > 1 else 0
-    return frames * dim * latent.height * latent.width * _FLOAT32_BYTES
+    convolutions = 4 + 2 * config.num_res_blocks  # of the mid block and of the level beside it
+    if half == "decoder":
+        whole = _whole_layers(latent, [config.z_dim, *[dim] * (convolutions + 2)])
+    else:
+        whole = _whole_layers(latent, [dim] * (convolutions + 1), compared=True)
+    tile_of = _decode_tile if half == "decoder" else _encode_tile
+    tiles = [tile_of(geometry.size, config, window) for window in _distinct(tiling.windows(latent), latent)]
+    return int(_MARGIN * _FLOAT32_BYTES * _peak(whole, tiles, tiling, beside_whole=_latents(geometry, config)))
+
+
+@cache
+def vae_flops(half: VaeHalf, geometry: Geometry, config: VaeConfig, tiling: Tiling) -> float:
+    """Return the floating-point operations of the local layers' convolutions over all tiles, halos included.
+
+    The encoder's are those of a whole clip; of FLF2V's, most repeats and is not computed.
+    """
+    local = decoder_layers(config) if half == "decoder" else encoder_layers(config)
+    layers = (*local.chunk, *local.frame) if half == "decoder" else (*local.frame, *local.chunk)
+    scale, size = (SPATIAL_STRIDE, geometry.size) if half == "decoder" else (1, geometry.latent_size)
+    total = 0.0
+    for tile in tiling.windows(geometry.latent_size):
+        frames = geometry.latent_frames if half == "decoder" else geometry.generated_frames
+        for place in _places(layers, windows_through(layers, tile.scaled(scale), size)):
+            total += _flops(place) * frames
+            if place.layer.temporal:  # all but the first frame
+                frames = 2 * frames - 1 if half == "decoder" else (frames + 1) // 2
+    return total
+
+
+def _flops(place: _Place) -> float:
+    """Floating-point operations of a layer for one of its input frames."""
+    layer = place.layer
+    if layer.kind == "res":
+        weights = _KERNEL * layer.dim_out * (layer.dim_in + layer.dim_out)
+    elif layer.kind == "conv":
+        weights = _KERNEL * layer.dim_in * layer.dim_out
+    else:
+        weights = _FLAT_KERNEL * layer.dim_in * layer.dim_out
+    return 2.0 * weights * place.produced
+
+
+@cache
+def tilings(geometry: Geometry, config: VaeConfig, half: VaeHalf) -> tuple[Tiling, ...]:
+    """Return the tilings to choose from, those that compute least first: the whole frame, then larger tiles."""
+    latent = geometry.latent_size
+    every = [
+        Tiling(rows, columns)
+        for rows in range(1, min(_MOST_TILES, latent.height) + 1)
+        for columns in range(1, min(_MOST_TILES, latent.width) + 1)
+    ]
+    return tuple(sorted(every, key=lambda tiling: vae_flops(half, geometry, config, tiling)))
+
+
+def kept_bytes(half: VaeHalf, geometry: Geometry, config: VaeConfig, tiling: Tiling) -> int:
+    """Return the bytes of RAM that tiles need: every latent frame's features and, decoding, the video as uint8."""
+    if tiling.count == 1:
+        return 0
+    latent, size, dim = geometry.latent_size, geometry.size, config.base_dim * config.dim_mult[-1]
+    features = geometry.latent_frames * dim * latent.height * latent.width * _FLOAT32_BYTES
+    video = geometry.generated_frames * size.height * size.width * _RGB
+    return features + (video if half == "decoder" else 0)
+
+
+def _distinct(windows: Sequence[Window], latent: Size) -> list[Window]:
+    """Return one of the windows that need the same: as large, and as near to the frame's edges."""
+
+    def near(span: Span, length: int) -> tuple[int, int, int]:
+        return len(span), min(span.start, _FAR), min(length - span.stop, _FAR)
+
+    found = {(near(w.rows, latent.height), near(w.columns, latent.width)): w for w in windows}
+    return list(found.values())
 
 
 def _latents(geometry: Geometry, config: VaeConfig) -> int:
@@ -76,8 +131,8 @@ def _latents(geometry: Geometry, config: VaeConfig) -> int:
     return config.z_dim * geometry.latent_frames * latent.height * latent.width
 
 
-def _peak(whole: _Held, tiles: Sequence[_Held], *, beside_whole: int) -> int:
-    if len(tiles) == 1:  # both halves take turns, chunk by chunk
+def _peak(whole: _Held, tiles: Sequence[_Held], tiling: Tiling, *, beside_whole: int) -> int:
+    if tiling.count == 1:  # local layers and the others take turns, chunk by chunk
         [tile] = tiles
         return whole.remembered + tile.remembered + beside_whole + max(whole.working, tile.working)
     return max(whole.both + beside_whole, *(tile.both for tile in tiles))
@@ -91,7 +146,7 @@ def _whole_layers(latent: Size, widths: Sequence[int], *, compared: bool = False
     cells, dim = latent.height * latent.width, max(widths)
     scores = 2 * min(ATTENTION_SCORES, cells**2)  # before and after softmax, for backends that keep them
     old = (2 * _PAST + 1) * dim * cells if compared else 0
-    return _Held(_PAST * sum(widths) * cells, 5 * dim * cells + scores + old)
+    return _Held(_PAST * sum(widths) * cells, 6 * dim * cells + scores + old)
 
 
 @dataclass(frozen=True, slots=True)
