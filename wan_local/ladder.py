@@ -1,9 +1,9 @@
 """When memory runs out: free what the attempt held, take one rung down, and do that piece of work again.
 
 The planner makes the rungs, by planning the same stage for fewer bytes: fewer blocks stay on the device, then fewer
-tokens go at a time; the VAE takes smaller tiles. The lowest of them is tried twice, since memory that others held may be
-free by then; after that, on a card, what can be done on the CPU in reasonable time is done there. Rungs are few; after
-the last one OutOfMemory says what was tried.
+tokens go at a time; the VAE takes smaller tiles. The lowest of them is tried twice, since memory that others held may
+be free by then; after that, on a card, what can be done on the CPU in reasonable time is done there. Rungs are few;
+after the last one OutOfMemory says what was tried.
 
     for attempt in ladder.attempts("text"):
         with attempt as rung:  # takes running out of memory, and nothing else
