@@ -241,7 +241,7 @@ def _tiled(
             tiling=tiling,
             ram_bytes=0 if on_cpu else kept,
         )
-        if plan.peak_bytes <= budget(machine):
+        if plan.peak_bytes <= usable_bytes(machine):
             return plan
         plans.append(plan)
     return min(plans, key=lambda plan: plan.peak_bytes)
