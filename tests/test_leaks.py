@@ -44,7 +44,8 @@ def open_files() -> list[str]:
 
 def live_tensors() -> int:
     gc.collect()
-    return sum(isinstance(thing, torch.Tensor) and thing.numel() > 1000 for thing in gc.get_objects())
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return sum(tensor.numel() > 1000 for tensor in tensors)
 
 
 def streams(plan: Plan) -> Plan:

@@ -11,6 +11,7 @@ A call is one file: the guided velocity and, where the policy measures it, the p
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Latents:
 
 
 class Answers:
-    """The calls in one run's folder. `note` is told what the caller should know; `write_ms` is what each write took."""
+    """The calls in one run's folder. note: told what the caller should know. `write_ms`: what each write took."""
 
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
         self.folder, self._note = folder, note
@@ -92,6 +93,11 @@ class Answers:
         if record is None:
             return None
         return Latents(record.tensors["latents"], record.header["calls"], record.header["acceleration"])
+
+    def cost(self) -> dict[str, float]:
+        """Return what saving took, for the report: how many writes, and their median in milliseconds."""
+        median = statistics.median(self.write_ms) if self.write_ms else 0.0
+        return {"writes": len(self.write_ms), "median_write_ms": round(median, 1)}
 
     def _write(self, path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> bool:
         if not self._writes:

@@ -171,7 +171,8 @@ def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Ge
     with report.stage("decode"):
         video = yield from _decode(job, space, latents)
     report.acceleration = latents.acceleration
-    return _result(job, video, {**report.as_dict(), "model_calls": latents.calls})
+    saved = {"state": answers.cost()} if answers else {}
+    return _result(job, video, {**report.as_dict(), "model_calls": latents.calls, **saved})
 
 
 def _decode(job: Job, space: Workspace, final: Latents) -> Generator[Step, None, VideoReport]:
