@@ -87,7 +87,10 @@ def test_the_unmodified_javascript_client_works(live: Live, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_page_works_in_a_browser(live: Live, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("no image")
-    run(
-        "playground.mjs", live.url, IMAGES / "first_frame.png", IMAGES / "last_frame.png", tmp_path / "bad.png",
-        CHROMIUM, seconds=180,
-    )  # fmt: skip
+    (tmp_path / "locked").mkdir()
+    engine = PlayableEngine(tmp_path / "locked")
+    with live_server(tmp_path / "locked", engine, api_key="open sesame") as locked:
+        run(
+            "playground.mjs", live.url, IMAGES / "first_frame.png", IMAGES / "last_frame.png", tmp_path / "bad.png",
+            CHROMIUM, locked.url, "open sesame", seconds=180,
+        )  # fmt: skip

@@ -1,11 +1,11 @@
-// The page in a browser: node playground.mjs URL FRAME LAST BAD CHROMIUM [SHOTS]. Ends with 0 if every claim holds.
+// The page in a browser: node playground.mjs URL FRAME LAST BAD CHROMIUM URL_WITH_KEY KEY [SHOTS]. Ends with 0 if every claim holds.
 import assert from "node:assert/strict";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { chromium } from "playwright-core";
 
-const [url, frame, last, bad, executablePath, shots] = process.argv.slice(2);
+const [url, frame, last, bad, executablePath, lockedUrl, key, shots] = process.argv.slice(2);
 const args = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
 const profile = mkdtempSync(join(tmpdir(), "wan-local-page-"));
 const context = await chromium.launchPersistentContext(profile, { executablePath, args, viewport: { width: 1280, height: 900 } });
@@ -14,7 +14,7 @@ try {
   const complaints = [];
   page.on("pageerror", (error) => complaints.push(String(error)));
   page.on("console", (message) => { if (/Content Security Policy|Refused/.test(message.text())) complaints.push(message.text()); });
-  page.on("request", (request) => { if (!request.url().startsWith(url) && !/^(data|blob):/.test(request.url())) complaints.push(`asks ${request.url()}`); });
+  page.on("request", (request) => { if (![url, lockedUrl].some((ours) => request.url().startsWith(ours)) && !/^(data|blob):/.test(request.url())) complaints.push(`asks ${request.url()}`); });
   const shot = async (name) => { if (shots) await page.screenshot({ path: join(shots, `${name}.png`), fullPage: true }); };
   const submit = async (prompt) => { await page.fill("#prompt", prompt); await page.click("#submit"); };
   const state = () => page.textContent("#state");
@@ -105,6 +105,17 @@ try {
     assert.ok(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), `${width} px`);
     await shot(`narrow_${width}`);
   }
+
+  // a server with a key asks for it once
+  await page.goto(lockedUrl);
+  await page.waitForSelector("#prompt");
+  await page.setInputFiles("#start_image_url", frame);
+  await page.setInputFiles("#end_image_url", last);
+  await submit("locked");
+  await page.waitForSelector("#key");
+  await page.fill("#key", key);
+  await page.click("#submit");
+  await page.waitForSelector("video");
   assert.deepEqual(complaints, []);
   console.log("every claim holds");
 } finally {

@@ -22,7 +22,7 @@ from wan_local.request import APPLICATION, Request
 from wan_local.server.files import ServedFiles, TooLarge
 from wan_local.server.guard import App, Guard
 from wan_local.server.images import unpack
-from wan_local.server.messages import Body, BodyTooLarge, event, failure_response, parse, read_body, refusal
+from wan_local.server.messages import Body, BodyTooLarge, base_url, event, failure_response, parse, read_body, refusal
 from wan_local.server.openapi import document
 from wan_local.server.options import ServerOptions
 from wan_local.server.page import add_page
@@ -30,6 +30,7 @@ from wan_local.server.storage import add_storage
 from wan_local.service import Service
 
 _LOOK_SECONDS = 0.05  # how often a waiting answer looks at its job
+_ACCEPTED_AT_ONCE = 4  # whose images, up to a quarter of a GiB each, are decoded at the same time
 _ALIVE_SECONDS = 15.0  # how often a silent stream shows that it is alive
 _QUEUE_TARGET = re.compile(r"(?P<application>.+?)/requests/(?P<id>[^/]+)(?P<tail>(/[a-z]+)*)/?")
 _NOT_FOUND = Failure(404, {"status": "NOT_FOUND"})
@@ -92,6 +93,7 @@ class Endpoint:
         self._service = service
         self._files = files
         self._options = options
+        self._accepting = asyncio.Semaphore(_ACCEPTED_AT_ONCE)
 
     async def run(self, target: str, request: HttpRequest) -> Response:
         """Make a video and answer with it; a client that leaves cancels its request."""
@@ -176,7 +178,8 @@ class Endpoint:
             return wanted
         content = await read_body(request, self._options.max_body_bytes)
         content_type = request.headers.get("content-type", "")
-        return await run_in_threadpool(self._accepted, content, content_type, wanted)
+        async with self._accepting:
+            return await run_in_threadpool(self._accepted, content, content_type, wanted)
 
     def _accepted(self, content: bytes, content_type: str, wanted: Wanted) -> Job:
         body = parse(content, content_type)
@@ -212,13 +215,13 @@ class Endpoint:
         assert job.result is not None, "a job ends with a result or with an error"
         output = self._service.described(job.result)
         if job.result.video.path is not None:
-            output["video"]["url"] = _base(request) + self._files.target_of(job.result.video.path)
+            output["video"]["url"] = base_url(request) + self._files.target_of(job.result.video.path)
         return output
 
     def _envelope(self, job: Job, request: HttpRequest, *, logs: int | None) -> dict[str, Any]:
         """Return the status as the hosted service words it, with the logs from the `logs`-th on; None for none."""
         status = self._service.queue.status(job)
-        url = f"{_base(request)}/queue/{APPLICATION}/requests/{job.id}"
+        url = f"{base_url(request)}/queue/{APPLICATION}/requests/{job.id}"
         envelope: dict[str, Any] = {
             "status": status.state,
             "request_id": job.id,
@@ -296,7 +299,3 @@ def _positive(text: str) -> float | None:
     except ValueError:
         return None
     return number if 0 < number < float("inf") else None
-
-
-def _base(request: HttpRequest) -> str:
-    return f"{request.url.scheme}://{request.headers['host']}"

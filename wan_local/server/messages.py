@@ -37,6 +37,11 @@ def refusal(status_code: int, detail: str) -> Response:
     return JSONResponse({"detail": detail}, status_code)
 
 
+def base_url(request: HttpRequest) -> str:
+    """Return the server's address as this client knows it; the gate has looked at the Host header."""
+    return f"{request.url.scheme}://{request.headers['host']}"
+
+
 async def read_body(request: HttpRequest, max_bytes: int) -> bytes:
     """Return the body. Raises BodyTooLarge at the first byte too many."""
     if int(request.headers.get("content-length") or 0) > max_bytes:

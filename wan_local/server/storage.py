@@ -18,7 +18,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from wan_local.server.files import ServedFiles, Upload
-from wan_local.server.messages import chunks_of, read_body, refusal
+from wan_local.server.messages import base_url, chunks_of, read_body, refusal
 from wan_local.server.options import ServerOptions
 
 _TOKEN_HOURS = 24
@@ -53,17 +53,17 @@ class Storage:
         """Give the token that fal_client's uploads carry: the key, where there is one."""
         expires = datetime.now(UTC) + timedelta(hours=_TOKEN_HOURS)
         key = self._options.api_key or "local"
-        told = {"token": key, "token_type": "Bearer", "base_url": _base(request), "expires_at": expires.isoformat()}
+        told = {"token": key, "token_type": "Bearer", "base_url": base_url(request), "expires_at": expires.isoformat()}
         return JSONResponse(told)
 
     async def upload(self, request: HttpRequest) -> Response:
         upload = self._files.begin(request.headers.get("content-type", ""))
         await self._files.write(upload, chunks_of(request))
-        return JSONResponse({"access_url": _base(request) + self._files.upload_target(upload)})
+        return JSONResponse({"access_url": base_url(request) + self._files.upload_target(upload)})
 
     async def begin_parts(self, request: HttpRequest) -> Response:
         upload = self._files.begin(request.headers.get("content-type", ""))
-        url = _base(request) + self._files.upload_target(upload)
+        url = base_url(request) + self._files.upload_target(upload)
         return JSONResponse({"access_url": url, "uploadId": upload.token})
 
     async def initiate(self, request: HttpRequest) -> Response:
@@ -96,7 +96,7 @@ class Storage:
             await run_in_threadpool(self._files.join, upload, numbers)
         except (ValueError, LookupError, TypeError, RecursionError, OverflowError) as error:
             return refusal(400, f"The parts of an upload are listed as partNumber and etag: {error}")
-        return JSONResponse({"access_url": _base(request) + self._files.upload_target(upload)})
+        return JSONResponse({"access_url": base_url(request) + self._files.upload_target(upload)})
 
     async def file(self, token: str, name: str, request: HttpRequest) -> Response:
         """Give a file out, whole or a range of it."""
@@ -120,13 +120,11 @@ class Storage:
             return refusal(400, f"The body is not JSON: {error}")
         told = body.get("content_type") if isinstance(body, dict) else None
         upload = self._files.begin(told if isinstance(told, str) else "")
-        upload_url = f"{_base(request)}/{verb}/{upload.token}/{upload.path.name}"
-        return JSONResponse({"upload_url": upload_url, "file_url": _base(request) + self._files.upload_target(upload)})
+        upload_url = f"{base_url(request)}/{verb}/{upload.token}/{upload.path.name}"
+        return JSONResponse(
+            {"upload_url": upload_url, "file_url": base_url(request) + self._files.upload_target(upload)}
+        )
 
     def _found(self, token: str, name: str) -> Upload | None:
         stem, dot, suffix = name.partition(".")
         return self._files.find(token, dot + suffix) if stem == token else None
-
-
-def _base(request: HttpRequest) -> str:
-    return f"{request.url.scheme}://{request.headers['host']}"
