@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +22,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.world import append_row, describe, measure
+from bench.gpu_kernels import int8_step, int8_step_720p, kernel_speed, kernels
+from bench.gpu_stage import SIZES, Bench, CheckFailed, check, random_state
+from bench.world import measure
 from tests import parity
 from wan_local.checkpoint import ModelFiles, find_model
 from wan_local.denoise import Guided
-from wan_local.geometry import Geometry, Size
+from wan_local.geometry import Geometry
 from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
 from wan_local.models.vae import Vae
 from wan_local.offload import FlatBlock, Residency, StreamedBlocks
 from wan_local.pipeline import generate
 from wan_local.planner import StagePlan, chunk_tokens, spread
 from wan_local.request import Request
-from wan_local.settings import ModelConfig, load_model_config, load_settings
+from wan_local.settings import load_settings
 from wan_local.stage import stage
 from wan_local.video import read_video
 
 IMAGES = Path(__file__).parents[1] / "tests" / "images"
-SIZES = {"full": (Size(480, 832), Size(720, 1280)), "small": (Size(64, 112),)}
 GPU_TOLERANCE = 10  # times the CPU's, as golden.json says for float32 with TF32 off
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every stage is given."""
-
-    device: torch.device
-    size: str
-    runs: int
-
-    @property
-    def config(self) -> ModelConfig:
-        return load_model_config("flf2v_14b" if self.size == "full" else "flf2v_tiny")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    def report(self, stage: str, **row: Any) -> None:
-        file = "gpu" if self.device.type == "cuda" else "gpu_script_on_cpu"
-        append_row(file, {"stage": stage, "world": describe(self.device), **row})
 
 
 def correctness(bench: Bench) -> None:
@@ -77,16 +56,16 @@ def correctness(bench: Bench) -> None:
     expected = data["A.out.t999"].unsqueeze(0)
     got = net(latents, 999, text.to(device), images).cpu()
     error = parity.relative_error(got, expected)
-    _check("transformer float32", error, GPU_TOLERANCE * parity.golden()["tolerances"]["dit"])
+    check("transformer float32", error, GPU_TOLERANCE * parity.golden()["tolerances"]["dit"])
     for half in (net.context_embedder, net.transformer):
         _cast(half, bench.dtype)
     got = net(latents, 999, text.to(device), images).cpu()
     rms = float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    _check(f"transformer {bench.dtype}", rms, 0.02)
+    check(f"transformer {bench.dtype}", rms, 0.02)
     vae_data, vae = parity.tensors("vae_cases"), parity.official_vae().to(device)
     decoded = torch.cat(list(vae.decode(vae_data["dec0.latent"].unsqueeze(0).to(device))), dim=2)[0].cpu()
     vae_error = parity.relative_error(decoded, vae_data["dec0.raw"])
-    _check("vae decode float32", vae_error, GPU_TOLERANCE * parity.golden()["tolerances"]["vae"])
+    check("vae decode float32", vae_error, GPU_TOLERANCE * parity.golden()["tolerances"]["vae"])
     bench.report("correctness", transformer_max=error, transformer_rms_compute_dtype=rms, vae_max=vae_error)
 
 
@@ -110,7 +89,7 @@ def tiny(bench: Bench) -> None:
             videos.append(read_video(Path(folder) / f"{device.replace(':', '_')}.mp4").astype(np.float64))
     mse = float(np.mean((videos[0] - videos[1]) ** 2))
     psnr = 99.0 if mse == 0 else float(10 * np.log10(255**2 / mse))
-    _check("dB below 30 between card and CPU", max(0.0, 30.0 - psnr), 0.0)
+    check("dB below 30 between card and CPU", max(0.0, 30.0 - psnr), 0.0)
     bench.report("tiny", psnr_to_cpu=round(psnr, 2), seconds_cpu=seconds[0], seconds_device=seconds[1])
 
 
@@ -127,7 +106,7 @@ def transformer(bench: Bench) -> None:
             freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers, image_dim=config.image_dim,
             added_kv_proj_dim=config.dim, pos_embed_seq_len=config.image_tokens,
         )  # fmt: skip
-    state = _random_state(peer, bench)
+    state = random_state(peer, bench)
     once.load_state_dict({name: tensor for name, tensor in state.items() if in_context(name)}, assign=True)
     ours.load_state_dict({name: tensor for name, tensor in state.items() if not in_context(name)}, assign=True)
     kept = peer._keep_in_fp32_modules
@@ -162,7 +141,7 @@ def _one_size_of_transformer(
 
     got, expected = guided.predict(latents, 700)[0], peer_prediction()
     rms = float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    _check("transformer against diffusers", rms, 0.03 if bench.dtype == torch.bfloat16 else 1e-3)
+    check("transformer against diffusers", rms, 0.03 if bench.dtype == torch.bfloat16 else 1e-3)
     works: dict[str, Callable[[], Any]] = {
         "wan_local": lambda: guided.predict(latents, 700),
         "diffusers": peer_prediction,
@@ -184,7 +163,7 @@ def streaming(bench: Bench) -> None:
             for _ in range(5):
                 got = _tiny_velocities(bench, files, plan)
                 unequal = sum(not torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-                _check(f"unequal tensors, {resident} resident, from {source}", unequal, 0)
+                check(f"unequal tensors, {resident} resident, from {source}", unequal, 0)
     bench.report("streaming", who="tiny model, every resident count, from RAM and from file", bit_equal=True)
     for size in SIZES[bench.size]:
         for resident in (None, 0):
@@ -211,7 +190,7 @@ def _streamed_step(bench: Bench, geometry: Geometry, resident: int | None) -> No
         network, once = Transformer(config), ContextEmbedder(config)
     blocks = list(network.blocks)
     layouts = [FlatBlock(block, lambda name: torch.float32 if stays_float32(name) else bench.dtype) for block in blocks]
-    example = {name: tensor.cpu() for name, tensor in _random_state(blocks[0], bench).items()}
+    example = {name: tensor.cpu() for name, tensor in random_state(blocks[0], bench).items()}
 
     def fill(_: int, views: Mapping[str, Tensor]) -> None:
         for name, view in views.items():
@@ -222,9 +201,9 @@ def _streamed_step(bench: Bench, geometry: Geometry, resident: int | None) -> No
         layouts[index].onto(blocks[index], torch.empty(layouts[index].nbytes, dtype=torch.uint8, device=device))
         fill(index, dict(blocks[index].named_parameters()))
     network.blocks = StreamedBlocks(blocks, layouts, fill, Residency(keep, "ram"), device)
-    rest = {name: tensor for name, tensor in _random_state(network, bench).items() if not name.startswith("blocks.")}
+    rest = {name: tensor for name, tensor in random_state(network, bench).items() if not name.startswith("blocks.")}
     network.load_state_dict(rest, strict=False, assign=True)
-    once.load_state_dict(_random_state(once, bench), assign=True)
+    once.load_state_dict(random_state(once, bench), assign=True)
     grid = (geometry.latent_frames, geometry.latent_size.height, geometry.latent_size.width)
     text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=bench.dtype)
     images = torch.randn(1, config.image_tokens, config.image_dim, device=device, dtype=bench.dtype)
@@ -247,7 +226,7 @@ def vae(bench: Bench) -> None:
     config = bench.config.vae
     with torch.device("meta"):
         ours = Vae(config)
-    ours.load_state_dict(_random_state(ours, bench, dtype=torch.float32), assign=True)
+    ours.load_state_dict(random_state(ours, bench, dtype=torch.float32), assign=True)
     peer = AutoencoderKLWan(base_dim=config.base_dim, num_res_blocks=config.num_res_blocks).to(bench.device).eval()
     peer.load_state_dict(ours.state_dict())
     for size in SIZES[bench.size]:
@@ -263,23 +242,11 @@ def vae(bench: Bench) -> None:
 
         peer.disable_tiling()
         short = latents[:, :, :3]
-        _check("vae against diffusers", parity.relative_error(stream(short), whole(short)[..., :8, :8]), 1e-3)
+        check("vae against diffusers", parity.relative_error(stream(short), whole(short)[..., :8, :8]), 1e-3)
         peer.enable_tiling()
         for name, work in (("wan_local", stream), ("diffusers tiled", whole)):
             measured = measure(work, bench.device, runs=bench.runs)
             bench.report("vae", who=name, size=str(size), frames=81, **measured.row())
-
-
-def _random_state(module: nn.Module, bench: Bench, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return random weights of a sane size for every parameter of a module on meta, made on the device."""
-    state = {}
-    for name, parameter in module.state_dict().items():
-        wanted = dtype or (torch.float32 if stays_float32(name) else bench.dtype)
-        fan_in = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 1
-        noise = torch.randn(parameter.shape, device=bench.device, dtype=wanted)
-        is_scale = name.endswith(("gamma",)) or ("norm" in name and name.endswith("weight"))
-        state[name] = noise.mul_(0.05).add_(1.0) if is_scale else noise.mul_(0.5 / fan_in**0.5)
-    return state
 
 
 def _cast(net: nn.Module, dtype: torch.dtype) -> None:
@@ -288,22 +255,16 @@ def _cast(net: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-class CheckFailed(Exception):
-    """A result is wrong, so its time is worth nothing."""
-
-
-def _check(what: str, value: float, limit: float) -> None:
-    print(f"  {what}: {value:.3g} (limit {limit:.3g})", flush=True)
-    if not value <= limit:
-        raise CheckFailed(f"{what}: {value:.4g} is over {limit:.4g}")
-
-
 STAGES: dict[str, Callable[[Bench], None]] = {
     "correctness": correctness,
     "tiny": tiny,
     "transformer": transformer,
     "streaming": streaming,
     "vae": vae,
+    "kernels": kernels,
+    "kernel_speed": kernel_speed,
+    "int8_step": int8_step,
+    "int8_step_720p": int8_step_720p,
 }
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from wan_kernels import HAS_TRITON, checks
+from wan_kernels import HAS_TRITON, checks, tuning
+from wan_kernels.hardware import save_tuned
 from wan_local import __version__
 from wan_local.attention import BACKENDS, card_of, choose
 from wan_local.device import driver_version
+from wan_local.errors import NotAvailable
 from wan_local.probe import problem_of, sources_hash
 from wan_local.settings import AttentionName, Settings
 
@@ -122,6 +125,20 @@ def median_seconds(work: Callable[[], Any], device: torch.device, runs: int = _R
         times.append(begin.elapsed_time(end) / 1e3)
     median: float = statistics.median(times)
     return median
+
+
+def launches_tried(device: torch.device) -> Iterator[tuning.Tried]:
+    """Yield each launch of each kernel as it is tried on a card. Raises NotAvailable where there is none."""
+    if device.type != "cuda":
+        raise NotAvailable("tuning needs a card: on a CPU the kernels' references run, and they have nothing to tune")
+    if not HAS_TRITON:
+        raise NotAvailable("tuning needs Triton; install it with `pip install 'wan_local[kernels]'`")
+    return tuning.tune(device, lambda work: median_seconds(work, device))
+
+
+def remember_launches(tried: Sequence[tuning.Tried], device: torch.device) -> Path:
+    """Keep the fastest launches for this card and Triton, and return the file."""
+    return save_tuned(tuning.chosen(tried, device))
 
 
 def world(device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from wan_kernels.hardware import tile_launch
+from wan_kernels.hardware import TileLaunch, tile_launch
 from wan_kernels.language import ceil_div, jit, launchable, tl
 
 KEY_BLOCK = 64  # keys that share a scale
@@ -163,13 +163,17 @@ def attention_int8_triton(
     v_scale: Tensor,
     v_mean: Tensor | None,
     out_dtype: torch.dtype,
+    launch: TileLaunch | None = None,
 ) -> Tensor:
-    """Launch the kernel: one program for BLOCK_M queries of a head; programs of one head are neighbours."""
+    """Launch the kernel: one program for BLOCK_M queries of a head; programs of one head are neighbours.
+
+    launch: what tuning tries; from the table unless given.
+    """
     launchable("attention_int8")
     _check(q, q_scale, k, k_scale, v, v_scale, v_mean)
     batch, heads, queries, head_dim = q.shape
     out = _empty(q, out_dtype)
-    launch = tile_launch("attention_int8", "int8" if v.dtype == torch.int8 else "fp16", q.device)
+    launch = launch or tile_launch("attention_int8", "int8" if v.dtype == torch.int8 else "fp16", q.device)
     _attention_kernel[(ceil_div(queries, launch.block_m), batch * heads)](
         q, q_scale, k, k_scale, v, v_scale, v_scale if v_mean is None else v_mean, out,
         heads, queries, k.shape[2], v.shape[-1] if v.dtype == torch.int8 else heads * head_dim,

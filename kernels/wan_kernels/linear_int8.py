@@ -149,12 +149,19 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
 
 
 def linear_int8_triton(
-    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, gelu: bool, out_dtype: torch.dtype
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    out_dtype: torch.dtype,
+    launch: TileLaunch | None = None,
 ) -> Tensor:
-    """Launch the kernel into a new tensor."""
+    """Launch the kernel into a new tensor. launch: what tuning tries; from the table unless given."""
     launchable("linear_int8")
     out = _empty(a, w, out_dtype)
-    _launch((a, a_scale, w, w_scale, bias), None, None, out, gelu=gelu)
+    _launch((a, a_scale, w, w_scale, bias), None, None, out, gelu=gelu, launch=launch)
     return out
 
 
@@ -175,6 +182,7 @@ def _launch(
     out: Tensor,
     *,
     gelu: bool,
+    launch: TileLaunch | None = None,
 ) -> None:
     a, a_scale, w, w_scale, bias = operands
     (n, k), m = w.shape, a.numel() // a.shape[-1]
@@ -183,7 +191,7 @@ def _launch(
         assert tensor is None or tensor.is_contiguous(), f"strides {tensor.stride()} of shape {tuple(tensor.shape)}"
     if m == 0:
         return
-    launch = _tiles(m, n, k, a.device)
+    launch = launch or _tiles(m, n, k, a.device)
     tiles = ceil_div(m, launch.block_m) * ceil_div(n, launch.block_n)
     _linear_kernel[(tiles,)](
         a, a_scale, w, w_scale, bias, x, gate, out,

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import cast
 
 from wan_local import __version__
-from wan_local.cli import bench, cache, convert, doctor, download, generate, inspect, plan, resume, runs, serve
+from wan_local.cli import bench, cache, convert, doctor, download, generate, inspect, plan, resume, runs, serve, tune
 from wan_local.cli.flags import flag, given
 from wan_local.cli.terminal import FAILED, INTERRUPTED, TERMINATED, WRONG_REQUEST, say
 from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
@@ -28,6 +28,7 @@ _COMMANDS = (
     plan,
     inspect,
     doctor,
+    tune,
     download,
     convert,
     bench,

@@ -1,0 +1,83 @@
+"""Launches: a static table, what tuning found on one card stays on that card, and the first choice wins ties."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from wan_kernels import hardware, tuning
+from wan_kernels.hardware import CANDIDATES, TUNED, TileLaunch, row_launch, save_tuned, table_launch, tile_launch
+from wan_kernels.language import HAS_TRITON
+from wan_kernels.tuning import Tried, chosen, try_each
+from wan_local.doctor import launches_tried
+from wan_local.errors import NotAvailable
+
+CARD = torch.device("cuda:0")
+OTHER = TileLaunch(64, 64, 64, 4, 2)
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A 4090 that is not there, and an empty home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    properties = SimpleNamespace(name="NVIDIA GeForce RTX 4090", multi_processor_count=128)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    hardware._tuned.cache_clear()
+    return tmp_path
+
+
+def test_rows_get_a_power_of_two_and_warps_by_width() -> None:
+    assert [row_launch(width).block for width in (1, 128, 5120, 13_824)] == [64, 128, 8192, 16_384]
+    assert [row_launch(width).num_warps for width in (128, 5120, 13_824)] == [1, 8, 16]
+
+
+def test_a_card_without_a_line_of_its_own_takes_the_first_candidate() -> None:
+    assert table_launch("linear_int8", "large", 89) == CANDIDATES["linear_int8", "large"][0]
+    assert table_launch("linear_int8", "large", 90) != CANDIDATES["linear_int8", "large"][0]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="a launch is kept by Triton's version")
+def test_what_was_tuned_is_used_on_that_card_alone(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tile_launch("linear_int8", "large", CARD) == CANDIDATES["linear_int8", "large"][0]
+    file = save_tuned({hardware.tuned_key("linear_int8", "large", CARD): OTHER})
+    assert file == card / TUNED and len(json.loads(file.read_text())) == 1
+    assert tile_launch("linear_int8", "large", CARD) == OTHER
+    assert tile_launch("attention_int8", "fp16", CARD) == CANDIDATES["attention_int8", "fp16"][0]
+    smaller = SimpleNamespace(name="NVIDIA GeForce RTX 4060", multi_processor_count=24)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: smaller)
+    assert tile_launch("linear_int8", "large", CARD) == CANDIDATES["linear_int8", "large"][0]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="a launch is kept by Triton's version")
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(("seconds", "place"), [([1.0, 0.99, 2.0], 0), ([1.0, 0.9, 2.0], 1), ([None, 3.0, 2.0], 2)])
+def test_the_fastest_launch_is_chosen_and_the_first_wins_near_ties(seconds: list[float | None], place: int) -> None:
+    candidates = CANDIDATES["linear_int8", "large"]
+    tried = [Tried("linear_int8", "large", launch, time) for launch, time in zip(candidates, seconds, strict=False)]
+    assert list(chosen(tried, CARD).values()) == [candidates[place]]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the error is Triton's")
+def test_a_launch_that_does_not_fit_or_is_wrong_is_out() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    candidates = CANDIDATES["linear_int8", "large"]
+
+    def run(launch: TileLaunch) -> torch.Tensor:
+        if launch == candidates[1]:
+            raise OutOfResources(200_000, 101_376, "shared memory")
+        return torch.ones(3) * (2 if launch == candidates[2] else 1)
+
+    tried = list(try_each("linear_int8", "large", run, lambda work: float(work().sum())))
+    assert [entry.seconds for entry in tried] == [3.0, None, None, 3.0]
+
+
+def test_tuning_needs_a_card() -> None:
+    with pytest.raises(NotAvailable, match="needs a card"):
+        launches_tried(torch.device("cpu"))
+    assert tuning.TOKENS == 32_760
