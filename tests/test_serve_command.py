@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from wan_local import cli
-from wan_local.cli.terminal import FAILED
+from wan_local.cli.terminal import FAILED, WRONG_REQUEST
 
 
 @contextmanager
@@ -66,6 +66,12 @@ def test_it_says_where_it_is_refuses_a_second_one_and_ends_on_sigterm(
 def test_an_open_host_without_a_key_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--host", "0.0.0.0", "--port", "0", "--output-dir", str(tmp_path)]) == FAILED
     assert "--api-key" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_setting_is_told_before_anything_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--output-dir", str(tmp_path), "--kernels", "maybe"]) == WRONG_REQUEST
+    assert "A setting is wrong: kernels is 'maybe'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

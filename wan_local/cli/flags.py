@@ -98,5 +98,5 @@ def given(entry: dict[str, Any]) -> str:
 def settings_from(given: dict[str, Any]) -> Settings:
     from wan_local.settings import load_settings
 
-    names = ("model", "device", "profile", "loras", "attention", "kernels", "save_state")
+    names = ("model", "device", "profile", "loras", "attention", "kernels", "save_state", "output_dir")
     return load_settings(**{name: given.get(name) for name in names})

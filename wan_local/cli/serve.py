@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_local.cli.flags import add_lora_flag, add_place_flags
-from wan_local.cli.terminal import DONE, say
+from wan_local.cli.flags import add_kernel_flags, add_lora_flag, add_place_flags, settings_from
+from wan_local.cli.terminal import DONE, WRONG_REQUEST, say
 from wan_local.errors import NotAvailable
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def add(commands: Commands) -> None:
     parser.set_defaults(run=_serve)
     place = parser.add_argument_group("where and how")
     add_place_flags(place)
+    add_kernel_flags(place)
     add_lora_flag(place)
     place.add_argument("--output-dir", type=Path, metavar="DIR", help="where videos, uploads and the queue are kept")
     place.add_argument("--host", help="address to listen at (default: 127.0.0.1; others need --api-key)")
@@ -56,11 +57,15 @@ def _serve(options: argparse.Namespace) -> int:
         raise NotAvailable(f"the server needs {', '.join(missing)}: pip install 'wan_local[server]'")
     from wan_local.server.options import ServerOptions
     from wan_local.server.process import serve
-    from wan_local.settings import load_settings, server_key
+    from wan_local.settings import server_key
 
     given = vars(options)
     names = ("host", "port", "tls", "allow_local_files", "allow_private_urls")
-    settings = load_settings(**{name: given.get(name) for name in ("model", "device", "output_dir", "loras")})
+    try:
+        settings = settings_from(given)
+    except ValueError as error:
+        say(f"A setting is wrong: {error}")
+        return WRONG_REQUEST
     origins = tuple(origin.lower().rstrip("/") for origin in given.get("cors_origin", ()))
     wanted = {name: given[name] for name in names if name in given}
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
