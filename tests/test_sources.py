@@ -185,3 +185,52 @@ def test_a_quantization_of_comfy_that_is_not_read_is_named(tmp_path: Path) -> No
     name = "model.diffusion_model.blocks.2.ffn.0.comfy_quant"
     with pytest.raises(NotAvailable, match="nvfp4"):
         open_source(spoil(folder, tmp_path, lambda state: state.update({name: mark})))
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4", "fp8"])
+def test_what_quanto_saved_reads_as_quanto_reads_it(bits: str, tmp_path: Path) -> None:
+    """Its int4 in groups of 128 inputs, as it makes them itself; the numbers are quanto's, bit for bit."""
+    from optimum.quanto import freeze, qfloat8_e4m3fn, qint4, qint8, quantize
+
+    from wan_local.models.transformer import Transformer
+    from wan_local.settings import known_models
+
+    with torch.device("meta"):
+        shapes = Transformer(known_models()[1].transformer)
+    state = tiny("transformer")
+    whole = torch.nn.Module()
+    linears = [
+        name for name, _ in shapes.named_modules() if f"{name}.weight" in state and state[f"{name}.weight"].dim() == 2
+    ]
+    linears = [name for name in linears if name.startswith("blocks.")]
+    for name in linears:
+        weight = state[f"{name}.weight"].float()
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
+        linear.load_state_dict({"weight": weight, "bias": state[f"{name}.bias"].float()})
+        whole.add_module(name.replace(".", "/"), linear)
+    quantize(whole, weights={"int8": qint8, "int4": qint4, "fp8": qfloat8_e4m3fn}[bits])
+    freeze(whole)
+    stored = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in linears}
+    stored |= {name.replace("/", "."): tensor for name, tensor in whole.state_dict().items()}
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in stored.items()},
+        next((folder / "transformer").glob("*.safetensors")),
+    )
+    tensors = open_source(folder).part("transformer")
+    for name in linears:
+        expected = whole.get_submodule(name.replace(".", "/")).weight.dequantize()
+        got = tensors[f"{name}.weight"]
+        assert tensors.stored(f"{name}.weight").scale is not None
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)
+        assert torch.equal(tensors.row_range(f"{name}.weight", 3, 9), got[3:9])
+
+
+def test_an_embedding_in_plain_8_bits_beside_scaled_linears_is_read(tmp_path: Path) -> None:
+    folder = layouts.write_comfy(tmp_path / "made", "fp8_scaled")
+    file = next((folder / "text_encoders").iterdir())
+    state = load_file(file)
+    state["shared.weight"] = state["shared.weight"].to(torch.float8_e4m3fn)
+    save_file(state, file)
+    read = open_source(folder).part("text_encoder")["shared.weight"]
+    assert torch.equal(read, state["shared.weight"].bfloat16())

@@ -15,8 +15,8 @@ from wan_local.anatomy import in_context, part_shapes
 from wan_local.errors import ModelNotFound
 from wan_local.gguf_header import TYPES
 from wan_local.header import TensorInfo
-from wan_local.key_map import PARTS, Part, canonical_names, ignorable, without_prefix
-from wan_local.kinds import GET_IMAGE, GET_TEXT, GET_TRANSFORMER, GET_VAE, Kind, identify, weight_name
+from wan_local.key_map import PARTS, Part, canonical_names, ignorable, weight_name, without_prefix
+from wan_local.kinds import GET_IMAGE, GET_TEXT, GET_TRANSFORMER, GET_VAE, Kind, identify
 from wan_local.scales import check_scales, is_scale
 from wan_local.settings import ModelConfig, known_models
 from wan_local.weight_files import WeightFiles, read_json, read_weights, weight_sets
@@ -117,6 +117,7 @@ def sets_below(folder: Path) -> list[Path]:
 
 def _inspect_folder(folder: Path) -> Inspection:
     reports = [_report(read_weights(path)) for path in sets_below(folder)]
+    reports.sort(key=lambda report: [*PARTS, "lora", "other"].index(report.kind.part))
     if not reports:
         raise ModelNotFound(
             f"{str(folder)!r} holds no weights: no .safetensors, .gguf or .pth in it or two folders below"
@@ -187,10 +188,10 @@ def _config_for(kind: Kind) -> ModelConfig:
 
 
 def _parameters(part: Part | None, plain: Mapping[str, TensorInfo]) -> int:
-    """Return how many numbers the weights hold, scales and what is not used left out."""
+    """Return how many numbers the weights hold; scales, shifts and what is not used left out."""
     counted = 0
     for name, info in plain.items():
-        if is_scale(name) or _is_mark(name) or (part is not None and ignorable(part, name)):
+        if is_scale(name) or name.endswith("_shift") or _is_mark(name) or (part is not None and ignorable(part, name)):
             continue
         packed = 2 if info.dtype == "U8" and (name.endswith("._data._data") or f"{name}_scale" in plain) else 1
         counted += math.prod(info.shape) * packed

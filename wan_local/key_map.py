@@ -267,6 +267,14 @@ def without_prefix(tensors: Mapping[str, Info]) -> dict[str, Info]:
     return dict(tensors)
 
 
+def weight_name(name: str) -> str:
+    """Return the name of the weight that a stored tensor is a piece of: its numbers, its scale, or its shift.
+
+    Pieces are called so by Comfy (`scale_weight`, `weight_scale`), quanto (`weight._data`, `weight._scale`) and here.
+    """
+    return re.sub(r"\.(scale_weight|weight_scale|weight_shift|weight(\._data|\._scale|\._shift)+)$", ".weight", name)
+
+
 def dialect_of(part: Part, names: Iterable[str]) -> str:
     """Return whose names these are: official, diffusers, transformers or llama.cpp; empty if no one's."""
     known = _DIALECTS[part]

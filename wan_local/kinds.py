@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from wan_local.header import TensorInfo
-from wan_local.key_map import dialect_of, without_prefix
+from wan_local.key_map import dialect_of, weight_name, without_prefix
 from wan_local.settings import ModelConfig, TransformerConfig, known_models
 
 PartName = Literal["transformer", "vae", "text_encoder", "image_encoder", "lora", "other"]
@@ -73,14 +73,6 @@ def identify(tensors: Mapping[str, TensorInfo], hint: str = "") -> Kind:
             return kind
     first = ", ".join(sorted(tensors)[:3])
     return Kind("other", f"an unknown network (its tensors are called {first}, ...)", False, advice=GET_TRANSFORMER)
-
-
-def weight_name(name: str) -> str:
-    """Return the name of the weight that a stored tensor is a piece of: its numbers, its scale, or its shift.
-
-    Pieces are called so by Comfy (`scale_weight`, `weight_scale`), quanto (`weight._data`, `weight._scale`) and here.
-    """
-    return re.sub(r"\.(scale_weight|weight_scale|weight_shift|weight(\._data|\._scale|\._shift)+)$", ".weight", name)
 
 
 def numbers_of(config: TransformerConfig) -> dict[str, int]:

@@ -132,8 +132,8 @@ def open_part(part: Part, weights: WeightFiles, kind: Kind, config: ModelConfig)
 
     Raises WrongModel that lists what is missing, unexpected or of another shape.
     """
-    stored, ignored = stored_tensors(part, weights, kind.dialect)
     expected = part_shapes(part, config)
+    stored, ignored = stored_tensors(part, weights, kind.dialect, expected)
     missing, unexpected = sorted(expected.keys() - stored), sorted(stored.keys() - expected.keys())
     if missing or unexpected:
         raise WrongModel(

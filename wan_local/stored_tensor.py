@@ -20,18 +20,21 @@ from wan_local.dequantize import dequantize_blocks
 from wan_local.errors import CorruptModel, NotAvailable, WrongModel
 from wan_local.gguf_header import READABLE, TYPES
 from wan_local.header import Container, TensorInfo
-from wan_local.key_map import Part, canonical_names, ignorable, without_prefix
+from wan_local.key_map import Part, canonical_names, ignorable, weight_name, without_prefix
 from wan_local.pickle_header import unwrapped
 from wan_local.weight_files import WeightFiles
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
 _GIVEN = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16}  # all else: see StoredTensor.dtype
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
-_SCALES = (".scale_weight", ".weight_scale")  # Comfy's older and newer name for the same
-_MARKERS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # of the activations, or of the whole file
+_SCALED = ("I8", "U8")  # mean nothing without their scale; U8: two of quanto's int4 in a byte
+_SCALES = (".scale_weight", ".weight_scale", ".weight._scale")  # Comfy's older and newer name for the same, quanto's
+# of the activations, or of the whole file
+_MARKERS = (".scale_input", ".input_scale", ".output_scale", ".comfy_quant", "scaled_fp8")
+_BLOCKS = ("blocks.", "encoder.block.")  # where a file that scales any linear scales all of them
 _BLOCK_ITEMS = {kind.name: (kind.items, kind.nbytes) for kind in TYPES.values()}
 _REMAP_BYTES = 512 * 2**20  # a mapped pickle counts into our memory as it is read: begin anew after this much
 
@@ -41,7 +44,7 @@ class StoredTensor:
     """Where the numbers of one of our tensors are.
 
     `shape`: ours. `third`: which third of the stored rows, for the joint q, k, v projection. `scale`: what they are
-    multiplied by: one number, or one for each row.
+    multiplied by: one number, or one for each row. `shift`: of quanto's int4, whose groups each have a scale and one.
     """
 
     stored_name: str
@@ -49,6 +52,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     third: int | None = None
     scale: TensorInfo | None = None
+    shift: TensorInfo | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,13 +68,18 @@ class StoredTensor:
         return (self.third or 0) * self.shape[0]
 
 
-def stored_tensors(part: Part, weights: WeightFiles, dialect: str) -> tuple[dict[str, StoredTensor], list[str]]:
+def stored_tensors(
+    part: Part, weights: WeightFiles, dialect: str, expected: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, StoredTensor], list[str]]:
     """Return where each of our tensors of `part` is, and the names in the files that are rightly left out.
 
-    Raises WrongModel for a name that no table knows, CorruptModel for a scale that fits no weight or is no scale,
-    NotAvailable for a type of numbers that wan_local does not read.
+    expected: the shapes that our tensors should have; quanto's packed int4 does not tell its own. Raises WrongModel for
+    a name that no table knows, CorruptModel for a scale that fits no weight or is no scale, NotAvailable for a type of
+    numbers that wan_local does not read.
     """
     plain = without_prefix(weights.tensors)
+    shifts = {weight_name(name): info for name, info in plain.items() if name.endswith(".weight._shift")}
+    plain = {_quanto_weight(name): info for name, info in plain.items() if not name.endswith(".weight._shift")}
     scales, ignored = _scales_of(plain)
     for name, info in plain.items():
         if name.endswith(".comfy_quant"):
@@ -81,11 +90,32 @@ def stored_tensors(part: Part, weights: WeightFiles, dialect: str) -> tuple[dict
     for name, ours in canonical_names(part, dialect, names).items():
         scale = plain[scales[name]] if name in scales else None
         _check_readable(name, plain[name], scale, scaled=bool(scales))
+        if name in shifts:
+            stored[ours] = _packed(name, plain[name], scale, shifts[name], expected.get(ours, ()))
+            continue
         for entry_name, entry in _entries(part, name, ours, plain[name], scale):
             twin = stored.setdefault(entry_name, entry)
             if twin is not entry and not (part == "text_encoder" and entry_name == "shared.weight"):
                 raise CorruptModel(f"{name!r} and {twin.stored_name!r} are the same tensor of the {part}")
     return stored, ignored
+
+
+def _quanto_weight(name: str) -> str:
+    """Return the weight whose numbers quanto calls `weight._data`, and its packed ones `weight._data._data`."""
+    return weight_name(name) if name.endswith("._data") else name
+
+
+def _packed(
+    name: str, info: TensorInfo, scale: TensorInfo | None, shift: TensorInfo, shape: tuple[int, ...]
+) -> StoredTensor:
+    """Return quanto's int4: groups of inputs as rows, two rows in one of bytes; a scale and a shift for each group."""
+    sound = len(info.shape) == 2 and 2 * math.prod(info.shape) == math.prod(shape) and scale is not None
+    if not sound or {math.prod(entry.shape) for entry in (scale, shift) if entry} != {2 * info.shape[0]}:
+        raise CorruptModel(
+            f"{name!r} in {info.file.name!r} holds {info.dtype} {list(info.shape)} as int4 with "
+            f"{list(scale.shape) if scale else 'no'} scales, which do not make a weight of {list(shape)}"
+        )
+    return StoredTensor(name, info, shape, None, scale, shift)
 
 
 def _scales_of(plain: Mapping[str, TensorInfo]) -> tuple[dict[str, str], list[str]]:
@@ -125,7 +155,11 @@ def _check_readable(name: str, info: TensorInfo, scale: TensorInfo | None, *, sc
             f"{name!r} in {info.file.name!r} is stored as {info.dtype}, which wan_local does not read. Of GGUF it "
             f"reads {', '.join(READABLE)}: get one of these."
         )
-    if scaled and info.dtype in _EIGHT_BITS and scale is None:
+    if info.dtype in _SCALED and scale is None:
+        raise NotAvailable(f"{name!r} in {info.file.name!r} is stored as {info.dtype} without a scale: no known format")
+    if info.dtype == "U8":
+        return  # packed: its scales are checked with its groups
+    if scaled and info.dtype in _EIGHT_BITS and scale is None and name.startswith(_BLOCKS):
         raise CorruptModel(f"{name!r} in {info.file.name!r} has no scale, where other weights in the file have one")
     if scale is not None:
         count = math.prod(scale.shape)
@@ -168,8 +202,8 @@ class TensorReader:
             rows = self._from_pickle(stored)
             numbers = rows[slice(start, stop)].to(stored.dtype).clone()
         else:
-            numbers = _read_rows(stored, start, stop)
-        if stored.scale is not None:
+            numbers = _read_rows(stored, start, stop) if stored.shift is None else _read_packed(stored)[start:stop]
+        if stored.scale is not None and stored.shift is None:
             numbers = numbers * _read_scale(stored, start, stop, numbers.dim())
         return numbers.to(stored.dtype)
 
@@ -214,6 +248,17 @@ def _read_rows(stored: StoredTensor, start: int, stop: int | None) -> Tensor:
     return numbers[begin : begin + count].view(-1, *stored.shape[1:])
 
 
+def _read_packed(stored: StoredTensor) -> Tensor:
+    """Return quanto's int4 as numbers: scale * q - shift for each group (quanto's quantize_affine, float shift)."""
+    info, scale, shift = stored.info, stored.scale, stored.shift
+    assert scale is not None and shift is not None, stored
+    packed = _bytes(info.file, info.offset, info.nbytes).view(info.shape)
+    groups = torch.cat((packed & 15, packed >> 4)).float()
+    shifts = _bytes(shift.file, shift.offset, shift.nbytes).view(_DTYPES[shift.dtype]).float().view(-1, 1)
+    groups = groups.mul_(_scale_numbers(stored).view(-1, 1)).sub_(shifts)
+    return groups.view(stored.shape)
+
+
 def _numbers(dtype: str, content: Tensor) -> Tensor:
     if dtype in _EIGHT_BITS:
         return _table(dtype).index_select(0, content.int())
@@ -226,14 +271,21 @@ def _table(dtype: str) -> Tensor:
     return torch.arange(256).to(torch.uint8).view(_DTYPES[dtype]).to(torch.bfloat16)
 
 
-def _read_scale(stored: StoredTensor, start: int, stop: int | None, dimensions: int) -> Tensor:
+def _scale_numbers(stored: StoredTensor) -> Tensor:
+    """Return all of a tensor's scales, float32 [count]."""
     scale = stored.scale
     assert scale is not None
     numbers = _bytes(scale.file, scale.offset, scale.nbytes).view(_DTYPES[scale.dtype]).float().view(-1)
-    if not torch.isfinite(numbers).all() or not numbers.all():
+    zero = numbers.numel() == 1 and not numbers.all()  # a row or a group may be all zero
+    if zero or not torch.isfinite(numbers).all():
         raise CorruptModel(
             f"a scale of {stored.stored_name!r} in {scale.file.name!r} is NaN, infinite or zero. Download it again."
         )
+    return numbers
+
+
+def _read_scale(stored: StoredTensor, start: int, stop: int | None, dimensions: int) -> Tensor:
+    numbers = _scale_numbers(stored)
     if numbers.numel() > 1:
         numbers = numbers[stored.first_row :][: stored.shape[0]][slice(start, stop)]
     return numbers.view(-1, *(1,) * (dimensions - 1))

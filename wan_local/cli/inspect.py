@@ -82,7 +82,7 @@ def _describe_part(part: PartReport) -> None:
 
 
 def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _count(number: int) -> str:
