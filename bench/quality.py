@@ -27,8 +27,9 @@ from wan_local.preparation import Job
 from wan_local.preview import to_uint8
 from wan_local.quality.page import write_page
 from wan_local.quality.protocol import EXACT, Cell, Clip, Study, Variant
-from wan_local.settings import WeightFormat, WeightFormats, load_settings
+from wan_local.settings import load_settings
 from wan_local.sources import open_source
+from wan_local.weight_format import WeightFormat, WeightFormats
 
 UNSEEN_SEED = 9 * 10**6
 WIDTH, HEIGHT, FRAMES = 112, 64, 81

@@ -3,8 +3,9 @@
 python -m bench.store --scratch FOLDER CASE...
 
 Cases, each with random weights under the true names and shapes of FLF2V-14B; what was written is deleted at the end:
-    comfy-fp8-to-int8   16 GB in one file, as Comfy repacks it, to int8            (33 GB of disk)
-    bf16-to-int4        33 GB in shards, as in the diffusers repository, to int4   (44 GB)
+    bf16-to-int8        29 GB in shards, as in the diffusers repository, 35 of 40 blocks   (44 GB of disk)
+    bf16-to-int4        33 GB in shards, all blocks                                        (44 GB)
+    comfy-fp8-to-int8   16 GB in one file, as Comfy repacks it, all blocks                 (33 GB)
     run                 the whole model (UMT5-XXL, CLIP ViT-H and the VAE too) as an int8 store: loaded block by block
                         and read plainly; then two steps on a 32 x 32 canvas on the CPU with 5 GiB to use   (25 GB)
     generate            the latter again, from the store that `--keep` left
@@ -31,7 +32,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bench.random_model import TINY, random_source, write_random_part
+from bench.random_model import TINY, Layout, random_source, write_random_part
 from bench.world import append_row, describe
 from wan_local.anatomy import part_shapes
 from wan_local.block_reader import BlockReader
@@ -47,49 +48,66 @@ from wan_local.quantized_layers import hold_quantized
 from wan_local.settings import ModelConfig, known_models, load_settings
 from wan_local.sources import Source, open_part
 from wan_local.weight_files import read_weights
-from wan_local.weight_format import WeightFormats
+from wan_local.weight_format import WeightFormat, WeightFormats
 
 CPU = torch.device("cpu")
 GIB = 2**30
 REAL, SMALL = known_models()
-# the transformer as it is, beside small parts: what a conversion costs is the transformer's bytes
-MIXED = replace(REAL, vae=SMALL.vae, text_encoder=SMALL.text_encoder, image_encoder=SMALL.image_encoder)
+
+
+# layout, format, and how many of the 40 blocks, so that source and target need no more than 45 GB of disk together
+_CASES: dict[str, tuple[Layout, WeightFormat, int]] = {
+    "bf16-to-int8": ("diffusers", "int8", 35),
+    "bf16-to-int4": ("diffusers", "int4", 40),
+    "comfy-fp8-to-int8": ("comfy-fp8", "int8", 40),
+}
+
+
+def mixed(num_layers: int) -> ModelConfig:
+    """Return the transformer as it is beside small parts: what a conversion costs is the transformer's bytes."""
+    transformer = replace(REAL.transformer, num_layers=num_layers)
+    return replace(SMALL, transformer=transformer)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", choices=("comfy-fp8-to-int8", "bf16-to-int4", "run", "generate"))
+    parser.add_argument("cases", nargs="+", choices=(*_CASES, "run", "generate"))
     parser.add_argument("--scratch", type=Path, required=True, help="where there is room")
     parser.add_argument("--keep", action="store_true", help="leave the store of `run` there for `generate`")
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
     for case in options.cases:
-        if case == "comfy-fp8-to-int8":
-            _conversion(options.scratch, case, "comfy-fp8", WeightFormats("int8"))
-        elif case == "bf16-to-int4":
-            _conversion(options.scratch, case, "diffusers", WeightFormats("int4"))
+        if case in _CASES:
+            _conversion(options.scratch, case, *_CASES[case])
         elif case == "run":
             _store_and_run(options.scratch, keep=options.keep)
         else:
             _generate(options.scratch / "store")
 
 
-def _conversion(scratch: Path, case: str, layout: Any, formats: WeightFormats) -> None:
+def _conversion(scratch: Path, case: str, layout: Layout, format_: WeightFormat, blocks: int) -> None:
     """Write a source, copy some of it, convert all of it; each in a process of its own, so that peaks are its own."""
     source, target = scratch / "source", scratch / "target"
     with _removed(source, target, target.with_name("target.part")):
         for part in PARTS:
-            write_random_part(source, part, MIXED, layout)
+            write_random_part(source, part, mixed(blocks), layout)
         shutil.copytree(TINY / "tokenizer", source / "tokenizer")
         os.sync()
         files = sorted(source.rglob("*.safetensors"), key=lambda file: -file.stat().st_size)
         copied = _copy(files, scratch / "copy")
         _forget(files)
-        measured = _in_child("_convert_measured", str(source), str(target), formats.transformer)
+        measured = _in_child("_convert_measured", str(source), str(target), format_, str(blocks))
         ratio = measured["bytes_per_second"] / copied["bytes_per_second"]
         append_row(
             "store",
-            {"case": case, "copy": copied, "convert": measured, "of_copy": round(ratio, 3), "world": describe(CPU)},
+            {
+                "case": case,
+                "blocks": blocks,
+                "copy": copied,
+                "convert": measured,
+                "of_copy": round(ratio, 3),
+                "world": describe(CPU),
+            },
         )
 
 
@@ -117,8 +135,8 @@ def _copy(files: Sequence[Path], target: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _convert_measured(source: str, target: str, format_: str) -> dict[str, float]:
-    opened = _mixed_source(Path(source))
+def _convert_measured(source: str, target: str, format_: str, blocks: str) -> dict[str, float]:
+    opened = _mixed_source(Path(source), mixed(int(blocks)))
     last: list[Progress] = []
     started = time.monotonic()
     convert(
@@ -134,19 +152,19 @@ def _convert_measured(source: str, target: str, format_: str) -> dict[str, float
     }  # fmt: skip
 
 
-def _mixed_source(folder: Path) -> Source:
+def _mixed_source(folder: Path, config: ModelConfig) -> Source:
     if (folder / "transformer").is_dir():
-        return random_source(folder, MIXED)
+        return random_source(folder, config)
     weights = {part: read_weights(folder / part) for part in PARTS if part != "transformer"}
     weights["transformer"] = read_weights(next(folder.glob("*.safetensors")))
     dialects = {"transformer": "official", "vae": "diffusers"}
     kinds = {
-        part: Kind(part, f"random {part}", usable=True, dialect=dialects.get(part, "transformers"), config=MIXED)
+        part: Kind(part, f"random {part}", usable=True, dialect=dialects.get(part, "transformers"), config=config)
         for part in PARTS
     }
     kinds["transformer"] = identify(weights["transformer"].tensors)
-    tensors = {part: open_part(part, weights[part], kinds[part], MIXED) for part in PARTS}
-    return Source(MIXED, kinds, weights, tensors, folder / "tokenizer")
+    tensors = {part: open_part(part, weights[part], kinds[part], config) for part in PARTS}
+    return Source(config, kinds, weights, tensors, folder / "tokenizer")
 
 
 def _store_and_run(scratch: Path, *, keep: bool) -> None:

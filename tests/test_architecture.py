@@ -34,7 +34,7 @@ LINES = (
     ("doctor",),
     ("models", "quantized_layers", "lora_branch"),
     ("offload", "store_layout", "store_journal", "diffusers_config"),
-    ("store_file",),
+    ("store_file", "quanto"),
     ("convert",),
     ("stage",),
     ("expander",),

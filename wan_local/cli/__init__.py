@@ -15,7 +15,21 @@ from types import FrameType
 from typing import cast
 
 from wan_local import __version__
-from wan_local.cli import bench, cache, convert, doctor, download, generate, inspect, plan, resume, runs, serve, tune
+from wan_local.cli import (
+    bench,
+    cache,
+    convert,
+    doctor,
+    download,
+    export,
+    generate,
+    inspect,
+    plan,
+    resume,
+    runs,
+    serve,
+    tune,
+)
 from wan_local.cli.flags import flag, given
 from wan_local.cli.terminal import FAILED, INTERRUPTED, TERMINATED, WRONG_REQUEST, say
 from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
@@ -31,6 +45,7 @@ _COMMANDS = (
     tune,
     download,
     convert,
+    export,
     bench,
     serve,
 )
