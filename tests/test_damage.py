@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import layouts
 from wan_local.cli import main
-from wan_local.errors import CorruptModel, WanLocalError
+from wan_local.errors import CorruptModel, ModelNotFound, WanLocalError
 from wan_local.header import read_safetensors
 from wan_local.inspection import inspect
 from wan_local.pickle_header import read_pickle_header
@@ -144,6 +145,22 @@ def test_an_80_gigabyte_hole_behind_a_forged_length_costs_nothing(tmp_path: Path
         stream.write((70 * 10**9).to_bytes(8, "little") + b"{")
         stream.truncate(80 * 10**9)
     refused(file, "70000000000 announced")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_what_is_no_file_or_can_not_be_read_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ModelNotFound, match=r"there is no file .*pipe\.safetensors"):
+        inspect(tmp_path / "pipe.safetensors")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"x")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ModelNotFound, match=r"weights\.safetensors' can't be read: Permission denied"):
+        inspect(file)
 
 
 def shards(folder: Path) -> Path:

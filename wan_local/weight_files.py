@@ -39,11 +39,13 @@ class WeightFiles:
 
 def read_file_header(file: Path) -> Header:
     """Return a file's header; its first bytes say which container it is, its name is not asked."""
+    if not file.is_file():  # a pipe would be waited for without end
+        raise ModelNotFound(f"there is no file {str(file)!r}")
     try:
         with file.open("rb") as stream:
             start = stream.read(4)
-    except FileNotFoundError as error:
-        raise ModelNotFound(f"there is no file {str(file)!r}") from error
+    except OSError as error:
+        raise ModelNotFound(f"{str(file)!r} can't be read: {error.strerror}") from error
     text = not start or start.lstrip()[:1] in (b"<", b"{", b"#") or start == b"vers"
     if start == MAGIC or (file.suffix.lower() == ".gguf" and not text):
         return read_gguf_header(file)

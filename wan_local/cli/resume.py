@@ -33,6 +33,6 @@ def _resume(options: argparse.Namespace) -> int:
 
     given = vars(options)
     here, run_id = settings_from(given), given["run_id"]
-    changes = {name: getattr(here, name) for name in ("model", "device") if name in given}
+    changes = {name: getattr(here, name) for name in ("model", "device", "loras") if name in given}
     settings = replace(settings_of(run_id, here), **changes)
     return follow(Pipeline(settings).resume(run_id, output=given.get("output")), run_id, settings, given)
