@@ -83,7 +83,7 @@ def test_on_a_full_hit_no_weight_of_an_encoder_is_read_and_the_video_is_the_same
     monkeypatch.setattr(PartTensors, "__init__", recorded)
     monkeypatch.setattr(encoders, "load_tokenizer", lambda _: pytest.fail("the tokenizer was loaded"))
     assert make(settings, tmp_path) == stamps.video
-    assert opened == ["context_embedder", "transformer", "vae"]
+    assert opened == ["context_embedder", "transformer", "vae_decoder"]
     assert parts and not ENCODERS & set(parts)
 
 
@@ -94,8 +94,8 @@ def test_only_what_changed_is_encoded_again_and_nothing_stale_is_used(
     cold = replace(settings, cache_gigabytes=0.0)
     for change, loaded in (
         ({"prompt": "a red square falls"}, ["text_encoder"]),
-        ({"end_image_url": START, "start_image_url": END}, ["image_encoder", "vae"]),
-        ({"num_frames": 85}, ["vae"]),
+        ({"end_image_url": START, "start_image_url": END}, ["image_encoder", "vae_encoder"]),
+        ({"num_frames": 85}, ["vae_encoder"]),
         ({"guide_scale": 1}, []),
         ({"seed": 7}, []),
         ({"prompt": "  a small   blue bird takes off "}, []),  # the same prompt once it is cleaned

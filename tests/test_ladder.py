@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.stamps import stamp_request, stamp_settings
-from wan_local import denoise, pipeline, runs, stage
+from wan_local import denoise, pipeline, runs, scheduler, stage
 from wan_local.errors import DoesNotFit, OutOfMemory
 from wan_local.geometry import Geometry, Size
 from wan_local.ladder import Ladder, ran_out_of_memory
@@ -21,6 +22,7 @@ from wan_local.planner import Machine, Plan, StagePlan, make_plan, shrink
 from wan_local.request import Result
 from wan_local.settings import Settings, known_models
 from wan_local.stage import network_sizes
+from wan_local.video import read_video
 
 NO_MEMORY = "CUDA out of memory. Tried to allocate 1.48 GiB.\nGPU 0 has a total capacity of 7.79 GiB"
 
@@ -75,11 +77,23 @@ def cannot_allocate() -> BaseException:
 FAULTS = {
     "text": Fault(text_encoder.torch, "count_nonzero", (1,)),
     "image": Fault(image_encoder.F, "interpolate", (2,)),
-    "condition": Fault(vae.Encoder, "coarse", (3,)),
+    "condition": Fault(vae._EncoderStream, "features", (3,)),
     "context": Fault(transformer.ContextEmbedder, "forward", (1,)),
     "denoise": Fault(transformer.TransformerBlock, "forward", (5,)),
-    "decode": Fault(vae.Decoder, "forward", (4,)),
+    "decode": Fault(vae.Decoder, "pixels", (4,)),
 }
+
+
+def assert_same_video(path: Path, stamps: Stamps, *, in_tiles: bool) -> None:
+    """Byte for byte, but within rounding where the VAE took smaller tiles."""
+    if not in_tiles:
+        assert path.read_bytes() == stamps.video
+        return
+    whole = path.with_name("whole.mp4")
+    whole.write_bytes(stamps.video)
+    difference = read_video(path).astype(float) - read_video(whole)
+    # a pixel that rounds the other way lets the video's encoder choose otherwise; another seed is below 25 dB away
+    assert np.mean(difference**2) < 255**2 / 10**4  # 40 dB
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -90,7 +104,7 @@ def test_memory_that_runs_out_in_any_stage_costs_only_that_piece(
     fault.install(monkeypatch)
     result = pipeline.generate(stamp_request(), settings=settings, output=tmp_path / "x.mp4")
     assert fault.calls > max(fault.at)
-    assert (tmp_path / "x.mp4").read_bytes() == stamps.video
+    assert_same_video(tmp_path / "x.mp4", stamps, in_tiles=name in ("condition", "decode"))
     [note] = result.report["notes"]
     assert note.startswith(f"{name} ran out of memory on cpu")
     assert runs.list_runs(settings) == []
@@ -106,20 +120,19 @@ def test_memory_that_runs_out_while_loading_or_twice(
     error: Callable[[], BaseException],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    network = {"text": "text_encoder", "denoise": "transformer", "decode": "vae"}[name]
+    network = {"text": "text_encoder", "denoise": "transformer", "decode": "vae_decoder"}[name]
     load, loads = stage._load, []
 
     def short_of_memory(module: Any, loaded: str, *rest: Any) -> None:
         load(module, loaded, *rest)  # type: ignore[arg-type]
         if loaded == network:
             loads.append(loaded)
-            # the VAE is loaded for encoding first; a stage that cannot do with less has two tries
-            if len(loads) in ((2,) if name == "decode" else (1, 2)):
+            if len(loads) <= 2:
                 raise error()
 
     monkeypatch.setattr(stage, "_load", short_of_memory)
     result = pipeline.generate(stamp_request(), settings=settings, output=tmp_path / "x.mp4")
-    assert (tmp_path / "x.mp4").read_bytes() == stamps.video
+    assert_same_video(tmp_path / "x.mp4", stamps, in_tiles=name == "decode")
     assert len(loads) == 3
     assert all(name in note for note in result.report["notes"])
 
@@ -157,6 +170,18 @@ def test_when_no_rung_is_left_the_error_says_what_was_tried_and_the_run_can_be_r
     if kept:
         result = list(Pipeline(settings).resume("short"))[-1]
         assert isinstance(result, Result) and (tmp_path / "x.mp4").read_bytes() == stamps.video
+
+
+def test_memory_that_runs_out_between_the_pieces_keeps_what_was_done(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the solver's own arithmetic, say, which no rung makes smaller."""
+    with monkeypatch.context() as patch:
+        Fault(scheduler.Scheduler, "step", (2,)).install(patch)
+        with pytest.raises(OutOfMemory, match=r"(?s)out of memory.*What was done is kept: wan-local resume between"):
+            list(Pipeline(settings).generate(stamp_request(), output=tmp_path / "x.mp4", run_id="between"))
+    result = list(Pipeline(settings).resume("between"))[-1]
+    assert isinstance(result, Result) and (tmp_path / "x.mp4").read_bytes() == stamps.video
 
 
 def test_what_an_attempt_held_is_freed_before_the_next(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

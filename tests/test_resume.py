@@ -199,7 +199,7 @@ def test_a_failed_decode_keeps_the_latents_and_nothing_else_is_done_again(
         pipeline.Workspace, "open", lambda self, name, rung: (opened.append(name), stage(self, name, rung))[1]
     )
     result = finish(settings, "undecoded")
-    assert opened == ["vae"]
+    assert opened == ["vae_decoder"]
     assert result.video.path is not None and result.video.path.read_bytes() == stamps.video
     assert set(result.report["seconds"]) == {"decode", "total"}
 

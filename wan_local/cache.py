@@ -68,12 +68,17 @@ class EncodingCache:
                 os.utime(path)
         return record
 
-    def put(self, key: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:
-        """Keep an encoding. Where that is not possible, say so in the log and go on: it can be made again."""
+    def put(
+        self, key: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None, *, shared: bool = True
+    ) -> None:
+        """Keep an encoding. Where that is not possible, say so in the log and go on: it can be made again.
+
+        shared: also for other runs than the one whose private folder this is.
+        """
         record = Record(tensors, header or {})
         if self._private is not None:
             self._write(self._private / f"{key}{_SUFFIX}", record)
-        if self._limit_bytes and self._write(self._path(key), record):
+        if shared and self._limit_bytes and self._write(self._path(key), record):
             self._evict()
 
     def _write(self, path: Path, record: Record) -> bool:

@@ -26,6 +26,7 @@ from wan_local.ladder import Rung
 from wan_local.record import Record, fingerprint
 from wan_local.workspace import Workspace
 
+Encoding = Literal["text", "image", "condition"]
 Prompts = Mapping[str, str]  # by the field they came in
 Pictures = tuple[Tensor, Tensor]  # each [3, H, W] in [-1, 1]
 
@@ -43,7 +44,7 @@ def encode_prompts(prompts: Prompts, space: Workspace) -> dict[str, Tensor]:
                 fresh = _embed_prompts([cleaned[name] for name in missing], length, space, rung)
                 for name, made in zip(missing, fresh, strict=True):
                     found[name] = made
-                    _keep(keys[name], made, space, rung)
+                    _keep("text", keys[name], made, space, rung)
     embeds: dict[str, Tensor] = {}
     for name, known in found.items():
         assert known is not None, "an attempt succeeds or the last one raises"
@@ -97,23 +98,22 @@ def encode_frames(pictures: Pictures, generated_frames: int, space: Workspace) -
     return _cached("condition", key, encode, space)
 
 
-def _cached(
-    name: Literal["image", "condition"], key: str, encode: Callable[[Rung], Tensor], space: Workspace
-) -> Tensor:
+def _cached(name: Encoding, key: str, encode: Callable[[Rung], Tensor], space: Workspace) -> Tensor:
     record = space.cache.get(key)
     if record is None:
         for attempt in space.attempts(name):
             with attempt as rung:
                 record = Record({"encoding": encode(rung)}, {})
-                _keep(key, record, space, rung)
+                _keep(name, key, record, space, rung)
     assert record is not None, "an attempt succeeds or the last one raises"
     return record.tensors["encoding"].to(space.device)
 
 
-def _keep(key: str, record: Record, space: Workspace, rung: Rung) -> None:
-    """Put an encoding into the cache, unless another device made it because memory ran out, or it is not finite."""
-    if rung.device == space.device and all(bool(tensor.isfinite().all()) for tensor in record.tensors.values()):
-        space.cache.put(key, record.tensors, record.header)
+def _keep(name: Encoding, key: str, record: Record, space: Workspace, rung: Rung) -> None:
+    """Keep an encoding that is finite: for this run, and for others if memory did not run out while it was made."""
+    if all(bool(tensor.isfinite().all()) for tensor in record.tensors.values()):
+        as_planned = rung.device == space.device and rung.plan.tiling == space.ladder.planned(name).tiling
+        space.cache.put(key, record.tensors, record.header, shared=as_planned)
 
 
 def _text_key(prompt: str, length: int, space: Workspace) -> str:

@@ -38,7 +38,7 @@ from wan_local.request import Check, File, Request, Result, Step, unchecked
 from wan_local.scheduler import Scheduler
 from wan_local.settings import Settings, load_profile, load_settings
 from wan_local.switches import checked_frames, checked_images, expanded_prompt
-from wan_local.unfinished import begun, taken
+from wan_local.unfinished import as_begun, begun, taken
 from wan_local.video import VideoReport, VideoWriter
 from wan_local.workspace import Workspace
 
@@ -49,7 +49,7 @@ def generate(request: Request, *, settings: Settings | None = None, output: Path
     """Make one video and return where it is. Blocks; iterate over `Pipeline.generate` to see the steps.
 
     Raises InvalidRequest, ModelNotFound, WrongModel, CorruptModel, NotAvailable, DoesNotFit before any weight is
-    read, and NumericalError or OutputError later.
+    read, and NumericalError, OutOfMemory or OutputError later.
     """
     return _last(Pipeline(settings).generate(request, output=output))
 
@@ -126,9 +126,8 @@ class Pipeline:
             check_model(folder.about, files)
             where = None if output is None else Path(output).expanduser().absolute()
             job = planned(read_order(folder.folder, folder.about, output=where), self.settings, files, device)
-            chunk = min(job.plan.chunk_tokens, int(folder.about["chunk_tokens"]))
-            job = replace(job, plan=replace(job.plan, chunk_tokens=chunk))
             report = Report(device)
+            job = replace(job, plan=as_begun(job.plan, folder.about, report.note))
             for text in changes_since(folder.about, device):
                 report.note(text)
             result = yield from _make(job, report, Answers(folder.folder, report.note), check)

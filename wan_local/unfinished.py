@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -12,9 +14,11 @@ from wan_local import runs
 from wan_local.answers import Answers
 from wan_local.checkpoint import ModelFiles
 from wan_local.errors import InvalidRequest, OutOfMemory
+from wan_local.ladder import ran_out_of_memory
 from wan_local.order import Order, describe, write_pictures
 from wan_local.planner import Plan
 from wan_local.settings import Settings
+from wan_local.tiling import Tiling
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ def _begin(
     folder: runs.RunFolder | None = None
     try:
         runs.prune(settings)
-        folder = runs.begin(settings, run_id, {**about, "chunk_tokens": plan.chunk_tokens})
+        folder = runs.begin(settings, run_id, {**about, **_cut_as(plan)})
         write_pictures(order, folder.folder)
     except OSError as error:
         note(f"the state of this run cannot be saved in {runs.runs_folder(settings)}: {error.strerror or error}")
@@ -55,6 +59,26 @@ def _begin(
             folder.release(remove=True)
         return None
     return folder
+
+
+def as_begun(plan: Plan, about: Mapping[str, Any], note: Callable[[str], None]) -> Plan:
+    """Return the plan with the chunks and tiles of the run's beginning, which its bits depend on, where these fit."""
+    began = {name: Tiling(*cut) for name, cut in about.get("tilings", {}).items()}
+    stages = []
+    for stage in plan.stages:
+        tiling = began.get(stage.name, stage.tiling)
+        stages.append(replace(stage, tiling=tiling) if tiling.count >= stage.tiling.count else stage)
+    chunk = min(plan.chunk_tokens, int(about["chunk_tokens"]))
+    as_it_was = replace(plan, chunk_tokens=chunk, stages=tuple(stages))
+    if _cut_as(as_it_was) != {name: about.get(name) for name in ("chunk_tokens", "tilings")}:
+        note("less memory is free than when the run was begun: the video may differ from it in its last bits")
+    return as_it_was
+
+
+def _cut_as(plan: Plan) -> dict[str, Any]:
+    """Return what of a plan the last bits of a video depend on, as JSON has it."""
+    tilings = {stage.name: [stage.tiling.rows, stage.tiling.columns] for stage in plan.stages if stage.tiling.count > 1}
+    return {"chunk_tokens": plan.chunk_tokens, "tilings": tilings}
 
 
 @contextmanager
@@ -67,8 +91,8 @@ def _held(folder: runs.RunFolder, *, keep: bool = False) -> Iterator[None]:
     except InvalidRequest:  # refused on second sight: going on would end no better
         done = True
         raise
-    except OutOfMemory as error:
-        if folder.worth_keeping:
+    except (MemoryError, RuntimeError) as error:
+        if folder.worth_keeping and (isinstance(error, OutOfMemory) or ran_out_of_memory(error)):
             raise OutOfMemory(f"{error} What was done is kept: wan-local resume {folder.id}") from error
         raise
     finally:
