@@ -45,8 +45,8 @@ from wan_local.preparation import Job
 from wan_local.preview import to_uint8
 from wan_local.quantize import quantize_weight
 from wan_local.scheduler import Scheduler
-from wan_local.settings import Int8Arithmetic, WeightFormat
 from wan_local.stage import load_network, stage
+from wan_local.weight_format import Int8Arithmetic, WeightFormat
 
 README = Path(__file__).parents[1] / "kernels" / "README.md"
 BEGIN, END = "<!-- measured: python -m bench.int8_quality --table -->", "<!-- end of measured -->"

@@ -43,7 +43,7 @@ def test_a_cpu_computes_exactly_unless_it_is_told_otherwise() -> None:
 @pytest.mark.usefixtures("with_triton")
 def test_the_card_decides_which_backend_suits() -> None:
     chosen = choose("auto", "auto", GEFORCE, 128, broken=sound)
-    assert (chosen.attention, chosen.fused) == ("int8", True)
+    assert (chosen.attention, chosen.fused, chosen.half_sums) == ("int8", True, False)
     assert choose("auto", "auto", HOPPER, 128, broken=sound).attention == "sdpa"
     assert choose("auto", "auto", GEFORCE, 80, broken=sound).attention == "sdpa"
 
@@ -75,7 +75,10 @@ def test_an_old_sageattention_is_refused(version: str, runs: bool, monkeypatch: 
 
 def test_kernels_without_triton_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.kernels, "HAS_TRITON", False)
-    assert choose("auto", "auto", GEFORCE, 128, broken=sound).attention == "sdpa"
+    chosen = choose("auto", "auto", GEFORCE, 128, broken=sound)
+    assert (chosen.attention, chosen.fused, chosen.half_sums) == ("sdpa", False, True)
+    assert not choose("auto", "off", GEFORCE, 128, broken=sound).half_sums
+    assert not choose("auto", "auto", HOPPER, 128, broken=sound).half_sums
     with pytest.raises(NotAvailable, match="pip install"):
         choose("int8", "auto", GEFORCE, 128, broken=sound)
     with pytest.raises(NotAvailable, match="pip install"):
@@ -86,7 +89,7 @@ def test_kernels_without_triton_say_what_to_install(monkeypatch: pytest.MonkeyPa
 def test_our_kernels_need_ampere() -> None:
     turing = Card("cuda", (7, 5), "NVIDIA GeForce RTX 2080")
     assert choose("auto", "auto", turing, 128, broken=sound) == KernelChoice(
-        reason="NVIDIA GeForce RTX 2080: sdpa attention (exact, always there; flash, on Hopper cuDNN)"
+        reason="NVIDIA GeForce RTX 2080: sdpa attention (exact, always there; flash, on Hopper cuDNN), plain linears"
     )
     with pytest.raises(NotAvailable, match="older than Ampere"):
         choose("int8", "auto", turing, 128, broken=sound)

@@ -100,6 +100,18 @@ def test_a_block_that_is_quantized_in_part_runs_fused(model: Model) -> None:
     assert error(model.velocity(FUSED), model.velocity(KernelChoice())) < 0.03
 
 
+@torch.no_grad()
+def test_a_side_branch_counts_in_the_fused_block(model: Model) -> None:
+    model.quantize("int8")
+    without = model.velocity(FUSED)
+    generator = torch.Generator().manual_seed(3)
+    for linear in block_linears(model.network).values():
+        for name, shape in linear.branch(4).items():
+            linear.register_parameter(name, torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.05))
+    plain = model.velocity(KernelChoice())
+    assert error(model.velocity(FUSED), plain) < error(without, plain) / 3
+
+
 @pytest.mark.parametrize("choice", [FUSED, KernelChoice("int8", True), KernelChoice("int8_pv", True)])
 @torch.no_grad()
 def test_chunks_change_no_bit(model: Model, choice: KernelChoice) -> None:
@@ -117,6 +129,18 @@ def test_a_redone_step_uses_quantized_weights_as_floats_once(model: Model) -> No
     redone = model.velocity(KernelChoice(dequantize=True))
     assert error(redone, exact) < error(rounded, exact)
     assert torch.equal(model.velocity(KernelChoice()), rounded)
+
+
+@torch.no_grad()
+def test_half_sums_are_near_and_last_for_the_call(model: Model) -> None:
+    exact = model.velocity(KernelChoice())
+    halved = model.velocity(KernelChoice(half_sums=True))
+    assert 0 < error(halved, exact) < 0.02
+    assert torch.equal(model.velocity(KernelChoice()), exact)
+    assert not torch.backends.cuda.matmul.allow_fp16_accumulation
+    linear = next(iter(block_linears(model.network).values()))
+    linear.weight.data[0, 0] = 1e6  # beyond float16
+    assert not torch.isfinite(model.velocity(KernelChoice(half_sums=True))).all()
 
 
 @torch.no_grad()

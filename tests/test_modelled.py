@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench import int8_quality
 from bench.modelled import BEGIN, CARDS, END, README, SIZES, seconds, table, work_of
 
 
@@ -9,6 +10,11 @@ def test_the_table_in_the_readme_is_what_the_script_makes() -> None:
     text = README.read_text(encoding="utf-8")
     assert text.split(BEGIN)[1].split(END)[0].strip() == table()
     assert "(modelled)" in table() and "not a measurement" in text
+
+
+def test_the_table_of_what_int8_costs_is_made_of_its_rows() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text.split(int8_quality.BEGIN)[1].split(int8_quality.END)[0].strip() == int8_quality.table()
 
 
 def test_the_work_is_that_of_the_14b_model() -> None:

@@ -60,11 +60,13 @@ class Backend:
 class KernelChoice:
     """What the transformer's blocks compute with: an attention backend, fused kernels or plain PyTorch, and why.
 
+    `half_sums`: without fused kernels, multiply linears in float16 with float16 sums, which is fast on GeForce.
     `dequantize`: use quantized weights as floats whatever they say, as a step is redone that gave no finite numbers.
     """
 
     attention: AttentionName = "sdpa"
     fused: bool = False
+    half_sums: bool = False
     dequantize: bool = False
     reason: str = "plain PyTorch"
 
@@ -75,7 +77,7 @@ class KernelChoice:
     @property
     def approximates(self) -> bool:
         """Tell whether anything but plain PyTorch computes, so that computing again can help."""
-        return self.fused or self.attention != "sdpa"
+        return self.fused or self.half_sums or self.attention != "sdpa"
 
     def values(self, v_BMHK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return values as `attend_int8` takes them; those of 16 bits lose their memory to it."""
@@ -111,7 +113,9 @@ def choose(
     if fused == "on" and lacking:
         raise NotAvailable(f"kernels='on' was asked for, but {lacking}; use kernels='auto' or 'off'")
     wanted = fused == "on" or (fused == "auto" and card.kind == "cuda" and not lacking and not broken("int8"))
-    return KernelChoice(chosen.name, wanted, reason=f"{card.name}: {chosen.name} attention ({reason})")
+    half = fused == "fp16" or (fused == "auto" and not wanted and _geforce(card))
+    how = "fused kernels" if wanted else "linears with float16 sums" if half else "plain linears"
+    return KernelChoice(chosen.name, wanted, half, reason=f"{card.name}: {chosen.name} attention ({reason}), {how}")
 
 
 def card_of(device: torch.device) -> Card:

@@ -34,6 +34,12 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> 
     return F.linear(x, dequantize(weight, x.dtype), bias)
 
 
+def _in_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias in the dtype of x, multiplied in float16: what does not fit there comes out infinite."""
+    out = F.linear(x.half(), weight.half()).to(x.dtype)
+    return out if bias is None else out.add_(bias)
+
+
 class Linear(nn.Module):
     """A linear layer by `linear`, of plain weights or, after `hold`, of quantized ones.
 
@@ -59,6 +65,7 @@ class Linear(nn.Module):
         self.shape = (dim_out, dim_in)
         self.rotated = False
         self.arithmetic: Int8Arithmetic = "weight-only"
+        self.half_sums = False  # plain weights meet float16 rows, and sums are float16 where the device can
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -88,7 +95,9 @@ class Linear(nn.Module):
         return shapes
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight_scale is None:
+        if self.weight_scale is None and self.half_sums:
+            out = _in_half(x, self.weight, self.bias)
+        elif self.weight_scale is None:
             out = linear(x, self.weight, self.bias)
         else:
             weight = QuantizedWeight(self.weight, self.weight_scale, self.weight_shift, self.rotated, self.arithmetic)
@@ -214,3 +223,21 @@ def dequantizing(module: nn.Module) -> Iterator[None]:
     finally:
         for part, arithmetic in zip(linears, before, strict=True):
             part.arithmetic = arithmetic
+
+
+@contextmanager
+def half_sums(module: nn.Module) -> Iterator[None]:
+    """Let every `Linear` below `module` multiply in float16 with float16 sums until the block ends.
+
+    torch's flag for the sums is put back; off a card it has no meaning and the sums are wider.
+    """
+    linears, matmul = [part for part in module.modules() if isinstance(part, Linear)], torch.backends.cuda.matmul
+    before, matmul.allow_fp16_accumulation = matmul.allow_fp16_accumulation, True
+    for part in linears:
+        part.half_sums = True
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_accumulation = before
+        for part in linears:
+            part.half_sums = False

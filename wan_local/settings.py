@@ -22,7 +22,7 @@ from wan_local.weight_format import Int8Arithmetic
 UrlScheme = Literal["http", "file"]
 Precision = Literal["auto", "reference"]
 AttentionName = Literal["auto", "int8", "int8_pv", "sage", "sdpa", "xformers"]
-KernelsChoice = Literal["auto", "on", "off"]
+KernelsChoice = Literal["auto", "on", "off", "fp16"]
 AccelerationPolicy = Literal["merge", "static", "reuse"]
 Profile = Literal["distill4"]
 
@@ -30,7 +30,7 @@ TINY = "tiny"
 _CONFIGS = ("flf2v_14b", "flf2v_tiny")
 _POLICIES = ("merge", "static", "reuse")
 _ATTENTION_NAMES = ("auto", "int8", "int8_pv", "sage", "sdpa", "xformers")
-_KERNELS_CHOICES = ("auto", "on", "off")
+_KERNELS_CHOICES = ("auto", "on", "off", "fp16")
 _PROFILES = ("distill4",)
 
 
@@ -71,7 +71,8 @@ class Settings:
     `loras`: LoRAs, each as FILE or FILE:STRENGTH, added to the transformer's linears as it is loaded.
     `share_device`: use a card that another process is using, planned with the memory that is free at that moment.
     `attention`: a backend by name, or "auto" for the one that suits the device; `wan-local doctor` lists them.
-    `kernels`: fused kernels "on", "off", or "auto", which is on where there is a card that they suit.
+    `kernels`: fused kernels "on", "off", or "auto", which is on where there is a card that they suit; "fp16" is for a
+    card without Triton: linears in float16 with float16 sums, at twice bfloat16's rate on GeForce.
     """
 
     model: str | None = None

@@ -42,7 +42,7 @@ def add_kernel_flags(group: argparse._ArgumentGroup) -> None:
         metavar="BACKEND",
         help="auto, sdpa, int8, int8_pv, sage or xformers; `wan-local doctor` says which",
     )
-    group.add_argument("--kernels", metavar="auto|on|off", help="fused kernels; auto is on where a card suits them")
+    group.add_argument("--kernels", metavar="auto|on|off|fp16", help="fused kernels; auto: where a card suits them")
 
 
 def add_lora_flag(group: argparse._ArgumentGroup) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -29,6 +29,7 @@ from wan_local.layers import (
     Rotary,
     apply_rotary,
     dequantizing,
+    half_sums,
     rotary_embedding,
     split_heads,
 )
@@ -364,7 +365,7 @@ class Transformer(nn.Module):
         branches = [hidden_BLD, *(hidden_BLD.clone() for _ in contexts[1:])]
         blocks = cast(Iterable[nn.Module], self.blocks)  # a list, or blocks that are streamed
         for index, block in enumerate(blocks):
-            with dequantizing(block) if choice.dequantize else nullcontext():
+            with _arithmetic(block, choice):
                 for branch, context in zip(branches, contexts, strict=True):
                     operands = (branch, modulation.projection, context[index], rotary)
                     if choice.fused and branch.shape[0] == 1:
@@ -377,6 +378,13 @@ class Transformer(nn.Module):
         shift_B1D, scale_B1D = (self.scale_shift_table + modulation.embedding.unsqueeze(1)).unsqueeze(2).unbind(1)
         chunks = hidden_BLD.split(chunk_tokens, dim=1)
         return torch.cat([self.proj_out(self.norm_out(x) * (1 + scale_B1D) + shift_B1D) for x in chunks], dim=1)
+
+
+def _arithmetic(block: nn.Module, choice: KernelChoice) -> AbstractContextManager[None]:
+    """Return the context in which a block's linears compute as chosen."""
+    if choice.dequantize:
+        return dequantizing(block)
+    return half_sums(block) if choice.half_sums else nullcontext()
 
 
 def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
