@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.layouts import TINY, tiny
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
 from wan_local.key_map import PARTS, Part
 from wan_local.sources import Source, open_source
+from wan_local.stored_tensor import _load_pickle
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,28 @@ def test_an_embedding_in_plain_8_bits_beside_scaled_linears_is_read(tmp_path: Pa
     save_file(state, file)
     read = open_source(folder).part("text_encoder")["shared.weight"]
     assert torch.equal(read, state["shared.weight"].bfloat16())
+
+
+def test_a_pickle_is_mapped_anew_when_much_of_it_was_read(
+    official: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What was read of a mapping counts as this process's memory until it goes."""
+    loads: list[Path] = []
+
+    def load(file: Path) -> Mapping[str, torch.Tensor]:
+        loads.append(file)
+        return _load_pickle(file)
+
+    monkeypatch.setattr("wan_local.stored_tensor._REMAP_BYTES", 50_000)
+    monkeypatch.setattr("wan_local.stored_tensor._load_pickle", load)
+    tensors = open_source(official).part("text_encoder")  # 214 KB, its table 131 KB of them
+    for name, expected in tiny("text_encoder").items():
+        assert torch.equal(tensors[name], expected.bfloat16())
+    assert 2 <= len(loads) <= 5
+    few = len(loads)
+    for start in range(0, 256, 16):
+        assert torch.equal(
+            tensors.row_range("shared.weight", start, start + 16),
+            tensors.rows("shared.weight", list(range(start, start + 16))),
+        )
+    assert len(loads) - few <= 3  # rows count, not the whole table each time

@@ -199,8 +199,9 @@ class TensorReader:
         Raises CorruptModel where numbers can't be right: scales that are NaN, infinite or zero; a file cut short.
         """
         if self._container == "pickle":
-            rows = self._from_pickle(stored)
-            numbers = rows[slice(start, stop)].to(stored.dtype).clone()
+            rows = self._from_pickle(stored)[start:stop]
+            self._mapped_bytes += rows.nbytes
+            numbers = rows.to(stored.dtype, copy=True)
         else:
             numbers = _read_rows(stored, start, stop) if stored.shift is None else _read_packed(stored)[start:stop]
         if stored.scale is not None and stored.shift is None:
@@ -212,7 +213,6 @@ class TensorReader:
         if file not in self._mapped or self._mapped_bytes > _REMAP_BYTES:
             self._mapped[file] = _load_pickle(file)
             self._mapped_bytes = 0
-        self._mapped_bytes += stored.info.nbytes
         tensor = self._mapped[file][stored.stored_name]
         rows = tensor if stored.third is None else tensor[stored.first_row : stored.first_row + stored.shape[0]]
         return rows.reshape(stored.shape)
