@@ -18,7 +18,7 @@ LINES = (
     ("errors", "durable"),
     ("request", "geometry", "settings", "switch_config", "weight_format"),
     ("tiling",),
-    ("vae_cost",),
+    ("vae_cost", "network_cost"),
     ("failure", "hub", "planner", "key_map", "header", "manifest", "runs"),
     ("anatomy", "gguf_header", "pickle_header"),
     ("weight_files", "kinds", "scales"),
@@ -80,7 +80,7 @@ WITHOUT_TORCH = (
     "anatomy",
     "gguf_header",
 )
-WITHOUT_TORCH += ("tiling", "vae_cost")
+WITHOUT_TORCH += ("tiling", "vae_cost", "network_cost")
 WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "inspection", "hub", "durable", "runs")
 IMPORTERS_OF_KERNELS = ("attention", "fusions", "layers", "device", "doctor")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,8 +34,8 @@ class Guided:
     transformer: Transformer
     condition: Tensor
     modulations: Mapping[float, Modulation]
-    context: list[ContextKV]
-    negative_context: list[ContextKV] | None
+    context: Iterable[ContextKV]
+    negative_context: Iterable[ContextKV] | None
     guide_scale: float
     together: bool = False
     chunk_tokens: int | None = None
@@ -55,7 +55,7 @@ class Guided:
             [unconditional] = self._velocities(inputs, timestep, self.negative_context)
         return unconditional + self.guide_scale * (conditional - unconditional), conditional
 
-    def _velocities(self, inputs: Tensor, timestep: float, *contexts: list[ContextKV]) -> list[Tensor]:
+    def _velocities(self, inputs: Tensor, timestep: float, *contexts: Iterable[ContextKV]) -> list[Tensor]:
         velocities: list[Tensor] = self.transformer(
             inputs,
             self.modulations[timestep],

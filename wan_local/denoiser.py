@@ -6,7 +6,7 @@ A call that ran out of memory is made again, so the loop goes on from the step i
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -24,10 +24,10 @@ from wan_local.workspace import Workspace
 class Denoiser:
     """A predictor that owns the transformer's stage; use it in a `with` block, whose end frees it.
 
-    guided: makes the predictor of a loaded transformer on a rung.
+    guided: makes the predictor of a loaded transformer on a rung, for as long as its context lasts.
     """
 
-    def __init__(self, space: Workspace, guided: Callable[[Transformer, Rung], Guided]) -> None:
+    def __init__(self, space: Workspace, guided: Callable[[Transformer, Rung], AbstractContextManager[Guided]]) -> None:
         self._space, self._guided = space, guided
         self._stage = ExitStack()
         self._loaded: Guided | None = None
@@ -61,7 +61,7 @@ class Denoiser:
     def _on(self, rung: Rung) -> Guided:
         if self._loaded is None:
             transformer = self._stage.enter_context(self._space.open("transformer", rung))
-            self._loaded = self._guided(transformer, rung)
+            self._loaded = self._stage.enter_context(self._guided(transformer, rung))
         return self._loaded
 
     def _free(self) -> None:

@@ -137,8 +137,19 @@ def peak_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _of_process("VmHWM:")
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """Return the bytes held now, counted as `peak_bytes` counts them."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _of_process("VmRSS:")
+
+
+def _of_process(row: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    rows = [line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+    rows = [line.split() for line in status.read_text().splitlines() if line.startswith(row)]
     return int(rows[0][1]) * 1024 if rows else None

@@ -177,7 +177,7 @@ def plan_expansion(size: NetworkSize, machines: Sequence[Machine]) -> StagePlan:
 
 def _placed(size: NetworkSize, machine: Machine, run: Machine) -> StagePlan:
     whole = StagePlan("expansion", size.weight_bytes(machine.compute_bytes), _ACTIVATION_BYTES)
-    plan = streamed_if_needed(whole, size, machine, 0)
+    plan = streamed_if_needed(whole, size, machine)
     device = None if machine.device == run.device else machine.device
     return replace(plan, device=device, seconds=_seconds(plan, size, machine))
 

@@ -7,7 +7,7 @@ step is done the run itself is kept, and `resume` goes on with it.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from wan_local.ladder import Rung
 from wan_local.lock import holding_card
 from wan_local.models.transformer import Transformer
 from wan_local.order import changes_since, check_model, read_order
+from wan_local.parking import placed
 from wan_local.preparation import Job, planned, prepare, remarks_on
 from wan_local.preview import fit_latent_to_rgb
 from wan_local.report import Report
@@ -43,6 +44,7 @@ from wan_local.video import VideoReport, VideoWriter
 from wan_local.workspace import Workspace
 
 _MASK_CHANNELS = 4
+_RAM = torch.device("cpu")
 
 
 def generate(request: Request, *, settings: Settings | None = None, output: Path | str | None = None) -> Result:
@@ -171,7 +173,8 @@ def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Ge
         video = yield from _decode(job, space, latents)
     report.acceleration = latents.acceleration
     saved = {"state": answers.cost()} if answers else {}
-    return _result(job, video, {**report.as_dict(), "model_calls": latents.calls, **saved})
+    compared = {"memory": report.beside(job.plan)}
+    return _result(job, video, {**report.as_dict(), **compared, "model_calls": latents.calls, **saved})
 
 
 def _decode(job: Job, space: Workspace, final: Latents) -> Generator[Step, None, VideoReport]:
@@ -211,27 +214,30 @@ def sample(
     """Denoise and return the final latents. The context's keys and values go with this frame, before decoding."""
     request, report = job.request, space.report
     scheduler = _scheduler(job)
+    keep_on = _RAM if space.ladder.planned("denoise").parked else None
     with report.stage("context"):
         for attempt in space.attempts("context"):
             with attempt as rung, space.open("context_embedder", rung) as embedder:
                 modulations = embedder.modulations(scheduler.timesteps)
-                context = embedder(embeds.prompt, embeds.images)
-                negative_context = None if embeds.negative is None else embedder(embeds.negative, embeds.images)
+                prompts = [embeds.prompt] if embeds.negative is None else [embeds.prompt, embeds.negative]
+                contexts = embedder.contexts(prompts, embeds.images, keep_on=keep_on)
     yield report.step(1, 1, "context embedded")
 
-    def guided(transformer: Transformer, rung: Rung) -> Guided:
-        return Guided(
-            transformer,
-            condition,
-            modulations,
-            context,
-            negative_context,
-            request.guide_scale,
-            together=rung.plan.resident_blocks is not None,
-            chunk_tokens=rung.chunk_tokens,
-            residual_dtype=torch.float32 if job.settings.precision == "reference" else None,
-            choice=job.kernels if rung.device == job.device else PLAIN_KERNELS,
-        )
+    @contextmanager
+    def guided(transformer: Transformer, rung: Rung) -> Iterator[Guided]:
+        with placed(contexts, rung.plan.parked, job.device) as (context, *negative_context):
+            yield Guided(
+                transformer,
+                condition,
+                modulations,
+                context,
+                negative_context[0] if negative_context else None,
+                request.guide_scale,
+                together=rung.plan.together,
+                chunk_tokens=rung.chunk_tokens,
+                residual_dtype=torch.float32 if job.settings.precision == "reference" else None,
+                choice=job.kernels if rung.device == job.device else PLAIN_KERNELS,
+            )
 
     policy = make_policy(request.acceleration, request.num_inference_steps, job.order.acceleration)
     to_rgb = fit_latent_to_rgb(condition[:, _MASK_CHANNELS:], job.images)

@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from wan_local.errors import DoesNotFit
-from wan_local.geometry import PATCH, Geometry
+from wan_local.geometry import Geometry
+from wan_local.network_cost import (
+    context_stage_bytes,
+    contexts_bytes,
+    image_bytes,
+    loop_bytes,
+    parked_bytes,
+    text_bytes,
+    token_bytes,
+)
 from wan_local.settings import ModelConfig, TransformerConfig
 from wan_local.tiling import WHOLE, Tiling
 from wan_local.vae_cost import VaeHalf, kept_bytes, tilings, vae_bytes
@@ -23,7 +32,8 @@ GIB = 2**30
 _HEADROOM = 0.1  # of what is free; the allocator's fragments and the other programs live there
 _RUNG = 0.75  # of what a stage was planned to hold, when that turned out to be more than there is
 _FLOAT32_BYTES = 4
-_CHUNK_BYTES = GIB  # temporaries of the tokens in flight
+_CHUNK_BYTES = GIB  # temporaries of the tokens in flight, where there is room
+_SMALL_CHUNK_BYTES = GIB // 4  # and where there is not
 _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
 _RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
 W8A8_TOKENS = 2048  # whose sums of integers are held at a time
@@ -86,7 +96,9 @@ class StagePlan:
     `resident_blocks` stay on the device and the others stream from `source`; None: all stay.
     `device` is where it runs, None for the run's own. `seconds` it will take about, None where that is not known.
     `int8_arithmetic` is what int8 weights are used by; None: as suits the device.
-    `tiling` is of the VAE's frames. `ram_bytes` wait in RAM meanwhile where the device is a card: blocks, features.
+    `tiling` is of the VAE's frames. `together`: both branches of guidance go block by block, so that streamed weights
+    move once a step. `parked`: keys and values of cross-attention wait in RAM. `ram_bytes` wait in RAM meanwhile where
+    the device is a card: blocks, keys and values, features.
     """
 
     name: str
@@ -98,6 +110,8 @@ class StagePlan:
     seconds: float | None = None
     int8_arithmetic: Int8Arithmetic | None = None
     tiling: Tiling = WHOLE
+    together: bool = False
+    parked: bool = False
     ram_bytes: int = 0
 
     @property
@@ -177,8 +191,10 @@ def shrink(
     """
     stage = plan.stage(name)
     smaller = replace(machine, free_bytes=int(stage.peak_bytes * _RUNG / (1 - _HEADROOM)))
-    lesser = _plan(plan.geometry, config, sizes, smaller).stage(name)
-    chunk = plan.chunk_tokens
+    lesser_plan = _plan(plan.geometry, config, sizes, smaller)
+    lesser, chunk = lesser_plan.stage(name), plan.chunk_tokens
+    if name == "denoise":
+        chunk = min(chunk, lesser_plan.chunk_tokens)
     if lesser == stage:
         if name != "denoise" or chunk <= _MIN_CHUNK:
             return None
@@ -194,35 +210,76 @@ def usable_bytes(machine: Machine) -> int:
 
 def _plan(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine) -> Plan:
     compute = machine.compute_bytes
-    chunk = chunk_tokens(config.transformer, geometry.tokens, compute)
-    contexts = _contexts_bytes(config, compute)
-    in_linear = {network: _quantized_bytes(size, config, machine) for network, size in sizes.items()}
-    loop = contexts + _loop_bytes(geometry, config, chunk, compute, in_linear["transformer"])
-    rows = [
-        ("text", "text_encoder", compute, _text_bytes(config, compute)),
-        ("image", "image_encoder", compute, _image_bytes(config)),
-        ("context", "context_embedder", compute, contexts),
-        ("denoise", "transformer", compute, loop),
-    ]
-    stages = [
-        StagePlan(
-            name,
-            sizes[network].weight_bytes(item),
-            int(extra) + (0 if name == "denoise" else in_linear[network]),
-            int8_arithmetic=machine.int8_arithmetic if sizes[network].packed else None,
-        )
-        for name, network, item, extra in rows
-    ]
-    second_pass = geometry.tokens * config.transformer.dim * compute  # both guidance passes go together
-    more = {"text": 0, "context": 0, "denoise": second_pass}
-    text, image, context, denoising = (
-        streamed_if_needed(stage, sizes[network], machine, more[stage.name]) if stage.name in more else stage
-        for stage, (_, network, _, _) in zip(stages, rows, strict=True)
+    denoising, chunk = _denoising(geometry, config, sizes["transformer"], machine)
+    embedding = context_stage_bytes(config, compute, parked=denoising.parked)
+    waiting = contexts_bytes(config, compute) if denoising.parked else 0
+
+    def encoding(name: str, network: str, held: int) -> StagePlan:
+        size = sizes[network]
+        quantized = machine.int8_arithmetic if size.packed else None
+        held += _quantized_bytes(size, config, machine)
+        return StagePlan(name, size.weight_bytes(compute), held, int8_arithmetic=quantized)
+
+    text = encoding("text", "text_encoder", text_bytes(config, compute))
+    context = replace(encoding("context", "context_embedder", embedding), ram_bytes=waiting)
+    stages = (
+        streamed_if_needed(text, sizes["text_encoder"], machine),
+        encoding("image", "image_encoder", image_bytes(config, compute)),
+        _tiled("condition", "encoder", geometry, config, sizes["vae_encoder"], machine),
+        streamed_if_needed(context, sizes["context_embedder"], machine),
+        denoising,
+        _tiled("decode", "decoder", geometry, config, sizes["vae_decoder"], machine),
     )
-    encoding = _tiled("condition", "encoder", geometry, config, sizes["vae_encoder"], machine)
-    decoding = _tiled("decode", "decoder", geometry, config, sizes["vae_decoder"], machine)
-    placed = (text, image, encoding, context, denoising, decoding)
-    return Plan(geometry, machine.device, chunk, placed, machine.free_bytes)
+    return Plan(geometry, machine.device, chunk, stages, machine.free_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A way through the loop; see `StagePlan`."""
+
+    chunk_bytes: int
+    streamed: bool = False
+    together: bool = False
+    parked: bool = False
+
+
+# What costs least time first: smaller chunks, then streaming, then moving the weights twice a step.
+_WAYS = (
+    _Way(_CHUNK_BYTES),
+    _Way(_SMALL_CHUNK_BYTES),
+    _Way(_CHUNK_BYTES, streamed=True, together=True),
+    _Way(_SMALL_CHUNK_BYTES, streamed=True, together=True),
+    _Way(_SMALL_CHUNK_BYTES, streamed=True, together=True, parked=True),
+    _Way(_SMALL_CHUNK_BYTES, streamed=True, parked=True),
+    _Way(_SMALL_CHUNK_BYTES // 2, streamed=True, parked=True),
+)
+
+
+def _denoising(geometry: Geometry, config: ModelConfig, size: NetworkSize, machine: Machine) -> tuple[StagePlan, int]:
+    """Return the loop's stage and its tokens at a time, the first of the ways that fits; the last where none does."""
+    compute, transformer = machine.compute_bytes, config.transformer
+    in_linear = _quantized_bytes(size, config, machine)
+    for way in _WAYS:
+        if way.parked and machine.device == "cpu":
+            continue  # all of it is in RAM
+        chunk = chunk_tokens(transformer, geometry.tokens, compute, way.chunk_bytes)
+        contexts = parked_bytes(config, compute, SLOTS) if way.parked else contexts_bytes(config, compute)
+        held = contexts + loop_bytes(geometry, config, chunk, compute, together=way.together, in_linear=in_linear)
+        waiting = contexts_bytes(config, compute) if way.parked else 0
+        stage = StagePlan(
+            "denoise",
+            size.weight_bytes(compute),
+            held,
+            int8_arithmetic=machine.int8_arithmetic if size.packed else None,
+            together=way.together,
+            parked=way.parked,
+            ram_bytes=waiting,
+        )
+        if way.streamed:
+            stage = streamed_if_needed(stage, size, machine)
+        if stage.peak_bytes <= usable_bytes(machine):
+            break
+    return stage, chunk
 
 
 def _tiled(
@@ -247,17 +304,14 @@ def _tiled(
     return min(plans, key=lambda plan: plan.peak_bytes)
 
 
-def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, more_bytes: int) -> StagePlan:
-    """Return the stage with as many blocks resident as fit beside the ring, where they do not all fit.
-
-    more_bytes: of activations, where blocks are streamed.
-    """
+def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine) -> StagePlan:
+    """Return the stage with as many blocks resident as fit beside the ring, where they do not all fit."""
     budget, compute = usable_bytes(machine), machine.compute_bytes
     if stage.peak_bytes <= budget:
         return stage
     blocks = size.block_bytes(compute)
     rest = size.weight_bytes(compute) - size.table * compute - sum(blocks)
-    activation = stage.activation_bytes + more_bytes
+    activation = stage.activation_bytes
     for resident in range(max(0, len(blocks) - SLOTS), -1, -1):
         stay = spread(len(blocks), resident)
         waiting = [block for index, block in enumerate(blocks) if index not in stay]
@@ -265,14 +319,11 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, mo
         weights = rest + sum(blocks) - sum(waiting) + ring * max(waiting)
         if activation + weights <= budget:
             break
-    in_ram = machine.device != "cpu" and sum(waiting) <= machine.free_ram_bytes * _RAM_SHARE
-    return replace(
-        stage,
-        weight_bytes=weights,
-        activation_bytes=activation,
-        resident_blocks=resident,
-        source="ram" if in_ram else "file",
-    )
+    on_cpu, in_ram = machine.device == "cpu", stage.ram_bytes + sum(waiting)
+    source: Source = "ram" if not on_cpu and in_ram <= machine.free_ram_bytes * _RAM_SHARE else "file"
+    if source == "file":
+        in_ram = 0 if on_cpu else stage.ram_bytes + SLOTS * max(waiting)
+    return replace(stage, weight_bytes=weights, resident_blocks=resident, source=source, ram_bytes=in_ram)
 
 
 def _quantized_bytes(size: NetworkSize, config: ModelConfig, machine: Machine) -> int:
@@ -285,45 +336,8 @@ def _quantized_bytes(size: NetworkSize, config: ModelConfig, machine: Machine) -
     return size.unpacked * machine.compute_bytes + (_DEQUANTIZING if machine.device == "cpu" else _DEQUANTIZING_ON_CARD)
 
 
-def chunk_tokens(transformer: TransformerConfig, tokens: int, compute_bytes: int) -> int:
-    """Return how many tokens the blocks work on at a time, so that the temporaries stay within `_CHUNK_BYTES`."""
-    return min(tokens, max(_MIN_CHUNK, _CHUNK_BYTES // max(_temporaries(transformer, compute_bytes))))
-
-
-def _temporaries(transformer: TransformerConfig, compute_bytes: int) -> tuple[int, int]:
-    """Bytes that a token in flight takes: while q is turned in float32, and in the middle of the feed-forward."""
-    turning = transformer.dim * (4 * _FLOAT32_BYTES + 4 * compute_bytes)
-    feeding = transformer.dim * (2 * _FLOAT32_BYTES + compute_bytes) + 2 * transformer.ffn_dim * compute_bytes
-    return turning, feeding
-
-
-def _text_bytes(config: ModelConfig, compute: int) -> int:
-    encoder, tokens = config.text_encoder, config.transformer.text_tokens
-    return tokens * compute * (8 * encoder.d_model + 3 * encoder.d_ff) + encoder.num_heads * tokens * tokens * 8
-
-
-def _image_bytes(config: ModelConfig) -> int:
-    """Both images' tokens in float32: the hidden states that are kept, and one block's temporaries."""
-    encoder = config.image_encoder
-    kept = (encoder.num_hidden_layers + 8) * encoder.hidden_size + 2 * encoder.intermediate_size
-    return 2 * encoder.tokens * kept * _FLOAT32_BYTES
-
-
-def _contexts_bytes(config: ModelConfig, compute: int) -> int:
-    """Keys and values of text and images in every block, with and without the prompt."""
-    transformer = config.transformer
-    context_tokens = transformer.text_tokens + transformer.image_tokens
-    return 2 * 2 * transformer.num_layers * context_tokens * transformer.dim * compute
-
-
-def _loop_bytes(geometry: Geometry, config: ModelConfig, chunk: int, compute: int, in_linear: int) -> int:
-    """The hidden state, whole keys and values, one chunk's temporaries, the rotary table and the latents.
-
-    in_linear: what a quantized linear takes while it runs.
-    """
-    transformer, tokens = config.transformer, geometry.tokens
-    whole = 3 * tokens * transformer.dim * compute
-    rotary = tokens * transformer.attention_head_dim * _FLOAT32_BYTES
-    latents = 4 * tokens * transformer.in_channels * PATCH * PATCH * _FLOAT32_BYTES
-    turning, feeding = _temporaries(transformer, compute)
-    return whole + max(chunk * turning, chunk * feeding + in_linear) + rotary + latents
+def chunk_tokens(
+    transformer: TransformerConfig, tokens: int, compute_bytes: int, chunk_bytes: int = _CHUNK_BYTES
+) -> int:
+    """Return how many tokens the blocks work on at a time, so that the temporaries stay within `chunk_bytes`."""
+    return min(tokens, max(_MIN_CHUNK, chunk_bytes // max(token_bytes(transformer, compute_bytes))))

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from wan_local.device import peak_bytes, reset_peak
+from wan_local.device import held_bytes, peak_bytes, reset_peak
+from wan_local.planner import Plan
 from wan_local.request import Stage, Step
 
 _DECODE_TO_ENCODE = 2.5  # decoding takes about this many times as long as encoding the condition did
@@ -26,6 +27,7 @@ class Report:
         self._stage: Stage = "plan"
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
+        self.stage_bytes: dict[str, int] = {}
         self.notes: list[str] = []
         self.acceleration: dict[str, Any] = {}
         self.kernels = ""
@@ -36,11 +38,23 @@ class Report:
         """Measure a stage from here to the end of the block."""
         self._stage, self._stage_started = name, time.monotonic()
         reset_peak(self.device)
+        before = held_bytes(self.device)
         yield
         self.seconds[name] = round(time.monotonic() - self._stage_started, 3)
         peak = peak_bytes(self.device)
-        if peak is not None:
+        if peak is not None and before is not None:
             self.peak_bytes[name] = peak
+            # a process holds libraries and earlier stages' pages too; a card's allocator holds what was planned alone
+            self.stage_bytes[name] = peak - before if self.device.type == "cpu" else peak
+
+    def beside(self, plan: Plan) -> dict[str, dict[str, int]]:
+        """Return each measured stage's bytes beside the planned ones."""
+        planned = {stage.name: stage.peak_bytes for stage in plan.stages}
+        return {
+            name: {"planned_bytes": planned[name], "measured_bytes": measured}
+            for name, measured in self.stage_bytes.items()
+            if name in planned
+        }
 
     def note(self, text: str) -> None:
         """Keep something that the caller should know and log it."""

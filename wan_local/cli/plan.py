@@ -78,6 +78,9 @@ def _formats(given: dict[str, Any]) -> WeightFormats | None:
 
 def _row(stage: StagePlan) -> str:
     how = "" if stage.source is None else f", {stage.resident_blocks} blocks stay, others stream from {stage.source}"
+    how += "" if stage.tiling.count == 1 else f", frames in {stage.tiling} tiles"
+    how += ", text and image keys wait in RAM" if stage.parked else ""
+    how += f"; {stage.ram_bytes / 2**30:.1f} GiB of RAM" if stage.ram_bytes else ""
     where = "" if stage.device is None else f" on {stage.device}"
     took = "" if stage.seconds is None else f", about {stage.seconds:.0f} s"
     gibibytes = f"{stage.peak_bytes / 2**30:6.2f} GiB{where}"

@@ -153,15 +153,21 @@ class _ContextAttention(nn.Module):
         self.add_k_proj, self.add_v_proj = Linear(dim, dim), Linear(dim, dim)
         self.norm_k, self.norm_added_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
 
-    def forward(self, text_BMD: Tensor, image_BMD: Tensor, text_bias: Tensor | None) -> ContextKV:
+    def forward(
+        self, texts: Sequence[tuple[Tensor, Tensor | None]], image_BMD: Tensor, keep_on: torch.device | None
+    ) -> list[ContextKV]:
+        """Return keys and values for each of the texts [B, M, D] with its bias; the images' are made once for all."""
         dtype = self.to_v.compute_dtype
-        return ContextKV(
-            k=split_heads(self.norm_k(self.to_k(text_BMD)), self.num_heads).to(dtype),
-            v=split_heads(self.to_v(text_BMD), self.num_heads),
-            k_image=split_heads(self.norm_added_k(self.add_k_proj(image_BMD)), self.num_heads).to(dtype),
-            v_image=split_heads(self.add_v_proj(image_BMD), self.num_heads),
-            text_bias=text_bias,
+        k_image = split_heads(self.norm_added_k(self.add_k_proj(image_BMD)), self.num_heads).to(
+            device=keep_on, dtype=dtype
         )
+        v_image = split_heads(self.add_v_proj(image_BMD), self.num_heads).to(device=keep_on)
+        made = []
+        for text_BMD, text_bias in texts:
+            k = split_heads(self.norm_k(self.to_k(text_BMD)), self.num_heads).to(device=keep_on, dtype=dtype)
+            v = split_heads(self.to_v(text_BMD), self.num_heads).to(device=keep_on)
+            made.append(ContextKV(k, v, k_image, v_image, text_bias))
+        return made
 
 
 class _ContextBlock(nn.Module):
@@ -184,23 +190,36 @@ class ContextEmbedder(nn.Module):
         self.blocks: nn.Module = nn.ModuleList([_ContextBlock(config) for _ in range(config.num_layers)])
 
     def forward(self, prompt_embeds: Tensor, image_embeds: Tensor) -> list[ContextKV]:
-        """Return every block's cross-attention keys and values.
+        """Return every block's cross-attention keys and values; see `contexts`."""
+        [context] = self.contexts([prompt_embeds], image_embeds)
+        return context
 
-        prompt_embeds: [B, text_tokens, text_dim], zero beyond the prompt's true length. Those padding rows are attended
-        to, as in training; being equal, they are folded into one key that counts for all where that is exact.
+    def contexts(
+        self, prompts: Sequence[Tensor], image_embeds: Tensor, *, keep_on: torch.device | None = None
+    ) -> list[list[ContextKV]]:
+        """Return every block's cross-attention keys and values for each of the prompts, with each block's weights once.
+
+        prompts: prompt_embeds [B, text_tokens, text_dim], zero beyond the prompt's true length. Those padding rows are
+        attended to, as in training; being equal, they are folded into one key that counts for all where that is exact.
         image_embeds: [B, image_tokens, image_dim], the start image's tokens and then the end image's.
+        keep_on: where each block's result goes at once; unless given it stays where it was made.
         """
         config = self.config
-        _check_shape("prompt_embeds", prompt_embeds, config.text_tokens, config.text_dim)
         _check_shape("image_embeds", image_embeds, config.image_tokens, config.image_dim)
+        texts = [self._text(prompt_embeds) for prompt_embeds in prompts]
+        image_BMD = self.condition_embedder.image_embedder(image_embeds)
+        blocks = cast(Iterable[_ContextBlock], self.blocks)  # a list, or blocks that are streamed
+        by_block = [block.attn2(texts, image_BMD, keep_on) for block in blocks]
+        return [list(context) for context in zip(*by_block, strict=True)]
+
+    def _text(self, prompt_embeds: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return a prompt's tokens at the transformer's width, and the bias of their logits."""
+        _check_shape("prompt_embeds", prompt_embeds, self.config.text_tokens, self.config.text_dim)
         text_bias: Tensor | None = None
         if self.condition_embedder.text_embedder.linear_1.weight.dtype == torch.float32:
             # not in bfloat16: it would round the bias by 1.5 %, and a bias keeps the fastest fused kernels away
             prompt_embeds, text_bias = fold_padding(prompt_embeds)
-        text_BMD = self.condition_embedder.text(prompt_embeds)
-        image_BMD = self.condition_embedder.image_embedder(image_embeds)
-        blocks = cast(Iterable[_ContextBlock], self.blocks)  # a list, or blocks that are streamed
-        return [block.attn2(text_BMD, image_BMD, text_bias) for block in blocks]
+        return self.condition_embedder.text(prompt_embeds), text_bias
 
     def modulations(self, timesteps: Tensor) -> dict[float, Modulation]:
         """Return every timestep's modulation, each computed alone so that its bits depend on nothing else."""
@@ -341,7 +360,7 @@ class Transformer(nn.Module):
         self,
         latents: Tensor,
         modulation: Modulation,
-        contexts: Sequence[list[ContextKV]],
+        contexts: Sequence[Iterable[ContextKV]],
         *,
         chunk_tokens: int | None = None,
         residual_dtype: torch.dtype | None = None,
@@ -364,10 +383,10 @@ class Transformer(nn.Module):
         rotary = rotary_embedding(grid, self.config.attention_head_dim, latents.device)
         branches = [hidden_BLD, *(hidden_BLD.clone() for _ in contexts[1:])]
         blocks = cast(Iterable[nn.Module], self.blocks)  # a list, or blocks that are streamed
-        for index, block in enumerate(blocks):
+        for block, *of_block in zip(blocks, *contexts, strict=True):
             with _arithmetic(block, choice):
-                for branch, context in zip(branches, contexts, strict=True):
-                    operands = (branch, modulation.projection, context[index], rotary)
+                for branch, context in zip(branches, of_block, strict=True):
+                    operands = (branch, modulation.projection, context, rotary)
                     if choice.fused and branch.shape[0] == 1:
                         advance(block, *operands, chunk_tokens=chunk_tokens, choice=choice)
                     else:

@@ -1,0 +1,75 @@
+"""What the transformer and the encoders hold beside their weights, and what they compute, from shapes alone.
+
+Held to the bytes that are counted while the real networks run on `meta` at full size by `tests/test_network_cost.py`.
+Attention is taken for a fused kernel's, which keeps no scores. Integers, no torch.
+"""
+
+from __future__ import annotations
+
+from wan_local.geometry import PATCH, Geometry
+from wan_local.settings import ModelConfig, TransformerConfig
+
+BRANCHES = 2  # of guidance: with the prompt and with the negative one
+_FLOAT32_BYTES = 4
+_MARGIN = 1.02  # small buffers that are not counted one by one
+
+
+def loop_bytes(
+    geometry: Geometry, config: ModelConfig, chunk: int, compute: int, *, together: bool, in_linear: int = 0
+) -> int:
+    """Return hidden state, whole keys and values, one chunk's temporaries, rotary table and latents.
+
+    together: both branches of guidance go block by block. in_linear: what a quantized linear takes while it runs.
+    """
+    transformer, tokens = config.transformer, geometry.tokens
+    whole = (BRANCHES + 2 if together else 3) * tokens * transformer.dim * compute
+    rotary = tokens * transformer.attention_head_dim * _FLOAT32_BYTES
+    latents = 4 * tokens * transformer.in_channels * PATCH * PATCH * _FLOAT32_BYTES
+    turning, feeding = token_bytes(transformer, compute)
+    return whole + max(chunk * turning, chunk * feeding + in_linear) + rotary + latents
+
+
+def token_bytes(transformer: TransformerConfig, compute: int) -> tuple[int, int]:
+    """Return what a token in flight takes: while q is turned in float32, and in the middle of the feed-forward."""
+    turning = transformer.dim * (4 * _FLOAT32_BYTES + 4 * compute)
+    feeding = transformer.dim * (2 * _FLOAT32_BYTES + compute) + 2 * transformer.ffn_dim * compute
+    return turning, feeding
+
+
+def contexts_bytes(config: ModelConfig, compute: int) -> int:
+    """Return the bytes of keys and values of every block: of both prompts, and once of the images."""
+    transformer = config.transformer
+    tokens = BRANCHES * transformer.text_tokens + transformer.image_tokens
+    return 2 * transformer.num_layers * tokens * transformer.dim * compute
+
+
+def parked_bytes(config: ModelConfig, compute: int, slots: int) -> int:
+    """Return what stays of them on the device where they wait in RAM: `slots` blocks' for each branch."""
+    transformer = config.transformer
+    tokens = BRANCHES * (transformer.text_tokens + transformer.image_tokens)
+    return 2 * slots * tokens * transformer.dim * compute
+
+
+def context_stage_bytes(config: ModelConfig, compute: int, *, parked: bool) -> int:
+    """Return what making the keys and values holds: them, unless they go to RAM, and the tokens they are made of."""
+    transformer = config.transformer
+    tokens = BRANCHES * transformer.text_tokens + transformer.image_tokens
+    embedded = tokens * transformer.dim * compute
+    turning = transformer.image_tokens * transformer.dim * (2 * _FLOAT32_BYTES + 3 * compute)
+    made = contexts_bytes(config, compute) // (transformer.num_layers if parked else 1)
+    return int(_MARGIN * (made + embedded + turning))
+
+
+def text_bytes(config: ModelConfig, compute: int) -> int:
+    """Return what a prompt of full length holds in the text encoder."""
+    encoder, tokens = config.text_encoder, config.transformer.text_tokens
+    return tokens * compute * (8 * encoder.d_model + 3 * encoder.d_ff) + encoder.num_heads * tokens * tokens * 12
+
+
+def image_bytes(config: ModelConfig, compute: int) -> int:
+    """Return what both images hold in the image encoder: every hidden state, one block's temporaries and its scores."""
+    encoder = config.image_encoder
+    kept = (encoder.num_hidden_layers + 8) * encoder.hidden_size
+    scores = 2 * encoder.num_attention_heads * encoder.tokens
+    norms = 10 * encoder.hidden_size
+    return 2 * encoder.tokens * (kept * compute + (scores + norms) * _FLOAT32_BYTES)
