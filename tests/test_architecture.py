@@ -20,6 +20,7 @@ LINES = (
     ("tiling",),
     ("vae_cost", "network_cost"),
     ("failure", "hub", "planner", "key_map", "header", "manifest", "runs"),
+    ("timing",),
     ("anatomy", "gguf_header", "pickle_header"),
     ("weight_files", "kinds", "scales"),
     ("inspection",),
@@ -80,7 +81,7 @@ WITHOUT_TORCH = (
     "anatomy",
     "gguf_header",
 )
-WITHOUT_TORCH += ("tiling", "vae_cost", "network_cost")
+WITHOUT_TORCH += ("tiling", "vae_cost", "network_cost", "timing")
 WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "inspection", "hub", "durable", "runs")
 IMPORTERS_OF_KERNELS = ("attention", "fusions", "layers", "device", "doctor")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")

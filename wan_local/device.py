@@ -37,6 +37,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
+def card_model(device: torch.device) -> str | None:
+    """Return what the maker calls the card; None for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 def card_name(device: torch.device) -> str | None:
     """Return what names a card for every process of this machine, however each counts its cards; None for a CPU."""
     if device.type != "cuda":

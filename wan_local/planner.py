@@ -98,7 +98,7 @@ class StagePlan:
     `int8_arithmetic` is what int8 weights are used by; None: as suits the device.
     `tiling` is of the VAE's frames. `together`: both branches of guidance go block by block, so that streamed weights
     move once a step. `parked`: keys and values of cross-attention wait in RAM. `ram_bytes` wait in RAM meanwhile where
-    the device is a card: blocks, keys and values, features.
+    the device is a card: blocks, keys and values, features. `streamed_bytes` are copied to it in each pass.
     """
 
     name: str
@@ -113,6 +113,7 @@ class StagePlan:
     together: bool = False
     parked: bool = False
     ram_bytes: int = 0
+    streamed_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -323,7 +324,14 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine) ->
     source: Source = "ram" if not on_cpu and in_ram <= machine.free_ram_bytes * _RAM_SHARE else "file"
     if source == "file":
         in_ram = 0 if on_cpu else stage.ram_bytes + SLOTS * max(waiting)
-    return replace(stage, weight_bytes=weights, resident_blocks=resident, source=source, ram_bytes=in_ram)
+    return replace(
+        stage,
+        weight_bytes=weights,
+        resident_blocks=resident,
+        source=source,
+        ram_bytes=in_ram,
+        streamed_bytes=sum(waiting),
+    )
 
 
 def _quantized_bytes(size: NetworkSize, config: ModelConfig, machine: Machine) -> int:

@@ -18,19 +18,21 @@ from wan_local.attention import KernelChoice
 from wan_local.cache import EncodingCache
 from wan_local.checkpoint import ModelFiles, find_model, model_config
 from wan_local.conditioning import picture_tensor
-from wan_local.device import compute_dtype, free_bytes, free_ram_bytes, resolve_device
+from wan_local.device import card_model, compute_dtype, free_bytes, free_ram_bytes, resolve_device
 from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, Geometry, Size, output_size
 from wan_local.image import fit, load_image
 from wan_local.ladder import Ladder
+from wan_local.network_cost import BRANCHES
 from wan_local.order import Order, words_of
 from wan_local.planner import Machine, Plan, make_plan, shrink
 from wan_local.probe import choose_kernels
 from wan_local.quantize import default_arithmetic
 from wan_local.report import Report
 from wan_local.request import Check, Request, unchecked
-from wan_local.settings import ModelConfig, Settings, load_acceleration_config, load_profile
+from wan_local.settings import ModelConfig, Settings, load_acceleration_config, load_card_rates, load_profile
 from wan_local.stage import network_sizes
 from wan_local.switches import Switches, planned_stages, prepare_switches
+from wan_local.timing import timed
 from wan_local.video import check_output, largest_bytes
 from wan_local.weight_format import PLAIN, Int8Arithmetic, WeightFormats
 from wan_local.workspace import Workspace
@@ -129,16 +131,25 @@ def planned(
 
 
 def plan_run(
-    settings: Settings, request: Request, *, machine: Machine | None, formats: WeightFormats | None = None
+    settings: Settings,
+    request: Request,
+    *,
+    machine: Machine | None,
+    formats: WeightFormats | None = None,
+    card: str | None = None,
 ) -> tuple[ModelConfig, Plan]:
     """Return the model's configuration and the plan of a run on `machine` (None: this one). No weights are needed.
 
     formats: what the weights would be converted into; None is as they are where the settings name a folder, else bf16.
-    Of the request its resolution, aspect ratio, number of frames and switches count; its images are not looked at.
+    card: the name of a card, for the seconds; None is the name of this one.
+    Of the request its resolution, aspect ratio, number of frames, steps, guidance and switches count; its images are
+    not looked at.
 
     Raises DoesNotFit; ModelNotFound where the settings name a folder that is none.
     """
     config, device = model_config(settings), resolve_device(settings.device)
+    if card is None and machine is None:
+        card = card_model(device)
     machine = machine or _machine(device, settings)
     weights: ModelFiles | WeightFormats = formats or PLAIN
     if formats is None and settings.model is not None:
@@ -146,7 +157,16 @@ def plan_run(
     sizes = {name: output_size(config.canvas(name), request.aspect_ratio, _WIDE) for name in RESOLUTIONS}
     geometry, small = Geometry(sizes[request.resolution], request.num_frames), Geometry(sizes["480p"], NATIVE_FRAMES)
     smaller = small if small.tokens < geometry.tokens else None
-    plan = make_plan(geometry, config, network_sizes(config, weights), machine, smaller=smaller)
+    weight_sizes = network_sizes(config, weights)
+    plan = make_plan(geometry, config, weight_sizes, machine, smaller=smaller)
+    plan = timed(
+        plan,
+        config,
+        weight_sizes,
+        load_card_rates(card),
+        steps=request.num_inference_steps,
+        branches=1 if request.guide_scale == 1 else BRANCHES,
+    )
     return config, plan.preceded_by(*planned_stages(request, settings, machine))
 
 

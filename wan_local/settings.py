@@ -354,6 +354,25 @@ def turn_off_onnx_telemetry() -> None:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
+@dataclass(frozen=True, slots=True)
+class CardRates:
+    """What a card reaches, modelled: operations and bytes a second."""
+
+    matmul_flops: float
+    attention_flops: float
+    convolution_flops: float
+    copy_bytes: float
+
+
+def load_card_rates(card: str | None) -> CardRates | None:
+    """Return the modelled rates of the card of that name, as `configs/cards.toml` has them; None for others."""
+    for entry in read_toml("cards")["card"]:
+        if card is not None and entry["name"].lower() in card.lower():
+            matmul, attention, convolution, copy = entry["rates"]
+            return CardRates(matmul * 1e12, attention * 1e12, convolution * 1e12, copy * 1e9)
+    return None
+
+
 def known_models() -> tuple[ModelConfig, ...]:
     """Return the configuration of every model that this version knows, the real one first."""
     return tuple(load_model_config(name) for name in _CONFIGS)

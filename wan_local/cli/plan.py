@@ -13,10 +13,17 @@ from wan_local.weight_format import WeightFormat, WeightFormats
 
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
-    from wan_local.planner import StagePlan
+    from wan_local.planner import Plan, StagePlan
 
 # the fields that memory depends on
-_PLANNED = ("resolution", "aspect_ratio", "num_frames", "enable_safety_checker", "enable_prompt_expansion")
+_PLANNED: tuple[str, ...] = (
+    "resolution",
+    "aspect_ratio",
+    "num_frames",
+    "enable_safety_checker",
+    "enable_prompt_expansion",
+)
+_PLANNED += ("num_inference_steps", "guide_scale")
 
 
 def add(commands: Commands) -> None:
@@ -34,6 +41,7 @@ def add(commands: Commands) -> None:
     machine = parser.add_argument_group("the machine (this one unless told)")
     add_place_flags(machine)
     machine.add_argument("--vram", type=gibibytes, metavar="GIB", help="free memory of a card to plan for")
+    machine.add_argument("--card", metavar="NAME", help='name of the card, as "RTX 4060", for how long it takes')
     machine.add_argument("--ram", type=gibibytes, metavar="GIB", help="free RAM to plan for")
     machine.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 
@@ -52,7 +60,9 @@ def _plan(options: argparse.Namespace) -> int:
         machine = Machine("a card", given["vram"], given.get("ram", given["vram"]), compute_bytes=2)
     elif "ram" in given:
         machine = Machine("cpu", given["ram"], given["ram"], compute_bytes=4)
-    config, plan = plan_run(settings_from(given), request, machine=machine, formats=_formats(given))
+    config, plan = plan_run(
+        settings_from(given), request, machine=machine, formats=_formats(given), card=given.get("card")
+    )
     if "json" in given:
         stages = [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in plan.stages]
         print(json.dumps({"model": config.name, "device": plan.device, "stages": stages}, indent=2))
@@ -60,11 +70,20 @@ def _plan(options: argparse.Namespace) -> int:
     print(f"{config.title}: {plan.describe()}")
     for stage in plan.stages:
         print(_row(stage))
+    print(_pace(plan, request.num_inference_steps))
     if request.enable_prompt_expansion:
         print(f"Prompt expansion: {describe(settings_from(given))}")
     if config.download_gigabytes is not None:
         print(f"Weights: {config.repository}, about {config.download_gigabytes} GB to download.")
     return DONE
+
+
+def _pace(plan: Plan, steps: int) -> str:
+    """Say how long a run takes, or that it is not known."""
+    if plan.stage("denoise").seconds is None:
+        return "Seconds: unknown, since the card is; name one of configs/cards.toml with --card."
+    total = sum(stage.seconds or 0.0 for stage in plan.stages)
+    return f"About {total / 60:.0f} minutes for {steps} steps, modelled from the card's data sheet and not measured."
 
 
 def _formats(given: dict[str, Any]) -> WeightFormats | None:
