@@ -35,6 +35,7 @@ LINES = (
     ("doctor",),
     ("models", "quantized_layers", "lora_branch"),
     ("offload", "store_layout", "store_journal", "diffusers_config"),
+    ("parking",),
     ("store_file", "quanto"),
     ("convert",),
     ("stage",),
