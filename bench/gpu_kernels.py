@@ -80,7 +80,7 @@ def _speed_rows(device: torch.device, size: str) -> Iterator[dict[str, Any]]:
     at = checks.REAL if size == "full" else checks.SMALL
     for case in checks.cases(device, at, dtype):
         if case.products == 0 and checks.judge(case).right:
-            rate = case.moved_bytes / _median(case.run, device)
+            rate = case.moved_bytes / _median(case.timed, device)
             yield {"op": case.name, "gigabytes_a_second": round(rate / 1e9, 1), "share_of_copy": round(rate / copy, 3)}
     for tokens in TOKENS[size]:
         yield from _linear_rows(device, tokens, at, dtype)

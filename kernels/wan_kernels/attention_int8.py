@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wan_kernels.hardware import TileLaunch, tile_launch
-from wan_kernels.language import ceil_div, jit, launchable, tl
+from wan_kernels.language import ceil_div, jit, launchable, on_device_of, tl
 
 KEY_BLOCK = 64  # keys that share a scale
 HEAD_DIMS = (32, 64, 128)  # what the kernel's tiles are made for
@@ -228,7 +228,8 @@ def attention_int8(
     [B, M, H, K] with v_scale [B, H, K], or int8 [B, H, K, ceil(M/64)*64], zero beyond M, with v_scale and v_mean.
     Scales and mean are float32. All contiguous.
     """
-    return attention_int8_triton(q, q_scale, k, k_scale, v, v_scale, v_mean, out_dtype)
+    with on_device_of(q):
+        return attention_int8_triton(q, q_scale, k, k_scale, v, v_scale, v_mean, out_dtype)
 
 
 @attention_int8.register_kernel("cpu")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wan_kernels.hardware import row_launch
-from wan_kernels.language import jit, launchable, tl
+from wan_kernels.language import jit, launchable, on_device_of, tl
 from wan_kernels.quantize_rows import quantize_rows_reference, store_quantized
 
 INT4_GROUP = 64
@@ -76,7 +76,8 @@ def decode_int4_(packed: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> T
 
     packed uint8 [N, K/2]; scale, shift any float [N, K/64]; all contiguous, K a multiple of 64.
     """
-    return decode_int4_triton(packed, scale, shift, out)
+    with on_device_of(packed):
+        return decode_int4_triton(packed, scale, shift, out)
 
 
 @decode_int4_.register_kernel("cpu")

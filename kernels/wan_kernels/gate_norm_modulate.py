@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wan_kernels.hardware import row_launch
-from wan_kernels.language import jit, launchable, tl
+from wan_kernels.language import jit, launchable, on_device_of, tl
 from wan_kernels.quantize_rows import check_rows, quantize_rows_reference, rotated, store_quantized
 
 
@@ -149,7 +149,8 @@ def gate_norm_modulate_(
     x, y any float [B, L, D]; gate, scale, shift float32 [B, D]; all contiguous. affine: `scale` is the factor itself,
     not what is added to 1.
     """
-    return gate_norm_modulate_triton(x, y, gate, scale, shift, affine, eps, out_dtype)
+    with on_device_of(x):
+        return gate_norm_modulate_triton(x, y, gate, scale, shift, affine, eps, out_dtype)
 
 
 @gate_norm_modulate_.register_kernel("cpu")
@@ -198,7 +199,8 @@ def gate_norm_modulate_quantize_(
 
     rotate: quantize n R instead of n (see `quantize_rows`).
     """
-    return gate_norm_modulate_quantize_triton(x, y, gate, scale, shift, affine, eps, rotate)
+    with on_device_of(x):
+        return gate_norm_modulate_quantize_triton(x, y, gate, scale, shift, affine, eps, rotate)
 
 
 @gate_norm_modulate_quantize_.register_kernel("cpu")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wan_kernels.hardware import row_launch
-from wan_kernels.language import jit, launchable, tl
+from wan_kernels.language import jit, launchable, on_device_of, tl
 from wan_kernels.linear_int8 import tanh_gelu
 from wan_kernels.quantize_rows import check_rows, quantize_rows_reference, rotated, store_quantized
 
@@ -57,7 +57,8 @@ def _empty(h: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("wan_kernels::gelu_quantize", mutates_args=(), device_types="cuda")
 def gelu_quantize(h: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
     """Return q int8 [..., D] and scale float32 [...] of g = tanh-GELU(h), h [..., D]; with `rotate`, of g R."""
-    return gelu_quantize_triton(h, rotate)
+    with on_device_of(h):
+        return gelu_quantize_triton(h, rotate)
 
 
 @gelu_quantize.register_kernel("cpu")

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-__all__ = ["HAS_TRITON", "KernelUnavailable", "ceil_div", "jit", "launchable", "power_of_two", "tl", "triton"]
+import torch
+from torch import Tensor
+
+__all__ = [
+    "HAS_TRITON",
+    "KernelUnavailable",
+    "ceil_div",
+    "jit",
+    "launchable",
+    "on_device_of",
+    "power_of_two",
+    "tl",
+    "triton",
+]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -33,6 +47,11 @@ def launchable(op: str) -> None:
             f"{op} needs Triton on a card, and it is not installed. Install it with `pip install 'wan_local[kernels]'` "
             "(Linux) or `pip install triton-windows`, or choose attention='sdpa' and kernels='off'."
         )
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return the context in which Triton launches on the tensor's card: it takes the current one otherwise."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def ceil_div(value: int, divisor: int) -> int:

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wan_kernels.hardware import TileLaunch, tile_launch
-from wan_kernels.language import ceil_div, jit, launchable, tl
+from wan_kernels.language import ceil_div, jit, launchable, on_device_of, tl
 
 _EXACT_IN_FLOAT32 = 1024  # products of int8 whose sum stays below 2^24
+_LEAST_ROWS = 17  # that cuBLAS multiplies in int8
 _ROWS_AT_A_TIME = 4096  # of int32 sums that the reference holds
 _SMALL = 128  # rows, columns or inputs below this get the small tiles
 _SWIZZLE = 8  # rows of tiles that walk along together, so that they share weights in the L2 cache
@@ -69,7 +70,10 @@ def matmul_int8(a_MK: Tensor, w_NK: Tensor) -> Tensor:
     On a CPU with VNNI by torch's int8 multiplication. Without VNNI that is a plain loop, twenty times slower than the
     float32 multiplication, which is exact as well if it is done 1,024 inputs at a time.
     """
-    if a_MK.device.type != "cpu" or torch.cpu._is_vnni_supported():
+    if a_MK.device.type != "cpu":
+        rows = a_MK.shape[0]
+        return torch._int_mm(F.pad(a_MK, (0, 0, 0, max(0, _LEAST_ROWS - rows))), w_NK.t())[:rows]
+    if torch.cpu._is_vnni_supported():
         return torch._int_mm(a_MK, w_NK.t())
     inputs = a_MK.shape[1]
     if inputs <= _EXACT_IN_FLOAT32:
@@ -218,7 +222,8 @@ def linear_int8(
 
     a int8 [..., K], a_scale float32 [...], w int8 [N, K], w_scale float32 [N], bias any float [N]; all contiguous.
     """
-    return linear_int8_triton(a, a_scale, w, w_scale, bias, gelu, out_dtype)
+    with on_device_of(a):
+        return linear_int8_triton(a, a_scale, w, w_scale, bias, gelu, out_dtype)
 
 
 @linear_int8.register_kernel("cpu")
@@ -243,7 +248,8 @@ def linear_int8_residual_(
 
     a int8 [B, L, K], a_scale float32 [B, L], gate float32 [B, N], the rest as in `linear_int8`; all contiguous.
     """
-    linear_int8_residual_triton(a, a_scale, w, w_scale, bias, x, gate)
+    with on_device_of(a):
+        linear_int8_residual_triton(a, a_scale, w, w_scale, bias, x, gate)
 
 
 @linear_int8_residual_.register_kernel("cpu")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wan_kernels.hardware import row_launch
-from wan_kernels.language import jit, launchable, tl
+from wan_kernels.language import jit, launchable, on_device_of, tl
 
 ROTATION_GROUP = 64
 INT8_MAX = 127.0
@@ -113,7 +113,8 @@ def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("wan_kernels::quantize_rows", mutates_args=(), device_types="cuda")
 def quantize_rows(x: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
     """Return q int8 [..., D] and scale float32 [...] of x [..., D]; with `rotate`, of x R (D a multiple of 64)."""
-    return quantize_rows_triton(x, rotate)
+    with on_device_of(x):
+        return quantize_rows_triton(x, rotate)
 
 
 @quantize_rows.register_kernel("cpu")

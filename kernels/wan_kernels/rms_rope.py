@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from wan_kernels.attention_int8 import KEY_BLOCK
 from wan_kernels.hardware import row_launch
-from wan_kernels.language import ceil_div, jit, launchable, tl
+from wan_kernels.language import ceil_div, jit, launchable, on_device_of, tl
 from wan_kernels.quantize_rows import INT8_MAX, SMALLEST, check_rows, quantize_rows_reference, rounded_int8
 
 
@@ -243,7 +243,8 @@ def rms_rope(
 
     weight float32 [H*K]; cos, sin float32 [L, K/2], or None for no turn; all contiguous, K a power of two.
     """
-    return rms_rope_triton(x, weight, cos, sin, heads, eps, out_dtype)
+    with on_device_of(x):
+        return rms_rope_triton(x, weight, cos, sin, heads, eps, out_dtype)
 
 
 @rms_rope.register_kernel("cpu")
@@ -277,7 +278,8 @@ def rms_rope_quantize(
     x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return the queries of `attention_int8`: int8 [B, H, L, K], scale float32 [B, H, L]; arguments of `rms_rope`."""
-    return rms_rope_quantize_triton(x, weight, cos, sin, heads, eps)
+    with on_device_of(x):
+        return rms_rope_quantize_triton(x, weight, cos, sin, heads, eps)
 
 
 @rms_rope_quantize.register_kernel("cpu")
@@ -303,7 +305,8 @@ def rms_rope_quantize_keys(
 
     centre: float32 [B, H, K], any vector near the keys' mean; the rest as in `rms_rope`.
     """
-    return rms_rope_quantize_keys_triton(x, weight, cos, sin, centre, eps)
+    with on_device_of(x):
+        return rms_rope_quantize_keys_triton(x, weight, cos, sin, centre, eps)
 
 
 @rms_rope_quantize_keys.register_kernel("cpu")

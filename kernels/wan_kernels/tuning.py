@@ -40,7 +40,8 @@ def tune(device: torch.device, clock: Clock) -> Iterator[Tried]:
         ("attention_int8", "int8", _attention(device, torch.int8)),
         ("linear_int8", "large", _linear(device)),
     ):
-        yield from try_each(op, shape_class, run, clock)
+        with torch.cuda.device(device):
+            yield from try_each(op, shape_class, run, clock)
 
 
 def try_each(op: str, shape_class: str, run: Callable[[TileLaunch], Tensor], clock: Clock) -> Iterator[Tried]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wan_kernels.attention_int8 import KEY_BLOCK
-from wan_kernels.language import ceil_div, jit, launchable, tl
+from wan_kernels.language import ceil_div, jit, launchable, on_device_of, tl
 from wan_kernels.quantize_rows import INT8_MAX, SMALLEST, rounded_int8
 
 _LARGEST_EXPONENT = 8
@@ -130,7 +130,8 @@ def scale_values_(v: Tensor) -> Tensor:
 
     Afterwards the memory holds float16, whatever the tensor says: read it as `v.view(torch.float16)`.
     """
-    return scale_values_triton(v)
+    with on_device_of(v):
+        return scale_values_triton(v)
 
 
 @scale_values_.register_kernel("cpu")
@@ -148,7 +149,8 @@ def _(v: Tensor) -> Tensor:
 @torch.library.custom_op("wan_kernels::quantize_values", mutates_args=(), device_types="cuda")
 def quantize_values(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return v8 int8 [B, H, K, ceil(M/64)*64], v_scale and v_mean float32 [B, H, K], of v [B, M, H, K]."""
-    return quantize_values_triton(v)
+    with on_device_of(v):
+        return quantize_values_triton(v)
 
 
 @quantize_values.register_kernel("cpu")
