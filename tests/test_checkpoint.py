@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import layouts
 from wan_local.checkpoint import PartTensors, find_model, open_model
 from wan_local.errors import CorruptModel, ModelNotFound, WrongModel
 from wan_local.header import read_header
@@ -209,3 +210,18 @@ def test_an_index_that_disagrees_with_its_files_is_refused(model: Path) -> None:
     (model / "vae" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CorruptModel, match=r"never\.stored"):
         read_part(model / "vae")
+
+
+def test_weights_in_another_layout_are_refused_with_the_command_that_converts_them(tmp_path: Path) -> None:
+    folder = layouts.write_comfy(tmp_path / "models", "fp16")
+    for place in (folder, next((folder / "diffusion_models").iterdir())):
+        with pytest.raises(WrongModel, match=r"has to be converted once: run `wan-local convert .*models"):
+            find_model(load_settings(model=str(place)))
+
+
+def test_a_lora_given_as_the_model_is_refused_with_the_flag_it_belongs_to(tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    names = ("blocks.0.self_attn.q.lora_down.weight", "blocks.0.self_attn.q.lora_up.weight")
+    save_file({names[0]: torch.ones(4, 128), names[1]: torch.ones(128, 4)}, file)
+    with pytest.raises(WrongModel, match=r"a LoRA for Wan.*--lora .*lora\.safetensors:1\.0"):
+        find_model(load_settings(model=str(file)))

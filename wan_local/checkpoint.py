@@ -157,7 +157,8 @@ def _refuse_foreign(folder: Path) -> None:
                 f"{folder} {folder.with_suffix('').name}-store --format int8` and give the folder that it writes."
             )
         if kind.part == "transformer" or folder.is_file():
-            raise WrongModel(f"{str(folder)!r} holds {kind.name}, not what runs here. {kind.advice}")
+            advice = kind.advice or (f"Add it to a model: --lora {folder}:1.0." if kind.part == "lora" else "")
+            raise WrongModel(f"{str(folder)!r} holds {kind.name}, which is no model that runs here. {advice}")
 
 
 def _usual_places(config: ModelConfig, settings: Settings) -> Iterator[Path]:
