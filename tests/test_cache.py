@@ -74,13 +74,18 @@ def test_on_a_full_hit_no_weight_of_an_encoder_is_read_and_the_video_is_the_same
     settings: Settings, stamps: Stamps, opened: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts: list[str] = []
-    begin = PartTensors.__init__
+    begin, read = PartTensors.__init__, PartTensors.__getitem__
 
-    def recorded(self: PartTensors, files: ModelFiles, part: Any, *rest: Any, **options: Any) -> None:
-        parts.append(part)
+    def begun(self: PartTensors, files: ModelFiles, part: Any, *rest: Any, **options: Any) -> None:
         begin(self, files, part, *rest, **options)
+        self.part = part  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(PartTensors, "__init__", recorded)
+    def recorded(self: PartTensors, name: str) -> torch.Tensor:
+        parts.append(self.part)  # type: ignore[attr-defined]
+        return read(self, name)
+
+    monkeypatch.setattr(PartTensors, "__init__", begun)
+    monkeypatch.setattr(PartTensors, "__getitem__", recorded)
     monkeypatch.setattr(encoders, "load_tokenizer", lambda _: pytest.fail("the tokenizer was loaded"))
     assert make(settings, tmp_path) == stamps.video
     assert opened == ["context_embedder", "transformer", "vae_decoder"]
@@ -122,12 +127,14 @@ def test_a_damaged_entry_is_made_again(
     settings: Settings, stamps: Stamps, opened: list[str], tmp_path: Path, damage: str
 ) -> None:
     [entry] = settings.cache_dir.glob("image-*")
-    whole = entry.read_bytes()
+    whole, record = entry.read_bytes(), read_record(entry)
     flipped = bytearray(whole)
     flipped[-3] ^= 0x10
     entry.write_bytes({"flipped": bytes(flipped), "cut": whole[:-100], "empty": b""}[damage])
     assert make(settings, tmp_path) == stamps.video
-    assert opened[0] == "image_encoder" and entry.read_bytes() == whole
+    made = read_record(entry)
+    assert opened[0] == "image_encoder" and made is not None and record is not None
+    assert made.header == record.header and fingerprint(made.tensors.values()) == fingerprint(record.tensors.values())
 
 
 def test_an_encoding_that_is_not_finite_is_not_kept(

@@ -246,7 +246,7 @@ def test_plan_as_json_holds_every_stages_bytes(capsys: pytest.CaptureFixture[str
 
 
 def test_plan_refuses_what_does_not_fit_and_names_what_does(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--resolution", "720p", "--vram", "6"]) == terminal.FAILED
+    assert cli.main(["plan", "--resolution", "720p", "--vram", "4"]) == terminal.FAILED
     assert "832x480 x 81 frames would fit" in capsys.readouterr().err
     assert cli.main(["plan", "--num-frames", "7", "--vram", "10"]) == terminal.WRONG_REQUEST
     assert "--num-frames" in capsys.readouterr().err

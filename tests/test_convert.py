@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 TINY = find_model(load_settings(model="tiny")).folder
 FORMATS: list[WeightFormat] = ["bf16", "int8", "fp8", "int4"]
 # of one prediction of the embedded model against float32; each is about twice what was measured
-BOUNDS: dict[WeightFormat, float] = {"bf16": 0.02, "int8": 0.03, "fp8": 0.1, "int4": 0.3}
+BOUNDS: dict[WeightFormat, float] = {"bf16": 0.02, "int8": 0.05, "fp8": 0.1, "int4": 0.3}
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ FAULTS = {
     "text": Fault(text_encoder.torch, "count_nonzero", (1,)),
     "image": Fault(image_encoder.F, "interpolate", (2,)),
     "condition": Fault(vae._EncoderStream, "features", (3,)),
-    "context": Fault(transformer.ContextEmbedder, "forward", (1,)),
+    "context": Fault(transformer.ContextEmbedder, "contexts", (1,)),
     "denoise": Fault(transformer.TransformerBlock, "forward", (5,)),
     "decode": Fault(vae.Decoder, "pixels", (4,)),
 }

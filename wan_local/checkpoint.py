@@ -56,6 +56,9 @@ class PartTensors(Mapping[str, torch.Tensor]):
         _, info = self._infos[name]
         return read_tensor(info.file, info.offset, DTYPES[info.dtype], info.shape)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos  # Mapping's own would read the tensor
+
     def info(self, name: str) -> TensorInfo:
         """Return what the header says of a tensor."""
         return self._infos[name][1]

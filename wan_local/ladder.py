@@ -24,7 +24,7 @@ from wan_local.planner import Plan, StagePlan
 from wan_local.request import Stage
 from wan_local.stage import collect
 
-_MOST_RUNGS = 6
+_MOST_RUNGS = 12
 _ON_CPU: tuple[Stage, ...] = ("text", "image", "condition", "decode")  # what can be done there in reasonable time
 _NO_MEMORY_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory")
 

@@ -50,6 +50,9 @@ class AdaptedTensors(Mapping[str, Tensor]):
         pairs = [pair for lora in self._loras for pair in lora.low_rank(weight) or ()]
         return torch.cat([pair.down for pair in pairs]) if leaf == DOWN else torch.cat([pair.up for pair in pairs], 1)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._branches or name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         yield from self._tensors
         yield from self._branches

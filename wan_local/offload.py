@@ -110,7 +110,7 @@ class StreamedBlocks(nn.Module):
         super().__init__()
         self._device, self._fill, self._layouts, self._check = device, fill, layouts, check
         self._blocks = list(blocks)
-        self._resident = {index: blocks[index] for index in sorted(residency.resident)}
+        self._resident = {index: blocks[index].eval().requires_grad_(False) for index in sorted(residency.resident)}
         self._num_blocks = len(blocks)
         self._streamed = [index for index in range(len(blocks)) if index not in residency.resident]
         slots = min(SLOTS, len(self._streamed))
