@@ -5,6 +5,8 @@ A shard is one file with clips of one size and length: `x` latents of the clip, 
 kept in fp16.
 """
 
+import contextlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +24,10 @@ from bench.tiny_model.photos import Photo
 from bench.tiny_model.render import clip
 
 TIME_STRIDE = 4
-ENCODE_BATCH = 2
+ENCODE_BATCH = {"cpu": 2, "cuda": 8}
 SMALL_AREA = 112 * 64
 LARGE_AREA = 176 * 96
+ASPECTS = 9
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,16 @@ def make_shard(
     seeds: list[int],
     photos: Sequence[Photo],
 ) -> Shard:
-    """Render and encode the clips of `seeds`, on the VAE's device."""
+    """Render and encode the clips of `seeds`, on the VAE's device; the photos lie there already."""
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    times = torch.linspace(0, 1, shape.frames)
     xs, ys, images, captions = [], [], [], []
     # never one clip alone: torch would take a far slower convolution for it
-    for chunk in torch.tensor(seeds).split(ENCODE_BATCH):
-        drawn = [clip(seed, photos, shape.width, shape.height, times) for seed in chunk.tolist()]
-        frames = quantize(torch.stack([pixels for pixels, _ in drawn])).to(vae.device)
+    for chunk in torch.tensor(seeds).split(ENCODE_BATCH[vae.device.type]):
+        with torch.device(vae.device):
+            times = torch.linspace(0, 1, shape.frames)
+            drawn = [clip(seed, photos, shape.width, shape.height, times) for seed in chunk.tolist()]
+        frames = quantize(torch.stack([pixels for pixels, _ in drawn]))
         captions += [text for _, text in drawn]
         first, last = frames[:, :, 0], frames[:, :, -1]
         xs.append(((whole.encode(vae, frames).cpu() - mean) / std).half())
@@ -112,18 +116,34 @@ class Source:
 
 
 def fill(source: Source, folder: Path, plan: list[tuple[Shape, int]], log: Log) -> None:
-    """Make the shards of a plan that are not there yet; each entry is a shape and a number of clips."""
+    """Make the shards of a plan that are not there yet; each entry is a shape and a number of clips.
+
+    Several processes may fill a folder together: each takes the next entry that nobody has claimed. Claims end with
+    the process that made them, so what a killed one had begun is made by the next.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     seed = source.first_seed
     for index, (shape, count) in enumerate(plan):
         path = folder / f"{source.first_seed:09d}_{index:05d}_{shape.name}.pt"
         seeds = list(range(seed, seed + count))
         seed += count
-        if path.exists():
+        if path.exists() or not _claim(path.with_suffix(".claim")):
             continue
         start = time.perf_counter()
         save_shard(make_shard(source.vae, source.encoders, shape, seeds, source.photos), path)
         log.write(f"cache {path.name} {count} clips, {(time.perf_counter() - start) / count:.2f} s each")
+
+
+def _claim(path: Path) -> bool:
+    """Say whether the work is this process's; a claim of a process that is gone is taken over."""
+    with contextlib.suppress(FileExistsError):
+        path.symlink_to(str(os.getpid()))
+        return True
+    owner = os.readlink(path)
+    if Path(f"/proc/{owner}").exists():
+        return False
+    path.unlink(missing_ok=True)
+    return _claim(path)
 
 
 def training_plan(rounds: int) -> list[tuple[Shape, int]]:
@@ -134,13 +154,13 @@ def training_plan(rounds: int) -> list[tuple[Shape, int]]:
     rng = np.random.default_rng(5)
     plan: list[tuple[Shape, int]] = []
     for _ in range(rounds):
-        plan += [(Shape(64, 64, 5), 100), (Shape(48, 48, 21), 48), (Shape(64, 64, 9), 40), (Shape(64, 64, 21), 32)]
+        plan += [(Shape(64, 64, 5), 64), (Shape(48, 48, 21), 48), (Shape(64, 64, 9), 40), (Shape(64, 64, 21), 32)]
         plan += [(Shape(64, 48, 21), 12), (Shape(48, 64, 21), 12)]
-    for _ in range(rounds):
-        plan += [(Shape(112, 64, 21), 12), (Shape(64, 112, 21), 8), (Shape(80, 80, 21), 8), (Shape(64, 64, 21), 16)]
-        plan += [(any_size(rng, SMALL_AREA, int(rng.integers(21, 27))), 6)]
-        plan += [(Shape(176, 96, 21), 4), (Shape(96, 176, 21), 2), (Shape(128, 128, 21), 4)]
-        plan += [(any_size(rng, LARGE_AREA, int(rng.integers(21, 27))), 4)]
+        for _ in range(2):
+            plan += [(Shape(112, 64, 21), 32), (Shape(64, 112, 21), 16), (Shape(80, 80, 21), 16)]
+            plan += [(any_size(rng, SMALL_AREA, int(rng.integers(21, 27))), 16)]
+        plan += [(Shape(176, 96, 21), 16), (Shape(96, 176, 21), 8), (Shape(128, 128, 21), 8)]
+        plan += [(any_size(rng, LARGE_AREA, int(rng.integers(21, 27))), 8)]
     return plan
 
 
@@ -151,7 +171,7 @@ def validation_plan() -> list[tuple[Shape, int]]:
 
 def any_size(rng: np.random.Generator, area: int, latent_frames: int) -> Shape:
     """Draw a canvas of about `area` pixels whose sides are multiples of 16, as aspect_ratio="auto" gives."""
-    aspect = float(np.exp(rng.uniform(np.log(0.4), np.log(2.5))))
+    aspect = float(np.exp(rng.choice(np.linspace(np.log(0.4), np.log(2.5), ASPECTS))))
     width = 16 * max(1, int((area * aspect) ** 0.5 / 16))
     height = 16 * max(1, int((area / aspect) ** 0.5 / 16))
     return Shape(width, height, latent_frames)

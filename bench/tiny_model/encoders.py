@@ -143,6 +143,15 @@ def build_encoders(tokenizer_folder: Path) -> Encoders:
     return Encoders(tokenizer, build_text_encoder(), build_image_encoder())
 
 
+def load_encoders(folder: Path) -> Encoders:
+    """Return the frozen parts of a finished model folder."""
+    return Encoders(
+        PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
+        UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval().requires_grad_(False),
+        CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32).eval().requires_grad_(False),
+    )
+
+
 def noisy_caption(text: str, rng: np.random.Generator, sentence: str) -> str:
     """Return the caption with an unrelated sentence before or after it."""
     return f"{sentence} {text}." if rng.random() < 0.5 else f"{text}. {sentence}"

@@ -48,19 +48,22 @@ class Muon(torch.optim.Optimizer):
                 self._update(weights, group)
 
     def _update(self, weights: list[Tensor], group: dict) -> None:
-        directions = torch.stack([self._direction(weight, group["momentum"]).flatten(1) for weight in weights])
+        directions = torch.stack([way.flatten(1) for way in self._directions(weights, group["momentum"])])
         scale = UPDATE_RMS * math.sqrt(max(directions.shape[1:]))
-        for weight, update in zip(weights, orthogonalize(directions), strict=True):
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * scale)
+        updates = orthogonalize(directions)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        shaped = [update.reshape(weight.shape) for weight, update in zip(weights, updates, strict=True)]
+        torch._foreach_add_(weights, shaped, alpha=-group["lr"] * scale)
 
-    def _direction(self, weight: Tensor, momentum: float) -> Tensor:
-        """Return the gradient with Nesterov momentum."""
-        state = self.state[weight]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(weight)
-        state["momentum"].lerp_(weight.grad, 1 - momentum)
-        return torch.lerp(weight.grad, state["momentum"], momentum)
+    def _directions(self, weights: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
+        """Return the gradients with Nesterov momentum."""
+        for weight in weights:
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        gradients = [weight.grad for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, momenta, momentum)
 
 
 def build_optimizers(matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float) -> list:
@@ -90,5 +93,5 @@ class Average:
     def update(self, module: nn.Module, step: int) -> None:
         """Move towards the module's weights after `step` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, weight in module.state_dict().items():
-            self.weights[name].lerp_(weight, 1 - decay)
+        now = module.state_dict()
+        torch._foreach_lerp_([self.weights[name] for name in now], list(now.values()), 1 - decay)

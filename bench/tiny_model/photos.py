@@ -6,6 +6,7 @@ images; licences are listed in the model card. `HELD_OUT` is never trained on.
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,6 +52,10 @@ class Photo:
 
     subject: str
     levels: tuple[Tensor, ...]
+
+    def to(self, device: torch.device) -> "Photo":
+        """Return the photograph on a device."""
+        return Photo(self.subject, tuple(level.to(device) for level in self.levels))
 
     @property
     def height(self) -> int:
@@ -102,6 +107,12 @@ def training_photos() -> tuple[Photo, ...]:
 def held_out_photos() -> tuple[Photo, ...]:
     """Return the photographs that only evaluation sees."""
     return tuple(_read(_skimage_folder() / name, subject) for name, subject in HELD_OUT.items())
+
+
+def on_device(photos: Sequence[Photo], device: torch.device) -> tuple[Photo, ...]:
+    """Return photographs on a device; one that stands in the list twice stays one object."""
+    moved = {id(photo): photo.to(device) for photo in photos}
+    return tuple(moved[id(photo)] for photo in photos)
 
 
 def sample_photo(photo: Photo, x_THW: Tensor, y_THW: Tensor, pixels_per_unit: float) -> Tensor:

@@ -50,7 +50,7 @@ class TrainingState:
 
     def restore(self, path: Path) -> None:
         """Go on from a file that `save` wrote."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=next(self.module.parameters()).device)
         self.module.load_state_dict(state["module"])
         self.average.weights = state["average"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

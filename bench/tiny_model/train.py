@@ -12,10 +12,10 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from bench.tiny_model import cache, train_transformer, train_vae
-from bench.tiny_model.encoders import Encoders, build_encoders
+from bench.tiny_model.encoders import Encoders, build_encoders, load_encoders
 from bench.tiny_model.export import build_vae_with_statistics, export
 from bench.tiny_model.log import Log
-from bench.tiny_model.photos import held_out_photos, training_photos
+from bench.tiny_model.photos import held_out_photos, on_device, training_photos
 from bench.tiny_model.transformer import build_transformer
 from bench.tiny_model.vae import build_vae, channels_last
 
@@ -42,10 +42,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the transformer's forward"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the networks while they train and encode",
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on every stage's training time")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="a model folder whose VAE, encoders and tokenizer are kept: only the transformer is made",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="size of the latent cache")
     args = parser.parse_args()
     if args.threads:
@@ -53,7 +61,9 @@ def main() -> None:
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
     log = Log(args.log or args.work / "train.log")
-    encoders = build_encoders(args.work / "tokenizer")
+    encoders = load_encoders(args.base) if args.base else build_encoders(args.work / "tokenizer")
+    if args.base:
+        keep_vae(args.base, args.work)
     for stage in STAGES:
         if stage in args.only:
             run(stage, args, encoders, log)
@@ -72,8 +82,11 @@ def run(stage: str, args: argparse.Namespace, encoders: Encoders, log: Log) -> N
     elif stage == "cache":
         fill_cache(args, encoders, log)
     elif stage == "transformer":
-        settings = train_transformer.Settings(
-            SECONDS[stage] * args.scale, device=args.device, half=args.dtype == "bfloat16"
+        seconds, half = SECONDS[stage] * args.scale, args.dtype == "bfloat16"
+        settings = (
+            train_transformer.Settings(seconds, half=half)
+            if args.device == "cpu"
+            else train_transformer.Settings.on_card(seconds, args.device, half=half)
         )
         train_transformer.train(build_transformer(), settings, args.work, args.work / "latents", encoders, log)
     elif stage == "decoder":
@@ -97,6 +110,16 @@ def measure(args: argparse.Namespace, log: Log) -> None:
     log.write(f"latents: mean {[round(v, 3) for v in mean]} std {[round(v, 3) for v in std]}")
 
 
+def keep_vae(base: Path, work: Path) -> None:
+    """Put a finished model's VAE where its training would have left it, once."""
+    if (work / "statistics.pt").exists():
+        return
+    vae = AutoencoderKLWan.from_pretrained(base / "vae", torch_dtype=torch.float32)
+    for name in ("images", "clips", "decoder"):
+        torch.save(vae.state_dict(), work / f"vae_{name}.pt")
+    torch.save({"mean": vae.config.latents_mean, "std": vae.config.latents_std}, work / "statistics.pt")
+
+
 def load_vae(work: Path) -> AutoencoderKLWan:
     """Return the VAE with its statistics: with the refined decoder once there is one."""
     statistics = torch.load(work / "statistics.pt", weights_only=True)
@@ -108,11 +131,12 @@ def load_vae(work: Path) -> AutoencoderKLWan:
 
 def fill_cache(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
     """Encode validation and training clips."""
-    vae = load_vae(args.work).to(args.device)
-    source = cache.Source(vae, encoders, held_out_photos(), VALIDATION_SEED)
-    cache.fill(source, args.work / "validation", cache.validation_plan(), log)
-    source = dataclasses.replace(source, photos=training_photos(), first_seed=CACHE_SEED)
-    cache.fill(source, args.work / "latents", cache.training_plan(args.rounds), log)
+    vae, device = load_vae(args.work).to(args.device), torch.device(args.device)
+    source = cache.Source(vae, encoders, on_device(held_out_photos(), device), VALIDATION_SEED)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        cache.fill(source, args.work / "validation", cache.validation_plan(), log)
+        source = dataclasses.replace(source, photos=on_device(training_photos(), device), first_seed=CACHE_SEED)
+        cache.fill(source, args.work / "latents", cache.training_plan(args.rounds), log)
 
 
 def write(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:

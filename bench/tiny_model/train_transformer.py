@@ -9,20 +9,14 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from bench.tiny_model.cache import Shard, load_shard
-from bench.tiny_model.encoders import Encoders, noisy_caption
+from bench.tiny_model.encoders import Encoders
 from bench.tiny_model.log import Log
 from bench.tiny_model.optimizer import Average, build_optimizers, learning_rate
-from bench.tiny_model.sentences import DEFAULT_NEGATIVE_PROMPT, sentence
+from bench.tiny_model.pools import Batch, Pool, Store
 from bench.tiny_model.state import TrainingState
-from bench.tiny_model.transformer import FramesRope, ShortCrossAttention, choose_frames, shorten_text, stack_texts
+from bench.tiny_model.transformer import FramesRope, ShortCrossAttention, Texts, choose_frames, shorten_text
 
-Group = str
-GROUPS: tuple[Group, ...] = ("short", "small", "480p", "720p")
-STANDARD_LATENT_FRAMES = 21
 INNER_FRAMES = 3
-REST_SHARE = 0.03
-"""Added to a clip's motion for its chance to be drawn: clips that a cross-fade explains teach little but must stay."""
 TIMESTEPS = 1000
 GOLDEN = 0.6180339887498949
 VALIDATION_SIGMAS = (0.95, 0.7, 0.4, 0.15)
@@ -30,9 +24,12 @@ VALIDATION_SIGMAS = (0.95, 0.7, 0.4, 0.15)
 
 @dataclass(frozen=True)
 class Settings:
-    """How the transformer is trained; `mixture` gives the groups' shares of steps from a progress in [0, 1] on."""
+    """How the transformer is trained, by default on a CPU.
 
-    seconds: float
+    mixture: the groups' shares of steps, from a progress in [0, 1] on.
+    """
+
+    seconds: float  # of everything, reports and loading of new clips too
     peak_rate: float = 4e-3
     hold: float = 0.45
     weight_decay: float = 0.05
@@ -52,82 +49,29 @@ class Settings:
     sparse: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.6, 0.1))
     """From a progress on: the share of steps on only the first, the last and `INNER_FRAMES` other latent frames."""
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Model inputs apart from the noise; `x` are clean latents, `condition` 4 mask and 16 latent channels."""
-
-    x_BCTHW: Tensor
-    condition_BCTHW: Tensor
-    images_BND: Tensor
-    prompts: list[str]
-
-
-class Store:
-    """Shards in memory by shape; shards that appear on disk while training runs are picked up."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.seen: set[Path] = set()
-        self.shards: dict[Group, list[Shard]] = {group: [] for group in GROUPS}
-
-    def refresh(self) -> int:
-        """Load new shards and return the number of clips at hand."""
-        for path in sorted(set(self.folder.glob("*.pt")) - self.seen):
-            self.seen.add(path)
-            shard = load_shard(path)
-            self.shards[group_of(shard)].append(shard)
-        return sum(len(shard) for shards in self.shards.values() for shard in shards)
-
-    def draw(self, rng: np.random.Generator, shares: tuple[float, ...]) -> Shard:
-        """Draw a shard by group, then by its number of clips."""
-        weights = np.array([s if self.shards[g] else 0.0 for g, s in zip(GROUPS, shares, strict=True)])
-        if weights.sum() == 0:
-            weights = np.array([1.0 if self.shards[g] else 0.0 for g in GROUPS])
-        shards = self.shards[GROUPS[int(rng.choice(len(GROUPS), p=weights / weights.sum()))]]
-        sizes = np.array([len(shard) for shard in shards], dtype=float)
-        return shards[int(rng.choice(len(shards), p=sizes / sizes.sum()))]
-
-
-def group_of(shard: Shard) -> Group:
-    """Sort a shard by length and area: the offered canvases have about 7,000 and 17,000 pixels."""
-    frames, height, width = shard.x_NCTHW.shape[2:]
-    if frames < STANDARD_LATENT_FRAMES:
-        return "short"
-    if height * width < 80:
-        return "small"
-    return "480p" if height * width < 160 else "720p"
-
-
-def motion(shard: Shard) -> np.ndarray:
-    """Return how far each clip's latents are from a cross-fade of its ends (mean square, latents have variance one)."""
-    if shard.motion_N is None:
-        x = shard.x_NCTHW.float()
-        weight = torch.linspace(0, 1, x.shape[2]).view(1, 1, -1, 1, 1)
-        fade = torch.lerp(x[:, :, :1], x[:, :, -1:], weight)
-        shard.motion_N = (x - fade).square().mean((1, 2, 3, 4)).double().numpy()
-    return shard.motion_N
+    @classmethod
+    def on_card(cls, seconds: float, device: str, *, half: bool) -> "Settings":
+        """Return settings for a GPU: whole clips in large batches, the offered canvases nearly from the start."""
+        mixture = ((0.0, (0.45, 0.45, 0.1, 0.0)), (0.08, (0.1, 0.25, 0.6, 0.05)), (0.3, (0.04, 0.11, 0.6, 0.25)))
+        return cls(
+            seconds,
+            peak_rate=8e-3,
+            tokens_per_batch=65_536,
+            sigma_shift=3.0,
+            average_decay=0.998,
+            report_seconds=30.0,
+            warmup_steps=200,
+            device=device,
+            half=half,
+            mixture=mixture,
+            sparse=((0.0, 0.0),),
+        )
 
 
 def pick_frames(latent_frames: int, rng: np.random.Generator) -> Tensor:
     """Draw the first, the last and a few latent frames between."""
     inner = rng.choice(np.arange(1, latent_frames - 1), min(INNER_FRAMES, latent_frames - 2), replace=False)
     return torch.tensor([0, *sorted(inner.tolist()), latent_frames - 1])
-
-
-def make_batch(shard: Shard, rows: list[int], frames: Tensor | None = None) -> Batch:
-    """Put the mask channels before the condition's latents and both images' states one after the other.
-
-    With `frames` only those latent frames are kept; they include the first and the last one.
-    """
-    x, y = shard.x_NCTHW[rows], shard.y_NCTHW[rows]
-    if frames is not None:
-        x, y = x[:, :, frames], y[:, :, frames]
-    x, y = x.float(), y.float()
-    mask = torch.zeros(len(rows), 4, *x.shape[2:])
-    mask[:, :, 0] = 1
-    mask[:, 3, -1] = 1
-    return Batch(x, torch.cat((mask, y), 1), shard.images_NKLD[rows].float(), [shard.captions[row] for row in rows])
 
 
 def train(
@@ -145,31 +89,38 @@ def train(
     if partial.exists():
         state.restore(partial)
     log.write(f"transformer {sum(p.numel() for p in model.parameters())} parameters {settings}")
-    trainer = Trainer(model, processor, choose_frames(model), settings, encoders)
-    _loop(trainer, state, Store(cache), Store(folder / "validation"), partial, log)
+    store = Store(cache, encoders, settings.device)
+    validation = Store(folder / "validation", encoders, settings.device)
+    _loop(Trainer(model, processor, choose_frames(model), settings, store, validation), state, partial, log)
     model.load_state_dict(state.average.weights)
     torch.save(model.state_dict(), done)
     return model
 
 
-def _loop(trainer: "Trainer", state: TrainingState, store: Store, validation: Store, partial: Path, log: Log) -> None:
+def _loop(trainer: "Trainer", state: TrainingState, partial: Path, log: Log) -> None:
     settings = trainer.settings
-    clips, next_report, running = store.refresh(), state.seconds + settings.report_seconds, []
+    while not (clips := trainer.store.refresh()):
+        time.sleep(1)  # another process is still making the first of them
+    next_report = state.seconds + settings.report_seconds
+    running = torch.zeros((), device=settings.device)
+    first = state.step
     while state.seconds < settings.seconds:
         start = time.perf_counter()
         progress = state.seconds / settings.seconds
         state.set_rate(learning_rate(progress, state.step, settings.peak_rate, settings.hold, settings.warmup_steps))
-        loss = trainer.loss(store, state.step, progress)
+        loss = trainer.loss(state.step, progress)
         state.descend(loss)
-        running.append(loss.item())
-        state.seconds += time.perf_counter() - start
-        if state.seconds >= next_report or state.seconds >= settings.seconds:
+        running += loss.detach()  # read only when it is told: reading waits for the device
+        elapsed = state.seconds + time.perf_counter() - start
+        if elapsed >= next_report or elapsed >= settings.seconds:
             next_report += settings.report_seconds
-            figures = trainer.validate(validation, state.average)
-            head = f"transformer {state.seconds:.0f} s step {state.step} clips {clips} loss {np.mean(running):.4f}"
-            log.write(f"{head} | {figures}")
-            running, clips = [], store.refresh()
+            figures = trainer.validate(state.average)
+            mean = running.item() / (state.step - first)
+            log.write(f"transformer {elapsed:.0f} s step {state.step} clips {clips} loss {mean:.4f} | {figures}")
+            running.zero_()
+            first, clips = state.step, trainer.store.refresh()
             state.save(partial)
+        state.seconds += time.perf_counter() - start
 
 
 @dataclass
@@ -180,88 +131,89 @@ class Trainer:
     processor: ShortCrossAttention
     rope: FramesRope
     settings: Settings
-    encoders: Encoders
+    store: Store
+    validation: Store
 
-    def loss(self, store: Store, step: int, progress: float) -> Tensor:
+    def loss(self, step: int, progress: float) -> Tensor:
         """Return the flow-matching loss of one batch drawn by `step`."""
-        rng = np.random.default_rng((step, 11))
-        shares = [shares for start, shares in self.settings.mixture if progress >= start][-1]
-        shard = store.draw(rng, shares)
-        sparse = [share for start, share in self.settings.sparse if progress >= start][-1]
-        frames = pick_frames(shard.x_NCTHW.shape[2], rng) if rng.random() < sparse else None
-        batch = make_batch(shard, self._rows(shard, frames, rng), frames)
-        rows = batch.prompts
-        prompts = [self._corrupt(text, rng) for text in batch.prompts]
+        settings, rng = self.settings, np.random.default_rng((step, 11))
+        pool = self.store.draw(rng, [shares for start, shares in settings.mixture if progress >= start][-1])
+        sparse = [share for start, share in settings.sparse if progress >= start][-1]
+        frames = pick_frames(pool.x_NCTHW.shape[2], rng) if rng.random() < sparse else None
+        rows = self._rows(pool, frames, rng)
+        batch = pool.batch(rows, self._texts(pool, rows, rng), frames)
         # low-discrepancy sigmas: every step sees the whole range, however small the batch
         u = (rng.random() + np.arange(len(rows)) / len(rows) + step * GOLDEN) % 1.0
-        shift = self.settings.sigma_shift
-        sigma = torch.from_numpy(shift * u / (1 + (shift - 1) * u)).float()
-        noise = torch.randn(batch.x_BCTHW.shape, generator=torch.Generator().manual_seed(step))
+        sigma = torch.from_numpy(settings.sigma_shift * u / (1 + (settings.sigma_shift - 1) * u)).float()
+        noise = torch.randn_like(batch.x_BCTHW)
         # while motion is still unlearnt a prompt is only noise: left alone, attention leaves the text for good
         starved: list[Tensor] = []
         self.processor.starved = starved
         self.rope.frames = frames
-        loss = self.error(batch, prompts, sigma, noise).mean()
+        loss = self.error(batch, sigma, noise).mean()
         self.rope.frames = self.processor.starved = None
-        return loss + self.settings.text_weight * torch.stack(starved).mean()
+        return loss + settings.text_weight * torch.stack(starved).mean()
 
-    def error(self, batch: Batch, prompts: list[str], sigma_B: Tensor, noise: Tensor) -> Tensor:
+    def error(self, batch: Batch, sigma_B: Tensor, noise: Tensor) -> Tensor:
         """Return the squared error of the predicted velocity for each clip."""
         device = self.settings.device
-        texts = stack_texts(self.encoders.encode_texts(prompts))
-        self.processor.bias = texts.bias.to(device)
-        sigma = sigma_B.view(-1, 1, 1, 1, 1)
-        noisy = torch.lerp(batch.x_BCTHW, noise, sigma)
-        timestep = (sigma_B * TIMESTEPS).floor().to(device)
+        self.processor.bias = batch.texts.bias
+        noisy = torch.lerp(batch.x_BCTHW, noise, sigma_B.to(device).view(-1, 1, 1, 1, 1))
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=self.settings.half):
             velocity = self.model(
-                hidden_states=torch.cat((noisy, batch.condition_BCTHW), 1).to(device),
-                timestep=timestep,
-                encoder_hidden_states=texts.embeds.to(device),
-                encoder_hidden_states_image=batch.images_BND.flatten(0, 1).to(device),
+                hidden_states=torch.cat((noisy, batch.condition_BCTHW), 1),
+                timestep=(sigma_B * TIMESTEPS).floor().to(device),
+                encoder_hidden_states=batch.texts.embeds,
+                encoder_hidden_states_image=batch.images_BND.flatten(0, 1),
                 return_dict=False,
             )[0].float()
-        return (velocity - (noise - batch.x_BCTHW).to(device)).square().mean((1, 2, 3, 4))
+        return (velocity - (noise - batch.x_BCTHW)).square().mean((1, 2, 3, 4))
 
-    def _rows(self, shard: Shard, frames: Tensor | None, rng: np.random.Generator) -> list[int]:
-        """Draw clips of a shard, as many as fit into a batch."""
-        count, height, width = shard.x_NCTHW.shape[2:]
-        tokens = (count if frames is None else len(frames)) * (height // 2) * (width // 2)
+    def _rows(self, pool: Pool, frames: Tensor | None, rng: np.random.Generator) -> Tensor:
+        """Draw clips of a pool, as many as fit into a batch; what moves is drawn more often."""
+        tokens = pool.tokens if frames is None else pool.tokens * len(frames) // pool.x_NCTHW.shape[2]
         fitting = max(1, round(self.settings.tokens_per_batch / tokens))
-        likely = motion(shard) + REST_SHARE
-        return rng.choice(len(shard), min(fitting, len(shard)), replace=False, p=likely / likely.sum()).tolist()
+        likely = pool.likely_N / pool.likely_N.sum()
+        return torch.from_numpy(rng.choice(len(pool), min(fitting, len(pool)), replace=False, p=likely))
 
-    def _corrupt(self, text: str, rng: np.random.Generator) -> str:
-        """Drop the prompt (for the empty or the default negative one) or mix ordinary English into it."""
-        drawn, settings = rng.random(), self.settings
-        if drawn < settings.drop_share:
-            return "" if rng.random() < 0.5 else DEFAULT_NEGATIVE_PROMPT
-        if drawn < settings.drop_share + settings.noise_share:
-            other = sentence(rng)
-            return other if rng.random() < 0.4 else noisy_caption(text, rng, other)
-        return text
+    def _texts(self, pool: Pool, rows: Tensor, rng: np.random.Generator) -> Texts:
+        """Return the captions; now and then all of them among unrelated words, or some as the negative prompt or none.
+
+        Long prompts come in batches of their own, since every text is padded to the longest.
+        """
+        settings, drawn = self.settings, rng.random()
+        if drawn < settings.noise_share:
+            return pool.noisy.texts(rows)
+        negative = drawn < settings.noise_share + settings.drop_share
+        other = self.store.negative if negative else self.store.empty
+        dropped = torch.from_numpy(rng.random(len(rows)) < (0.5 if negative else settings.drop_share / 2))
+        return pool.captions.texts(rows, other, dropped)
 
     @torch.no_grad()
-    def validate(self, store: Store, average: Average) -> str:
-        """Return the averaged weights' loss at a few noise levels, by size."""
-        store.refresh()
+    def validate(self, average: Average) -> str:
+        """Return the averaged weights' loss at a few noise levels, by size, then with other clips' prompts at one."""
+        self.validation.refresh()
         current = {name: weight.clone() for name, weight in self.model.state_dict().items()}
         self.model.load_state_dict(average.weights)
         words = []
-        for group, shards in store.shards.items():
-            if not shards:
+        for group, pools in self.validation.groups().items():
+            if not pools:
                 continue
-            batches = [make_batch(shard, list(range(len(shard)))) for shard in shards]
-            values = []
-            for index, level in enumerate(VALIDATION_SIGMAS):
-                errors = []
-                for batch in batches:
-                    noise = torch.randn(batch.x_BCTHW.shape, generator=torch.Generator().manual_seed(index))
-                    errors.append(self.error(batch, batch.prompts, torch.full((len(noise),), level), noise))
-                values.append(torch.cat(errors).mean().item())
-            words.append(f"{group} " + "/".join(f"{value:.3f}" for value in values))
+            values = [
+                torch.cat([self._validated(pool, level, index) for pool in pools]).mean().item()
+                for index, level in enumerate(VALIDATION_SIGMAS)
+            ]
+            wrong = torch.cat([self._validated(pool, VALIDATION_SIGMAS[0], 0, shifted=1) for pool in pools])
+            words.append(f"{group} " + "/".join(f"{value:.3f}" for value in values) + f" ({wrong.mean().item():.3f})")
         self.model.load_state_dict(current)
         return " ".join(words)
+
+    def _validated(self, pool: Pool, level: float, index: int, shifted: int = 0) -> Tensor:
+        """Return the errors of a pool's clips at a noise level; shifted: by how many rows captions are moved."""
+        rows = torch.arange(len(pool))
+        batch = pool.batch(rows, pool.captions.texts(rows.roll(shifted)))
+        noise = torch.randn(batch.x_BCTHW.shape, generator=torch.Generator().manual_seed(index))
+        return self.error(batch, torch.full((len(pool),), level), noise.to(batch.x_BCTHW.device))
 
 
 def _split(model: WanTransformer3DModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

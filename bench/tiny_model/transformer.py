@@ -80,14 +80,21 @@ class Texts:
 
 def stack_texts(texts: list[Tensor]) -> Texts:
     """Collect embeddings of different lengths with the one padding key that stands for all."""
-    longest = max(len(text) for text in texts)
-    embeds = torch.zeros(len(texts), longest + 1, TEXT_DIM)
-    bias = torch.zeros(len(texts), 1, 1, longest + 1)
-    for row, text in enumerate(texts):
-        embeds[row, : len(text)] = text
-        bias[row, :, :, len(text) : longest] = -math.inf
-        bias[row, :, :, longest] = math.log(MAX_TOKENS - len(text)) if len(text) < MAX_TOKENS else -math.inf
-    return Texts(embeds, bias)
+    embeds = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    return pad_texts(embeds, torch.tensor([len(text) for text in texts]))
+
+
+def pad_texts(states_BLD: Tensor, lengths_B: Tensor) -> Texts:
+    """Append the one padding key that stands for all to prompts [B, L, D]; states beyond a prompt's length are cut."""
+    device, longest = states_BLD.device, states_BLD.shape[1]
+    lengths = lengths_B.to(device)[:, None]
+    beyond_BL = torch.arange(longest, device=device)[None] >= lengths
+    embeds = F.pad(states_BLD.masked_fill(beyond_BL[..., None], 0), (0, 0, 0, 1))
+    padding_B1 = (MAX_TOKENS - lengths).float().log()  # -inf where a prompt fills all its tokens
+    bias = torch.cat(
+        (torch.zeros_like(beyond_BL, dtype=torch.float32).masked_fill(beyond_BL, -math.inf), padding_B1), 1
+    )
+    return Texts(embeds, bias[:, None, None])
 
 
 class ShortCrossAttention:
