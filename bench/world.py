@@ -77,10 +77,10 @@ def measure(work: Callable[[], Any], device: torch.device, *, runs: int = 3) -> 
     return Measured(seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
 
 
-def append_row(file: str, row: dict[str, Any]) -> None:
-    """Print a row and append it to `bench/results/<file>.jsonl`."""
+def append_row(file: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Print a row and append it to `<file>.jsonl` in `folder`, `bench/results` unless given."""
     line = json.dumps(row, ensure_ascii=False)
     print(line, flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{file}.jsonl").open("a", encoding="utf-8") as stream:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{file}.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
