@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.gpu_kernels import int8_step, int8_step_720p, kernel_speed, kernels
+from bench.gpu_kernels import kernel_speed, kernels
 from bench.gpu_stage import SIZES, Bench, CheckFailed, check, random_state
+from bench.gpu_step import int8_step, int8_step_720p, int8_step_compiled
 from bench.world import measure
 from tests import parity
 from wan_local.checkpoint import ModelFiles, find_model
@@ -265,6 +266,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "kernel_speed": kernel_speed,
     "int8_step": int8_step,
     "int8_step_720p": int8_step_720p,
+    "int8_step_compiled": int8_step_compiled,
 }
 
 
