@@ -1,20 +1,27 @@
 """Everything that needs a card: correctness first, then 14B-size timings and memory beside diffusers in the same run.
 
-python -m bench.gpu [--list] [--stage NAME ...] [--device cuda:0] [--size full|small] [--runs 3]
+python -m bench.gpu [--list] [--stage NAME ...] [--budget SECONDS] [--results DIR] [--device cuda:0]
+                    [--size full|small] [--runs 2] [--guide-scale 5] [--kernels off|auto]
 
-Weights are random where the real ones would be 33 GB; time and memory do not depend on their values. A stage whose
-check fails is reported, is not timed, and makes the exit code 1.
+Stages run in the order in which they are named. Weights are random where the real ones would be 33 GB; time and memory
+do not depend on their values. A stage whose check fails is reported, is not timed, and makes the exit code 1; the
+others go on, in a new process where the card does not answer any more. Rows are written as they come. Once the budget
+is used up, no stage is begun and nothing more is timed.
+
+Needs torch with triton, transformers, safetensors, and wheels of diffusers, optimum-quanto, av, pydantic, ftfy, Pillow.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +29,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.gpu_kernels import int8_step, int8_step_720p, kernel_speed, kernels
-from bench.gpu_stage import SIZES, Bench, CheckFailed, check, random_state
-from bench.world import measure
+from bench.gpu_kernels import kernel_speed, kernels
+from bench.gpu_stage import SIZES, Bench, check, random_state
+from bench.gpu_step import int8_step, int8_step_720p, int8_step_compiled
+from bench.gpu_streaming import streaming
+from bench.gpu_vae import vae
+from bench.gpu_whole_run import whole_run
+from bench.world import RESULTS, measure
 from tests import parity
-from wan_local.checkpoint import ModelFiles, find_model
 from wan_local.denoise import Guided
 from wan_local.geometry import Geometry
 from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
-from wan_local.models.vae import Vae
-from wan_local.offload import FlatBlock, Residency, StreamedBlocks
 from wan_local.pipeline import generate
-from wan_local.planner import StagePlan, chunk_tokens, spread
+from wan_local.planner import chunk_tokens
 from wan_local.request import Request
 from wan_local.settings import load_settings
-from wan_local.stage import stage
 from wan_local.video import read_video
 
 IMAGES = Path(__file__).parents[1] / "tests" / "images"
@@ -153,102 +160,6 @@ def _one_size_of_transformer(
         )
 
 
-def streaming(bench: Bench) -> None:
-    """Streamed blocks against resident ones: bit-equal on the tiny model, step time and peak at full size."""
-    files = find_model(load_settings(model="tiny"))
-    expected = _tiny_velocities(bench, files, None)
-    for resident in range(files.config.transformer.num_layers - 1):
-        for source in ("ram", "file"):
-            plan = StagePlan("denoise", 0, 0, resident_blocks=resident, source=source)
-            for _ in range(5):
-                got = _tiny_velocities(bench, files, plan)
-                unequal = sum(not torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-                check(f"unequal tensors, {resident} resident, from {source}", unequal, 0)
-    bench.report("streaming", who="tiny model, every resident count, from RAM and from file", bit_equal=True)
-    for size in SIZES[bench.size]:
-        for resident in (None, 0):
-            _streamed_step(bench, Geometry(size, 81), resident)
-
-
-def _tiny_velocities(bench: Bench, files: ModelFiles, plan: StagePlan | None) -> list[Tensor]:
-    config = files.config.transformer
-    generator = torch.Generator().manual_seed(4)
-    latents = torch.randn(1, config.in_channels, 21, 10, 10, generator=generator).to(bench.device)
-    text = torch.randn(2, 1, config.text_tokens, config.text_dim, generator=generator).to(bench.device)
-    images = torch.randn(1, config.image_tokens, config.image_dim, generator=generator).to(bench.device)
-    with stage("context_embedder", files, bench.device, bench.dtype, plan=plan) as embedder:
-        contexts = [embedder(prompt, images) for prompt in text]
-        modulations = embedder.modulations(torch.tensor([500, 900]))
-    with stage("transformer", files, bench.device, bench.dtype, plan=plan) as network:
-        return [v for modulation in modulations.values() for v in network(latents, modulation, contexts)]
-
-
-def _streamed_step(bench: Bench, geometry: Geometry, resident: int | None) -> None:
-    """One guided prediction with random weights; `resident` None keeps every block on the card."""
-    config, device = bench.config.transformer, bench.device
-    with torch.device("meta"):
-        network, once = Transformer(config), ContextEmbedder(config)
-    blocks = list(network.blocks)
-    layouts = [FlatBlock(block, lambda name: torch.float32 if stays_float32(name) else bench.dtype) for block in blocks]
-    example = {name: tensor.cpu() for name, tensor in random_state(blocks[0], bench).items()}
-
-    def fill(_: int, views: Mapping[str, Tensor]) -> None:
-        for name, view in views.items():
-            view.copy_(example[name])
-
-    keep = spread(len(blocks), len(blocks) if resident is None else resident)
-    for index in keep:
-        layouts[index].onto(blocks[index], torch.empty(layouts[index].nbytes, dtype=torch.uint8, device=device))
-        fill(index, dict(blocks[index].named_parameters()))
-    network.blocks = StreamedBlocks(blocks, layouts, fill, Residency(keep, "ram"), device)
-    rest = {name: tensor for name, tensor in random_state(network, bench).items() if not name.startswith("blocks.")}
-    network.load_state_dict(rest, strict=False, assign=True)
-    once.load_state_dict(random_state(once, bench), assign=True)
-    grid = (geometry.latent_frames, geometry.latent_size.height, geometry.latent_size.width)
-    text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=bench.dtype)
-    images = torch.randn(1, config.image_tokens, config.image_dim, device=device, dtype=bench.dtype)
-    context, modulations = once(text, images), once.modulations(torch.tensor([700]))
-    condition = torch.randn(1, config.in_channels - config.out_channels, *grid, device=device)
-    chunk = chunk_tokens(config, geometry.tokens, bench.dtype.itemsize)
-    guided = Guided(network, condition, modulations, context, context, 5.0, together=True, chunk_tokens=chunk)
-    del once
-    latents = torch.randn(1, config.out_channels, *grid, device=device)
-    measured = measure(lambda: guided.predict(latents, 700), device, runs=bench.runs)
-    who = "all blocks resident" if resident is None else f"{resident} blocks resident, the others from RAM"
-    bench.report("streaming", who=who, size=str(geometry.size), tokens=geometry.tokens, **measured.row())
-    network.blocks.close()
-
-
-def vae(bench: Bench) -> None:
-    """Decode 81 frames in float32: ours streamed in time, diffusers' with its spatial tiling."""
-    from diffusers import AutoencoderKLWan
-
-    config = bench.config.vae
-    with torch.device("meta"):
-        ours = Vae(config)
-    ours.load_state_dict(random_state(ours, bench, dtype=torch.float32), assign=True)
-    peer = AutoencoderKLWan(base_dim=config.base_dim, num_res_blocks=config.num_res_blocks).to(bench.device).eval()
-    peer.load_state_dict(ours.state_dict())
-    for size in SIZES[bench.size]:
-        geometry = Geometry(size, 81)
-        shape = (1, config.z_dim, geometry.latent_frames, geometry.latent_size.height, geometry.latent_size.width)
-        latents = torch.randn(shape, device=bench.device) * 0.1
-
-        def stream(latents: Tensor = latents) -> Tensor:
-            return torch.cat([chunk[..., :8, :8].clamp(-1, 1) for chunk in ours.decode(latents)], dim=2)
-
-        def whole(latents: Tensor = latents) -> Tensor:
-            return peer.decode(ours.denormalize(latents)).sample
-
-        peer.disable_tiling()
-        short = latents[:, :, :3]
-        check("vae against diffusers", parity.relative_error(stream(short), whole(short)[..., :8, :8]), 1e-3)
-        peer.enable_tiling()
-        for name, work in (("wan_local", stream), ("diffusers tiled", whole)):
-            measured = measure(work, bench.device, runs=bench.runs)
-            bench.report("vae", who=name, size=str(size), frames=81, **measured.row())
-
-
 def _cast(net: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in net.named_parameters():
         if not stays_float32(name):
@@ -261,45 +172,88 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "transformer": transformer,
     "streaming": streaming,
     "vae": vae,
+    "whole_run": whole_run,
     "kernels": kernels,
     "kernel_speed": kernel_speed,
     "int8_step": int8_step,
     "int8_step_720p": int8_step_720p,
+    "int8_step_compiled": int8_step_compiled,
 }
 
 
-@contextmanager
-def _fresh_memory(device: torch.device) -> Iterator[None]:
-    yield
+def _attempt(bench: Bench, name: str) -> bool:
+    """Run a stage; what fails is reported and does not stop the others. Return whether it ended well."""
+    try:
+        STAGES[name](bench)
+        _collect(bench.device)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other stages go on
+        print("".join(traceback.format_exception(error)[-6:]), file=sys.stderr, flush=True)
+        bench.report(name, failed=f"{type(error).__name__}: {error}"[:500])
+        traceback.clear_frames(error.__traceback__)
+        return False
+    return True
+
+
+def _collect(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 
-def main() -> int:
+def _answers(device: torch.device) -> bool:
+    """Free what a failed stage left, and tell whether the card still works: after some errors it never does again."""
+    try:
+        _collect(device)
+    except RuntimeError as error:
+        print(f"the card does not answer any more: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def _in_new_process(options: argparse.Namespace, names: list[str], seconds: float) -> int:
+    command = [sys.executable, "-m", "bench.gpu", *(f"--stage={name}" for name in names)]
+    same = ("device", "size", "runs", "results", "guide_scale", "kernels")
+    command += [f"--{option.replace('_', '-')}={getattr(options, option)}" for option in same]
+    if math.isfinite(seconds):
+        command.append(f"--budget={seconds}")
+    return subprocess.run(command, check=False).returncode
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", action="append", choices=list(STAGES))
+    parser.add_argument("--stage", action="append", choices=list(STAGES), help="may be given several times")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--size", choices=list(SIZES), default="full")
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where rows are appended")
+    parser.add_argument("--guide-scale", type=float, default=5.0, help="of whole_run; 1 is half the work")
+    parser.add_argument("--kernels", default="off", help="of whole_run; auto compiles and tries them first")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = _options()
     if options.list:
-        print("\n".join(f"{name:12} {(work.__doc__ or '').splitlines()[0]}" for name, work in STAGES.items()))
+        print("\n".join(f"{name:14} {(work.__doc__ or '').splitlines()[0]}" for name, work in STAGES.items()))
         return 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.set_grad_enabled(False)
-    bench = Bench(torch.device(options.device), options.size, options.runs)
-    failed = []
-    for name in options.stage or STAGES:
-        print(f"== {name}", flush=True)
-        with _fresh_memory(bench.device):
-            try:
-                STAGES[name](bench)
-            except (CheckFailed, torch.cuda.OutOfMemoryError) as error:
-                failed.append(name)
-                bench.report(name, failed=str(error)[:300])
-    return 1 if failed else 0
+    device, deadline = torch.device(options.device), time.monotonic() + options.budget
+    bench = Bench(device, options.size, options.runs, options.results, deadline, options.guide_scale, options.kernels)
+    left, failed = list(options.stage or STAGES), False
+    while left:
+        name = left.pop(0)
+        print(f"== {name}, {bench.seconds_left():.0f} s left", flush=True)
+        if not bench.has_time(name, "the stage", 1.0):
+            continue
+        if not _attempt(bench, name):
+            failed = True
+            if not _answers(device):
+                return _in_new_process(options, left, bench.seconds_left()) or 1 if left else 1
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from wan_kernels import TRITON_VERSION
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -32,6 +34,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "device": torch.cuda.get_device_name(device),
             "capability": f"sm_{major}{minor}",
             "cuda": torch.version.cuda,
+            "triton": TRITON_VERSION,
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return world
@@ -61,9 +64,10 @@ class Measured:
         }
 
 
-def measure(work: Callable[[], Any], device: torch.device, *, runs: int = 3) -> Measured:
-    """Run `work` once to warm up and `runs` times on the clock, waiting for the card each time."""
-    work()
+def measure(work: Callable[[], Any], device: torch.device, *, runs: int = 3, warm: bool = True) -> Measured:
+    """Run `work` once to warm up, unless that was done, then `runs` times on the clock, each until the card is done."""
+    if warm:
+        work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -77,10 +81,10 @@ def measure(work: Callable[[], Any], device: torch.device, *, runs: int = 3) -> 
     return Measured(seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
 
 
-def append_row(file: str, row: dict[str, Any]) -> None:
-    """Print a row and append it to `bench/results/<file>.jsonl`."""
+def append_row(file: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Print a row and append it to `<file>.jsonl` in `folder`, `bench/results` unless given."""
     line = json.dumps(row, ensure_ascii=False)
     print(line, flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{file}.jsonl").open("a", encoding="utf-8") as stream:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{file}.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")

@@ -64,6 +64,11 @@ def test_every_request_field_is_a_flag_and_has_words() -> None:
     assert named <= {flags.flag(name) for name in Request.model_fields}
 
 
+def test_the_most_a_run_may_take_is_said_in_gib(fake: type[FakePipeline]) -> None:
+    assert cli.main(["generate", "--prompt", "x", *IMAGES, "--vram", "6GiB", "--ram", "2.5"]) == 0
+    assert (fake.seen[0].vram_gibibytes, fake.seen[0].ram_gibibytes) == (6.0, 2.5)
+
+
 def test_flags_become_the_request_and_the_settings(fake: type[FakePipeline], tmp_path: Path) -> None:
     flags = [
         "--prompt",

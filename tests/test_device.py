@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from wan_local import device
-from wan_local.device import compute_dtype, free_bytes, free_ram_bytes, peak_bytes, reset_peak, resolve_device
+from wan_local.device import capped, compute_dtype, free_bytes, free_ram_bytes, peak_bytes, reset_peak, resolve_device
 from wan_local.errors import NotAvailable
 
 CPU = torch.device("cpu")
@@ -54,3 +55,25 @@ def test_peak_counts_what_was_held_and_given_back() -> None:
     del block
     after = peak_bytes(CPU)
     assert after is not None and after - before > 150 * 2**20
+
+
+def test_a_cap_holds_torch_to_its_share_of_the_card_and_gives_back_what_was_set_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card, fraction = torch.device("cuda:0"), [0.9]
+
+    class Properties:
+        total_memory = 8 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction[-1])
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: fraction.append(share))
+    with capped(card, 2 * 2**30):
+        assert fraction[-1] == 0.25
+    with suppress(RuntimeError), capped(card, 2 * 2**30):
+        raise RuntimeError
+    assert fraction[-1] == 0.9
+    with capped(card, 32 * 2**30):
+        assert fraction[-1] == 0.9
+    with capped(card, None), capped(CPU, 2**30):
+        assert fraction == [0.9, *(0.25, 0.9) * 2, 0.9, 0.9]

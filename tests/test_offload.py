@@ -5,6 +5,7 @@ import random
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests import parity
+from wan_local import offload
 from wan_local.checkpoint import ModelFiles, find_model, open_model
 from wan_local.conditioning import Tokens, embed_prompt
 from wan_local.errors import WrongModel
@@ -205,3 +207,28 @@ def test_a_streamed_text_encoder_with_gathered_rows_equals_the_whole_one(files: 
         assert not any(p.shape[0] == files.config.text_encoder.vocab_size for p in encoder.parameters() if p.dim() == 2)
         got = embed_prompt(encoder, tokens, length=512)
     assert torch.equal(got, whole)
+
+
+def test_what_cannot_be_page_locked_is_said_once_and_its_error_does_not_meet_the_next_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CUDA reports a refused registration again at the next launch: that must be one that nobody needs."""
+    pending: list[str] = []
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(*_: int) -> int:
+            pending.append("out of memory")
+            return 2
+
+    def launch(*_: object, **__: object) -> None:
+        if pending:
+            raise RuntimeError(f"CUDA error: {pending.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    slab = torch.empty(64, dtype=torch.uint8)
+    monkeypatch.setattr(torch, "zeros", launch)
+    assert not offload._register(slab, torch.device("cuda:0"))
+    assert "could not be page-locked (CUDA error 2)" in caplog.text
+    launch()

@@ -243,3 +243,10 @@ def test_a_step_that_is_not_finite_is_noted_and_the_video_is_made(
     plain = generate(stamp_request(), settings=settings)
     assert result.video.path is not None and plain.video.path is not None
     assert np.array_equal(read_video(result.video.path), read_video(plain.video.path))
+
+
+def test_a_budget_below_what_is_free_is_what_a_run_is_planned_within(settings: Settings, tmp_path: Path) -> None:
+    budget = replace(settings, ram_gibibytes=0.01)
+    with pytest.raises(DoesNotFit, match=r"0\.0 GiB is free"):
+        generate(stamp_request(), settings=budget, output=tmp_path / "bird.mp4")
+    assert left_over(tmp_path / "outputs") == [] and not (tmp_path / "bird.mp4").exists()

@@ -114,3 +114,9 @@ def test_a_mistake_in_the_file_of_thresholds_is_named_at_once(tmp_path: Path, te
         load_settings(acceleration_file=path)
     with pytest.raises(ValueError, match="cannot be read"):
         load_settings(acceleration_file=tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("value", ["much", "-1", "nan", "inf"])
+def test_a_budget_that_is_no_amount_is_refused_by_name(value: str) -> None:
+    with pytest.raises(ValueError, match=f"vram_gibibytes is '{value}'; it is a number of 0 or more"):
+        load_settings(vram_gibibytes=value)

@@ -118,6 +118,11 @@ def choose(
     return KernelChoice(chosen.name, wanted, half, reason=f"{card.name}: {chosen.name} attention ({reason}), {how}")
 
 
+def triton_version() -> str:
+    """Return the version of Triton, or none."""
+    return kernels.TRITON_VERSION or "none"
+
+
 def card_of(device: torch.device) -> Card:
     """Return what is known of a device."""
     if device.type != "cuda":
@@ -135,26 +140,28 @@ def sdpa(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, *, bias_M: Tensor | Non
     mask = None if bias_M is None else bias_M.to(dtype).view(1, 1, 1, -1)
     if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-    fast = _fused_kernels(q, k, v, mask)
-    if not fast:
+    fast = _fused_kernel(q, k, v, mask)
+    if fast is None:
         return attention_in_pieces(q_BLHK, k_BMHK, v_BMHK, bias_M)
-    with torch.nn.attention.sdpa_kernel(fast):
+    with torch.nn.attention.sdpa_kernel(fast):  # this one: of several torch would take the first of an order of its own
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def _fused_kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[Any]:
-    """Return torch's kernels that take this without holding all logits: never the math one. cuDNN's on Hopper only."""
+def _fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
+    """Return torch's fastest kernel that takes this without holding all logits, or None; never the math one.
+
+    cuDNN's on Hopper only: on other cards it is no faster than flash.
+    """
     from torch.nn.attention import SDPBackend
 
     parameters = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, False, False)
-    fast = []
     if torch.cuda.get_device_capability(q.device)[0] == 9 and torch.backends.cuda.can_use_cudnn_attention(parameters):
-        fast.append(SDPBackend.CUDNN_ATTENTION)
+        return SDPBackend.CUDNN_ATTENTION
     if torch.backends.cuda.can_use_flash_attention(parameters):
-        fast.append(SDPBackend.FLASH_ATTENTION)
+        return SDPBackend.FLASH_ATTENTION
     if torch.backends.cuda.can_use_efficient_attention(parameters):
-        fast.append(SDPBackend.EFFICIENT_ATTENTION)
-    return fast
+        return SDPBackend.EFFICIENT_ATTENTION
+    return None
 
 
 def attention_in_pieces(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, bias_M: Tensor | None = None) -> Tensor:
@@ -282,9 +289,10 @@ BACKENDS: Mapping[AttentionName, Backend] = {
 
 
 def wrong_kernels(device: torch.device) -> list[str]:
-    """Return the names of the kernels whose numbers are wrong on `device`, at a small and ragged size."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    verdicts = (checks.judge(case) for case in checks.cases(device, checks.SMALL, dtype))
+    """Return the names of the kernels whose numbers are wrong on `device`: on a card at the 14B model's widths."""
+    of_card = device.type == "cuda"
+    size, dtype = (checks.PROBED, torch.bfloat16) if of_card else (checks.SMALL, torch.float32)
+    verdicts = (checks.judge(case) for case in checks.cases(device, size, dtype))
     return [f"{verdict.name} ({verdict.error:.2g} of what is allowed)" for verdict in verdicts if not verdict.right]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -125,6 +127,25 @@ def _read_integer(path: str) -> int | None:
         return None
     text = file.read_text().strip()
     return int(text) if text.isdigit() else None
+
+
+@contextmanager
+def capped(device: torch.device, limit_bytes: int | None) -> Iterator[None]:
+    """Let torch take no more than `limit_bytes` of a card in this block; no limit for None or off a card.
+
+    What would go beyond is an error of torch that the run's ladder knows, also where a driver would use RAM instead.
+    What the driver itself holds for a process, its context, is not counted.
+    """
+    if limit_bytes is None or device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    before: float = torch.cuda.get_per_process_memory_fraction(device)
+    torch.cuda.set_per_process_memory_fraction(min(before, limit_bytes / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -7,26 +7,32 @@ int8 product for what tensor cores bound. On a CPU the kernels' references are c
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wan_kernels import HAS_TRITON, checks, tuning
+from wan_kernels import HAS_TRITON, TRITON_VERSION, checks, tuning
 from wan_kernels.hardware import save_tuned
+from wan_kernels.language import KERNEL_ERRORS
 from wan_local import __version__
 from wan_local.attention import BACKENDS, card_of, choose
-from wan_local.device import driver_version
+from wan_local.device import driver_version, free_bytes
 from wan_local.errors import NotAvailable
 from wan_local.probe import problem_of, sources_hash
 from wan_local.settings import AttentionName, Settings
 
 _HEAD_DIM = 128  # of the 14B model
 _RUNS = 10
-_COPY_BYTES = 2**28
+_RUN_SECONDS = 0.005  # of work that is shorter than a launch takes, several executions make a run
+_MOST_IN_A_RUN = 50
+_COPY_BYTES = 2**29
+_BYTES_A_TOKEN = 160_000  # that the largest case holds while its inputs are made
 _PRODUCT = (8192, 5120, 5120)  # rows, outputs, inputs of the int8 product that is the ceiling
 
 
@@ -50,13 +56,17 @@ class Ceilings:
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """One kernel: its error in units of what is allowed, and on a card its time and the share of its ceiling."""
+    """One kernel: its error in units of what is allowed, and on a card its time and the share of its ceiling.
+
+    `problem`: what it failed with, if it gave no numbers at all; its error is NaN then.
+    """
 
     name: str
     error: float
     milliseconds: float | None = None
     rate: str = ""
     share: float | None = None
+    problem: str = ""
 
 
 def backend_reports(device: torch.device, settings: Settings) -> list[BackendReport]:
@@ -76,18 +86,28 @@ def backend_reports(device: torch.device, settings: Settings) -> list[BackendRep
 
 
 def kernel_reports(device: torch.device) -> Iterator[KernelReport]:
-    """Yield each kernel's report: at the 14B model's widths on a card, at a small size on a CPU."""
+    """Yield each kernel's report: at the 14B model's widths on a card, at a small size on a CPU.
+
+    One that fails to compile or to run is reported with its message, and the others are checked all the same.
+    """
     if device.type != "cuda":
         for case in checks.cases(device, checks.SMALL, torch.float32):
             yield KernelReport(case.name, checks.judge(case).error)
         return
     ceilings = measure_ceilings(device)
-    for case in checks.cases(device, checks.REAL):
-        verdict = checks.judge(case)
-        if not verdict.right:
-            yield KernelReport(case.name, verdict.error)
-            continue
-        yield _timed(case, verdict.error, ceilings, device)
+    of_checks, of_timing = checks.cases(device, checks.REAL), checks.cases(device, _timed_size(device))
+    for case, timed in zip(of_checks, of_timing, strict=True):
+        try:
+            verdict = checks.judge(case)
+            yield _timed(timed, verdict.error, ceilings, device) if verdict.right else KernelReport(*astuple(verdict))
+        except KERNEL_ERRORS as error:
+            yield KernelReport(case.name, math.nan, problem=f"{type(error).__name__}: {str(error).strip()[-300:]}")
+
+
+def _timed_size(device: torch.device) -> checks.Size:
+    """Return the size at which kernels are timed: a 480p video's, or what half of the free memory holds."""
+    tokens = free_bytes(device) // 2 // _BYTES_A_TOKEN
+    return replace(checks.TIMED, tokens=max(checks.REAL.tokens, min(checks.TIMED.tokens, tokens)))
 
 
 def _timed(case: checks.Case, error: float, ceilings: Ceilings, device: torch.device) -> KernelReport:
@@ -100,31 +120,53 @@ def _timed(case: checks.Case, error: float, ceilings: Ceilings, device: torch.de
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Measure a copy and torch's int8 product on a card."""
+    """Measure a copy and torch's int8 product on a card; NaN for what cannot be measured."""
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     rows, outputs, inputs = _PRODUCT
     a = torch.ones((rows, inputs), dtype=torch.int8, device=device)
     b = torch.ones((outputs, inputs), dtype=torch.int8, device=device)
     copied = 2 * _COPY_BYTES / median_seconds(lambda: target.copy_(source), device)
-    return Ceilings(copied, rows * outputs * inputs / median_seconds(lambda: torch._int_mm(a, b.t()), device))
+    try:
+        products = rows * outputs * inputs / median_seconds(lambda: torch._int_mm(a, b.t()), device)
+    except RuntimeError:  # a library that has no int8 product for this card
+        products = math.nan
+    return Ceilings(copied, products)
 
 
-def median_seconds(work: Callable[[], Any], device: torch.device, runs: int = _RUNS) -> float:
-    """Return the median seconds of `runs` runs on a card, by its own clock, after two that warm up."""
-    for _ in range(2):
-        work()
-    times = []
-    for _ in range(runs):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.device(device):
-            begin.record()
-            work()
-            end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    median: float = statistics.median(times)
+def median_seconds(work: Callable[[], object], device: torch.device, runs: int = _RUNS) -> float:
+    """Return the median seconds of `work` over `runs` runs; see `run_seconds`."""
+    median: float = statistics.median(run_seconds(work, device, runs))
     return median
+
+
+def run_seconds(work: Callable[[], object], device: torch.device, runs: int) -> list[float]:
+    """Return the seconds of one execution of `work` in each of `runs` runs, on a card by its own clock.
+
+    Two executions come first, to warm up. Short work is done several times in a run, so that the card does not wait for
+    the next launch while it is timed.
+    """
+    _clocked(work, device, 1)
+    first = _clocked(work, device, 1)
+    times = max(1, min(_MOST_IN_A_RUN, int(_RUN_SECONDS / max(first, 1e-9))))
+    return [_clocked(work, device, times) for _ in range(runs)]
+
+
+def _clocked(work: Callable[[], object], device: torch.device, times: int) -> float:
+    """Return the mean seconds of `times` executions in a row."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(times):
+            work()
+        return (time.perf_counter() - started) / times
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(times):
+            work()
+        end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / times
 
 
 def launches_tried(device: torch.device) -> Iterator[tuning.Tried]:
@@ -143,11 +185,6 @@ def remember_launches(tried: Sequence[tuning.Tried], device: torch.device) -> Pa
 
 def world(device: torch.device) -> dict[str, Any]:
     """Return what a measurement holds for: package, device, driver, versions and a hash of the kernels."""
-    triton = None
-    if HAS_TRITON:
-        from wan_kernels.language import triton as module
-
-        triton = module.__version__
     card = card_of(device)
     return {
         "wan_local": __version__,
@@ -155,7 +192,7 @@ def world(device: torch.device) -> dict[str, Any]:
         "capability": f"sm_{card.capability[0]}{card.capability[1]}" if device.type == "cuda" else None,
         "driver": driver_version() if device.type == "cuda" else None,
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": TRITON_VERSION,
         "kernels": sources_hash(),
     }
 
@@ -163,8 +200,14 @@ def world(device: torch.device) -> dict[str, Any]:
 def line_to_paste(device: torch.device, reports: list[KernelReport]) -> str:
     """Return all of it in one line of JSON, for an issue or `bench/results/doctor.jsonl`."""
     kernels = {
-        report.name: {"error": round(report.error, 4), "ms": report.milliseconds and round(report.milliseconds, 4),
-                      "rate": report.rate, "share": report.share and round(report.share, 3)}
+        report.name: {"error": None if math.isnan(report.error) else round(report.error, 4), "rate": report.rate,
+                      "ms": _rounded(report.milliseconds, 4), "share": _rounded(report.share, 3),
+                      **({"problem": report.problem} if report.problem else {})}
         for report in reports
     }  # fmt: skip
     return json.dumps({"world": world(device), "kernels": kernels})
+
+
+def _rounded(number: float | None, digits: int) -> float | None:
+    """Return what JSON can say: None for what was not measured."""
+    return None if number is None or math.isnan(number) else round(number, digits)

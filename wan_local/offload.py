@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -240,8 +241,14 @@ def _register(slab: Tensor, device: torch.device) -> bool:
 
     torch's own pinning would round the slab up to a power of two. Copies from pageable memory are slower and as right.
     """
+    if not slab.nbytes:
+        return False
     with torch.cuda.device(device):
-        refused = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
+        code = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0)
+        refused = int(getattr(code, "value", code))
+        if refused:
+            with suppress(RuntimeError):  # CUDA tells of it once more, at the next launch: at this one
+                torch.zeros(1, device=device)
     if refused:
         gigabytes = slab.nbytes / 1e9
         _log.warning("%.1f GB of RAM could not be page-locked (CUDA error %d): slower copies", gigabytes, refused)

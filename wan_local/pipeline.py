@@ -7,7 +7,7 @@ step is done the run itself is kept, and `resume` goes on with it.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from wan_local.conditioning import initial_noise
 from wan_local.decode import decode_frames
 from wan_local.denoise import Guided, denoise
 from wan_local.denoiser import Denoiser
-from wan_local.device import card_name, resolve_device
+from wan_local.device import capped, card_name, resolve_device
 from wan_local.encoders import encode_frames, encode_images, encode_prompts
 from wan_local.errors import NotResumable
 from wan_local.ladder import Rung
@@ -32,6 +32,7 @@ from wan_local.lock import holding_card
 from wan_local.models.transformer import Transformer
 from wan_local.order import changes_since, check_model, read_order
 from wan_local.parking import placed
+from wan_local.planner import GIB
 from wan_local.preparation import Job, planned, prepare, remarks_on
 from wan_local.preview import fit_latent_to_rgb
 from wan_local.report import Report
@@ -135,10 +136,14 @@ class Pipeline:
             result = yield from _make(job, report, Answers(folder.folder, report.note), check)
         yield result
 
-    def _card(self) -> AbstractContextManager[None]:
-        """Return the hold on the settings' card, before anything is planned on it. Raises Busy when it is entered."""
-        card = card_name(resolve_device(self.settings.device))
-        return nullcontext() if card is None else holding_card(card, shared=self.settings.share_device)
+    @contextmanager
+    def _card(self) -> Iterator[None]:
+        """Hold the settings' card, and no more of its memory than they say. Raises Busy."""
+        device, gibibytes = resolve_device(self.settings.device), self.settings.vram_gibibytes
+        card = card_name(device)
+        hold = nullcontext() if card is None else holding_card(card, shared=self.settings.share_device)
+        with hold, capped(device, None if gibibytes is None else int(gibibytes * GIB)):
+            yield
 
 
 def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Generator[Step, None, Result]:

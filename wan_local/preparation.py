@@ -24,7 +24,7 @@ from wan_local.image import fit, load_image
 from wan_local.ladder import Ladder
 from wan_local.network_cost import BRANCHES
 from wan_local.order import Order, words_of
-from wan_local.planner import Machine, Plan, make_plan, shrink
+from wan_local.planner import GIB, Machine, Plan, make_plan, shrink
 from wan_local.probe import choose_kernels
 from wan_local.quantize import default_arithmetic
 from wan_local.report import Report
@@ -171,11 +171,17 @@ def plan_run(
 
 
 def _machine(device: torch.device, settings: Settings) -> Machine:
-    """Return this machine as the planner sees it."""
+    """Return this machine as the planner sees it: what is free, and of that no more than the settings allow."""
     arithmetic: Int8Arithmetic = default_arithmetic(device) if settings.precision == "auto" else "weight-only"
     if settings.int8_arithmetic != "auto":
         arithmetic = settings.int8_arithmetic
-    return Machine(str(device), free_bytes(device), free_ram_bytes(), compute_dtype(device).itemsize, arithmetic)
+    most = settings.ram_gibibytes if device.type == "cpu" else settings.vram_gibibytes
+    free, ram = _at_most(free_bytes(device), most), _at_most(free_ram_bytes(), settings.ram_gibibytes)
+    return Machine(str(device), free, ram, compute_dtype(device).itemsize, arithmetic)
+
+
+def _at_most(free: int, gibibytes: float | None) -> int:
+    return free if gibibytes is None else min(free, int(gibibytes * GIB))
 
 
 def remarks_on(job: Job) -> list[str]:

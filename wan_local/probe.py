@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -21,7 +20,15 @@ from typing import cast
 
 import torch
 
-from wan_local.attention import BACKENDS, KernelChoice, attention_in_pieces, card_of, choose, wrong_kernels
+from wan_local.attention import (
+    BACKENDS,
+    KernelChoice,
+    attention_in_pieces,
+    card_of,
+    choose,
+    triton_version,
+    wrong_kernels,
+)
 from wan_local.device import driver_version
 from wan_local.settings import AttentionName, ModelConfig, Settings
 
@@ -99,9 +106,8 @@ def trial(name: AttentionName, device: torch.device) -> str:
 
 def world_of(device: torch.device) -> str:
     """Return what an answer holds for: card, driver, versions, and our own sources."""
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
     card = torch.cuda.get_device_name(device)
-    return f"{card}|{driver_version()}|torch {torch.__version__}|triton {triton}|{sources_hash()}"
+    return f"{card}|{driver_version()}|torch {torch.__version__}|triton {triton_version()}|{sources_hash()}"
 
 
 @functools.cache

@@ -32,6 +32,9 @@ _POLICIES = ("merge", "static", "reuse")
 _ATTENTION_NAMES = ("auto", "int8", "int8_pv", "sage", "sdpa", "xformers")
 _KERNELS_CHOICES = ("auto", "on", "off", "fp16")
 _PROFILES = ("distill4",)
+_AMOUNTS: Mapping[str, type[int | float]] = {"keep_runs": int} | dict.fromkeys(
+    ("keep_runs_gigabytes", "cache_gigabytes", "vram_gibibytes", "ram_gibibytes"), float
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Settings:
     `profile`: "distill4" samples in four steps without guidance, as distilled weights want it; experimental.
     `loras`: LoRAs, each as FILE or FILE:STRENGTH, added to the transformer's linears as it is loaded.
     `share_device`: use a card that another process is using, planned with the memory that is free at that moment.
+    `vram_gibibytes`, `ram_gibibytes`: what a run may take at most of the card and of RAM, None for all that is free.
     `attention`: a backend by name, or "auto" for the one that suits the device; `wan-local doctor` lists them.
     `kernels`: fused kernels "on", "off", or "auto", which is on where there is a card that they suit; "fp16" is for a
     card without Triton: linears in float16 with float16 sums, at twice bfloat16's rate on GeForce.
@@ -96,6 +100,8 @@ class Settings:
     profile: Profile | None = None
     loras: tuple[str, ...] = ()
     share_device: bool = False
+    vram_gibibytes: float | None = None
+    ram_gibibytes: float | None = None
     attention: AttentionName = "auto"
     kernels: KernelsChoice = "auto"
 
@@ -239,8 +245,8 @@ def load_settings(**overrides: Any) -> Settings:
     WAN_LOCAL_URL_SCHEME, WAN_LOCAL_EMBED_METADATA, WAN_LOCAL_ACCELERATION_POLICY, WAN_LOCAL_ACCELERATION_FILE,
     WAN_LOCAL_SAFETY_MODEL, WAN_LOCAL_EXPANSION_MODEL, WAN_LOCAL_PROFILE, WAN_LOCAL_SHARE_DEVICE, WAN_LOCAL_STATE_DIR,
     WAN_LOCAL_SAVE_STATE, WAN_LOCAL_KEEP_RUNS, WAN_LOCAL_KEEP_RUNS_GIGABYTES, WAN_LOCAL_CACHE_DIR,
-    WAN_LOCAL_CACHE_GIGABYTES, WAN_LOCAL_ATTENTION, WAN_LOCAL_KERNELS,
-    WAN_LOCAL_LORAS (FILE:STRENGTH, several with `;`).
+    WAN_LOCAL_CACHE_GIGABYTES, WAN_LOCAL_ATTENTION, WAN_LOCAL_KERNELS, WAN_LOCAL_VRAM_GIBIBYTES,
+    WAN_LOCAL_RAM_GIBIBYTES, WAN_LOCAL_LORAS (FILE:STRENGTH, several with `;`).
     An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
     """
     known = {entry.name for entry in fields(Settings)}
@@ -262,7 +268,7 @@ def load_settings(**overrides: Any) -> Settings:
     for name in ("embed_metadata", "save_state", "share_device"):
         if isinstance(values.get(name), str):
             values[name] = _boolean(name, values[name])
-    for name, kind in (("keep_runs", int), ("keep_runs_gigabytes", float), ("cache_gigabytes", float)):
+    for name, kind in _AMOUNTS.items():
         if name in values:
             values[name] = _amount(name, values[name], kind)
     _check_choice("url_scheme", values.get("url_scheme", "http"), ("http", "file"))

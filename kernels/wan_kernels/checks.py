@@ -6,8 +6,8 @@ doctor`, the probe before first use and `bench/gpu.py` all read this one list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ _HEAVY = 20.0  # times the ordinary size of a channel: every 300th is like this,
 _F64 = torch.float64
 _FLOAT_LIMIT = 6e-3  # relative rms: one rounding to bfloat16 is 2e-3
 _STEP_LIMIT = 3e-3  # share of int8 numbers that may be one step off
+_CENTRED = 1024  # keys whose mean is taken off all
 
 Outputs = tuple[Tensor, ...]
 
@@ -67,6 +68,8 @@ class Size:
 
 SMALL = Size(tokens=257, heads=4, head_dim=32, ffn_dim=320)
 REAL = Size(tokens=4097, heads=40, head_dim=128, ffn_dim=13_824)  # the 14B model's, tokens a ragged number
+PROBED = replace(REAL, tokens=257)  # its widths, which decide what is compiled, and few tokens
+TIMED = replace(REAL, tokens=32_760)  # 480p, 81 frames: beyond every card's cache, and longer than a launch takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +122,13 @@ def _distance(got: Tensor, expected: Tensor) -> float:
     return float(difference) / _FLOAT_LIMIT
 
 
-def cases(device: torch.device, size: Size, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
-    """Yield every op's cases; inputs live while their case does."""
-    make = _Inputs(device, size, dtype)
-    yield from _row_cases(make)
-    yield from _rotary_cases(make)
-    yield from _linear_cases(make)
-    yield from _attention_cases(make)
+def cases(
+    device: torch.device, size: Size, dtype: torch.dtype = torch.bfloat16, *, group: str | None = None
+) -> Iterator[Case]:
+    """Yield every op's cases, or those of one of `GROUPS`; inputs live while their case does."""
+    for name, cases_of in GROUPS.items():
+        if group in (None, name):
+            yield from cases_of(_Inputs(device, size, dtype))
 
 
 class _Inputs:
@@ -216,7 +219,8 @@ def _rotary_cases(make: _Inputs) -> Iterator[Case]:
     def exact() -> Tensor:
         return rms_rope_reference(x, weight, cos, sin, heads, _EPS, _F64)
 
-    centre = exact().mean(dim=1).float()
+    first = (x[:, :_CENTRED], weight, cos[:_CENTRED], sin[:_CENTRED])  # any vector near the mean key will do
+    centre = rms_rope_reference(*first, heads, _EPS).mean(dim=1)
     yield Case(
         "rms_rope",
         lambda: (rms_rope(x, weight, cos, sin, heads, _EPS, make.dtype),),
@@ -233,7 +237,7 @@ def _rotary_cases(make: _Inputs) -> Iterator[Case]:
         "rms_rope_quantize_keys",
         lambda: rms_rope_quantize_keys(x, weight, cos, sin, centre, _EPS),
         lambda: quantize_keys_reference(exact(), centre),
-        x.numel() * (2 * width + 1) + tables * heads,
+        x.numel() * (2 * width + 1) + tables,  # read twice: a row's norm comes first
     )
 
 
@@ -309,14 +313,14 @@ def _attention_cases(make: _Inputs) -> Iterator[Case]:
         "scale_values_",
         scaled,
         lambda: scale_values_reference(v.bfloat16()),
-        4 * v.numel(),
+        6 * v.numel(),  # read twice: a channel's largest comes first
         in_place=lambda: scale_values_(worn),
     )
     yield Case(
         "quantize_values",
         lambda: quantize_values(v),
         lambda: quantize_values_reference(v, _F64),
-        v.numel() * (width + 1),
+        v.numel() * (2 * width + 1),  # read twice: a channel's mean and largest come first
     )
     queries_and_keys = (q, q_scale, k, k_scale)
     yield _attention_case(queries_and_keys, (*scale_values_reference(v), None), make.dtype)
@@ -337,3 +341,12 @@ def _attention_case(
         q.nbytes + k.nbytes + v.nbytes + q.numel() * dtype.itemsize,
         2 * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3],
     )
+
+
+# Each with inputs of its own, so that they can be checked side by side.
+GROUPS: Mapping[str, Callable[[_Inputs], Iterator[Case]]] = {
+    "rows": _row_cases,
+    "rotary": _rotary_cases,
+    "linear": _linear_cases,
+    "attention": _attention_cases,
+}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from wan_kernels.language import power_of_two
+from wan_kernels.language import TRITON_VERSION, power_of_two
 
 SHARED_MEMORY_LIMIT = 101_376  # bytes a block of threads may have on sm_86, sm_89 and sm_120; sm_90 has 232,448
 ARCHITECTURES = (86, 89, 90, 120)
@@ -94,10 +94,8 @@ def table_launch(op: str, shape_class: str, architecture: int) -> TileLaunch:
 
 def tuned_key(op: str, shape_class: str, device: torch.device) -> str:
     """Return the name under which a tuned launch is kept: card, its multiprocessors, Triton, op and shape class."""
-    from wan_kernels.language import triton
-
     card = torch.cuda.get_device_properties(device)
-    return f"{card.name}|{card.multi_processor_count}|triton {triton.__version__}|{op}|{shape_class}"
+    return f"{card.name}|{card.multi_processor_count}|triton {TRITON_VERSION}|{op}|{shape_class}"
 
 
 def save_tuned(found: Mapping[str, TileLaunch], home: Path | None = None) -> Path:

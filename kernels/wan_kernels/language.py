@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 
 __all__ = [
     "HAS_TRITON",
+    "KERNEL_ERRORS",
+    "TRITON_VERSION",
     "KernelUnavailable",
     "ceil_div",
     "jit",
@@ -26,6 +29,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
     import triton
+    import triton.errors
     import triton.language as tl
 else:
     triton = tl = None
@@ -33,6 +37,16 @@ else:
 
 class KernelUnavailable(RuntimeError):
     """A kernel was called that cannot run here; the message says what is missing."""
+
+
+# by the module: its distribution is called triton, pytorch-triton or triton-windows
+TRITON_VERSION: str | None = triton.__version__ if HAS_TRITON else None
+
+# What compiling or launching a kernel may raise where a card, its driver or Triton is not as we know them: RuntimeError
+# of torch and of a missing C compiler, Triton's own, and that of the compiler it starts.
+KERNEL_ERRORS: tuple[type[Exception], ...] = (RuntimeError, subprocess.SubprocessError)
+if HAS_TRITON:
+    KERNEL_ERRORS += (triton.errors.TritonError,)
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -22,7 +22,7 @@ from wan_kernels.hardware import TileLaunch, tile_launch
 from wan_kernels.language import ceil_div, jit, launchable, on_device_of, tl
 
 _EXACT_IN_FLOAT32 = 1024  # products of int8 whose sum stays below 2^24
-_LEAST_ROWS = 17  # that cuBLAS multiplies in int8
+_LEAST_ROWS = 32  # cuBLAS multiplies more than 16 rows in int8
 _ROWS_AT_A_TIME = 4096  # of int32 sums that the reference holds
 _SMALL = 128  # rows, columns or inputs below this get the small tiles
 _SWIZZLE = 8  # rows of tiles that walk along together, so that they share weights in the L2 cache

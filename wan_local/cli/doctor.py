@@ -48,11 +48,13 @@ def _doctor(options: argparse.Namespace) -> int:
         print("\nTo tell us what your card does, paste this line into an issue:")
         print(line_to_paste(device, reports))
     if wrong:
-        say(f"These compute wrongly here: {', '.join(wrong)}. Use attention='sdpa' and kernels='off', and tell us.")
+        say(f"These fail or are wrong here: {', '.join(wrong)}. Use attention='sdpa' and kernels='off', and tell us.")
     return FAILED if wrong else DONE
 
 
 def _row(report: KernelReport) -> str:
+    if report.problem:
+        return f"   {report.name:34} FAILED {report.problem}"
     verdict = "right" if report.error <= 1 else "WRONG"
     speed = ""
     if report.milliseconds is not None and report.share is not None:

@@ -45,6 +45,15 @@ def add_kernel_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--kernels", metavar="auto|on|off|fp16", help="fused kernels; auto: where a card suits them")
 
 
+def add_memory_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the most that a run may take; for planning as if on another machine `plan` has its own."""
+    for name, of in (("vram", "the card's memory"), ("ram", "RAM")):
+        group.add_argument(
+            f"--{name}", dest=f"{name}_gibibytes", type=number_of_gibibytes, metavar="GIB",
+            help=f"take at most this much of {of}, as 6GiB (default: what is free)",
+        )  # fmt: skip
+
+
 def add_lora_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora", dest="loras", action="append", metavar="FILE[:STRENGTH]",
@@ -53,9 +62,13 @@ def add_lora_flag(group: argparse._ArgumentGroup) -> None:
 
 
 def gibibytes(text: str) -> int:
-    """Read 12, 12GiB, 12G or 12GB as that many GiB: what a card or a machine is called by."""
-    number = text.lower().removesuffix("b").removesuffix("i").removesuffix("g")
-    return int(float(number) * 2**30)
+    """Read 12, 12GiB, 12G or 12GB as the bytes of that many GiB: what a card or a machine is called by."""
+    return int(number_of_gibibytes(text) * 2**30)
+
+
+def number_of_gibibytes(text: str) -> float:
+    """Read 12, 12GiB, 12G or 12GB as 12."""
+    return float(text.lower().removesuffix("b").removesuffix("i").removesuffix("g"))
 
 
 def add_request_flags(group: argparse._ArgumentGroup, only: Sequence[str] | None = None) -> None:
@@ -98,5 +111,6 @@ def given(entry: dict[str, Any]) -> str:
 def settings_from(given: dict[str, Any]) -> Settings:
     from wan_local.settings import load_settings
 
-    names = ("model", "device", "profile", "loras", "attention", "kernels", "save_state", "output_dir")
+    names = ["model", "device", "profile", "loras", "attention", "kernels", "save_state", "output_dir"]
+    names += ["vram_gibibytes", "ram_gibibytes"]
     return load_settings(**{name: given.get(name) for name in names})

@@ -10,7 +10,14 @@ from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_local.cli.flags import add_kernel_flags, add_lora_flag, add_place_flags, add_request_flags, settings_from
+from wan_local.cli.flags import (
+    add_kernel_flags,
+    add_lora_flag,
+    add_memory_flags,
+    add_place_flags,
+    add_request_flags,
+    settings_from,
+)
 from wan_local.cli.terminal import DONE, WRONG_REQUEST, progress, say
 from wan_local.errors import OutputError
 from wan_local.runs import find, new_id
@@ -31,6 +38,7 @@ def add(commands: Commands) -> None:
     local = parser.add_argument_group("where and how")
     add_place_flags(local)
     add_kernel_flags(local)
+    add_memory_flags(local)
     add_lora_flag(local)
     local.add_argument(
         "--profile", metavar="distill4", help="sample as distilled weights want it: four steps, no guidance"

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wan_local.cli.flags import add_lora_flag, add_place_flags, settings_from
+from wan_local.cli.flags import add_lora_flag, add_memory_flags, add_place_flags, settings_from
 from wan_local.cli.generate import add_output_flags, follow
 from wan_local.runs import settings_of
 
@@ -25,6 +25,7 @@ def add(commands: Commands) -> None:
     local = parser.add_argument_group("where and how (as the run was begun unless told)")
     add_place_flags(local)
     add_lora_flag(local)
+    add_memory_flags(local)
     add_output_flags(local)
 
 
@@ -33,6 +34,7 @@ def _resume(options: argparse.Namespace) -> int:
 
     given = vars(options)
     here, run_id = settings_from(given), given["run_id"]
-    changes = {name: getattr(here, name) for name in ("model", "device", "loras") if name in given}
+    told = ("model", "device", "loras", "vram_gibibytes", "ram_gibibytes")
+    changes = {name: getattr(here, name) for name in told if name in given}
     settings = replace(settings_of(run_id, here), **changes)
     return follow(Pipeline(settings).resume(run_id, output=given.get("output")), run_id, settings, given)

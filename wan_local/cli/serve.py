@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_local.cli.flags import add_kernel_flags, add_lora_flag, add_place_flags, settings_from
+from wan_local.cli.flags import add_kernel_flags, add_lora_flag, add_memory_flags, add_place_flags, settings_from
 from wan_local.cli.terminal import DONE, WRONG_REQUEST, say
 from wan_local.errors import NotAvailable
 
@@ -32,6 +32,7 @@ def add(commands: Commands) -> None:
     place = parser.add_argument_group("where and how")
     add_place_flags(place)
     add_kernel_flags(place)
+    add_memory_flags(place)
     add_lora_flag(place)
     place.add_argument("--output-dir", type=Path, metavar="DIR", help="where videos, uploads and the queue are kept")
     place.add_argument("--host", help="address to listen at (default: 127.0.0.1; others need --api-key)")
