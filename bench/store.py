@@ -295,8 +295,8 @@ def _generate_measured(store: str) -> dict[str, Any]:
     cast(Any, preparation).find_model = lambda _: small
     request = Request.from_arguments(
         {
-            "prompt": "a small blue bird", "start_image_url": Image.new("RGB", (32, 32), "red"),
-            "end_image_url": Image.new("RGB", (32, 32), "blue"), "resolution": "480p", "aspect_ratio": "1:1",
+            "prompt": "a small blue bird", "start_image_url": Image.new("RGB", (64, 64), "red"),
+            "end_image_url": Image.new("RGB", (64, 64), "blue"), "resolution": "480p", "aspect_ratio": "1:1",
             "num_inference_steps": 2, "acceleration": "none", "seed": 1,
         }
     )  # fmt: skip
