@@ -5,7 +5,7 @@ Both convolve as they do on a card: float32 numbers, TF32 where cuDNN likes it, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,37 +41,54 @@ def vae(bench: Bench) -> None:
 
 
 def _stage(bench: Bench, geometry: Geometry) -> None:
-    config = bench.config.vae
+    config, device = bench.config.vae, bench.device
     with torch.device("meta"):
-        ours = Vae(config)
-    ours.load_state_dict(random_state(ours, bench, dtype=torch.float32), assign=True)
-    ours.eval().requires_grad_(False)
+        halves = [Vae(config, encodes=encodes, decodes=not encodes) for encodes in (False, True)]
+    states = [random_state(half, bench, dtype=torch.float32) for half in halves]
+    decoder, encoder = (half.eval().requires_grad_(False) for half in halves)
+    decoder.load_state_dict(states[0], assign=True)
+    encoder.load_state_dict({name: tensor.cpu() for name, tensor in states[1].items()}, assign=True)
+    states.clear()  # as in a run, only the half that is needed is on the card
     latent = geometry.latent_size
     shape = (1, config.z_dim, geometry.latent_frames, latent.height, latent.width)
-    latents = torch.randn(shape, device=bench.device) * 0.1
-    within = _within_cap(geometry, config, _bytes_of(ours))
-    with capped(bench.device, CAP_BYTES):
-        _decode(bench, geometry, ours, latents, within, cap_bytes=CAP_BYTES)
-    _decode(bench, geometry, ours, latents, WHOLE, cap_bytes=None)
-    start, end = (torch.rand(3, geometry.size.height, geometry.size.width) * 2 - 1 for _ in range(2))
-    encoded = _timed(bench, geometry, "ours", "wan_local encode", lambda: _condition(ours, (start, end), geometry))
-
-    peer = _peer(bench, config, ours)
-    expected = _timed(
-        bench, geometry, "diffusers", "diffusers encode", lambda: _peer_encode(bench, peer, (start, end), geometry)
-    )
-    if encoded is not None and expected is not None:
-        got = ours.denormalize(encoded.float())
-        error = parity.relative_error(got.cpu(), expected.cpu())
-        bench.report("vae", who="encode against diffusers", size=str(geometry.size), error=error,
-                     bit_equal=bool(torch.equal(encoded, ours.normalize(expected))))  # fmt: skip
-        check("encode against diffusers", error, 1e-2)
-    del encoded, expected
-    _against_diffusers(bench, ours, peer, latents)
+    latents = torch.randn(shape, device=device) * 0.1
+    within = _within_cap(geometry, config, _bytes_of(decoder))
+    with capped(device, CAP_BYTES):
+        _decode(bench, geometry, decoder, latents, within, cap_bytes=CAP_BYTES)
+    _decode(bench, geometry, decoder, latents, WHOLE, cap_bytes=None)
+    plain = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    for parameter in decoder.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+    _decode(bench, geometry, decoder, latents, within, cap_bytes=None, how=", channels last")
+    decoder.load_state_dict(plain, assign=True)
+    encoder.to(device)
+    _encode(bench, geometry, encoder, peer := _peer(bench, config, (encoder, decoder)))
+    _against_diffusers(bench, decoder, peer, latents)
     peer.enable_tiling()
-    _timed(
-        bench, geometry, "diffusers", "diffusers decode, tiled", lambda: peer.decode(ours.denormalize(latents)).sample
-    )
+    normal = decoder.denormalize(latents)
+    _timed(bench, geometry, "diffusers", "diffusers decode, tiled", lambda: peer.decode(normal).sample)
+
+
+def _encode(bench: Bench, geometry: Geometry, encoder: Vae, peer: Any) -> None:
+    """Encode the condition, ours and diffusers' whole clip."""
+    pictures = [torch.rand(3, geometry.size.height, geometry.size.width) * 2 - 1 for _ in range(2)]
+    ours = _timed(bench, geometry, "ours", "wan_local encode", lambda: _condition(encoder, pictures, geometry))
+    clip = torch.zeros(1, 3, geometry.num_frames, geometry.size.height, geometry.size.width, device=bench.device)
+    clip[0, :, 0], clip[0, :, -1] = pictures
+    theirs = _timed(bench, geometry, "diffusers", "diffusers encode", lambda: _mean(peer, clip))
+    if ours is None or theirs is None:
+        return
+    normal = encoder.normalize(theirs)
+    error = parity.relative_error(ours.cpu(), normal.cpu())
+    equal = bool(torch.equal(ours, normal))
+    bench.report("vae", who="encode against diffusers", size=str(geometry.size), error=error, bit_equal=equal)
+    check("encode against diffusers", error, 1e-2)
+
+
+def _mean(peer: Any, clip: Tensor) -> Tensor:
+    mean: Tensor = peer.encode(clip).latent_dist.mode()
+    return mean
 
 
 def _bytes_of(module: torch.nn.Module) -> int:
@@ -88,35 +105,42 @@ def _within_cap(geometry: Geometry, config: VaeConfig, weights: int) -> Tiling:
     return next(fitting, tilings(geometry, config, "decoder")[-1])
 
 
-def _peer(bench: Bench, config: VaeConfig, ours: Vae) -> Any:
+def _peer(bench: Bench, config: VaeConfig, halves: tuple[Vae, Vae]) -> Any:
     from diffusers import AutoencoderKLWan
 
     with torch.device("meta"):
         peer = AutoencoderKLWan(base_dim=config.base_dim, num_res_blocks=config.num_res_blocks)
-    peer.load_state_dict(ours.state_dict(), assign=True)
+    peer.load_state_dict(halves[0].state_dict() | halves[1].state_dict(), assign=True)
     return peer.to(bench.device).eval().requires_grad_(False)
 
 
-def _condition(ours: Vae, pictures: tuple[Tensor, Tensor], geometry: Geometry) -> Tensor:
-    return encode_condition(ours, pictures, geometry.num_frames)[:, _MASK:]
-
-
-def _peer_encode(bench: Bench, peer: Any, pictures: tuple[Tensor, Tensor], geometry: Geometry) -> Tensor:
-    clip = torch.zeros(1, 3, geometry.num_frames, geometry.size.height, geometry.size.width, device=bench.device)
-    clip[0, :, 0], clip[0, :, -1] = pictures
-    mean: Tensor = peer.encode(clip).latent_dist.mode()
-    return mean
+def _condition(encoder: Vae, pictures: Sequence[Tensor], geometry: Geometry) -> Tensor:
+    start, end = pictures
+    return encode_condition(encoder, (start, end), geometry.num_frames)[:, _MASK:]
 
 
 def _decode(
-    bench: Bench, geometry: Geometry, ours: Vae, latents: Tensor, tiling: Tiling, *, cap_bytes: int | None
+    bench: Bench,
+    geometry: Geometry,
+    ours: Vae,
+    latents: Tensor,
+    tiling: Tiling,
+    *,
+    cap_bytes: int | None,
+    how: str = "",
 ) -> None:
     def frames() -> int:
         return sum(len(part.frames) for part in decode_frames(ours, latents, geometry, tiling=tiling))
 
     planned = vae_bytes("decoder", geometry, ours.config, tiling) + _bytes_of(ours)
     count = _timed(
-        bench, geometry, "ours", f"wan_local decode, {tiling} tiles", frames, planned_bytes=planned, cap_bytes=cap_bytes
+        bench,
+        geometry,
+        "ours",
+        f"wan_local decode, {tiling} tiles{how}",
+        frames,
+        planned_bytes=planned,
+        cap_bytes=cap_bytes,
     )
     if count is not None:
         check("frames that are missing", geometry.num_frames - count, 0)

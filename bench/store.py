@@ -51,7 +51,6 @@ from wan_local.weight_files import read_weights
 from wan_local.weight_format import WeightFormat, WeightFormats
 
 CPU = torch.device("cpu")
-GIB = 2**30
 REAL, SMALL = known_models()
 
 
@@ -286,24 +285,25 @@ def _generate_measured(store: str) -> dict[str, Any]:
     """Run the pipeline on a canvas of 32 x 32 pixels, as if 5 GiB were free."""
     from PIL import Image
 
-    from wan_local import pipeline
+    from wan_local import preparation
+    from wan_local.pipeline import Pipeline
     from wan_local.request import Request, Result
 
     files = open_model(Path(store))
-    canvas = Canvas(32 * 32, {"1:1": Size(height=32, width=32)})
+    canvas = Canvas(32 * 32, dict.fromkeys(("16:9", "1:1", "9:16"), Size(height=32, width=32)))
     small = replace(files, config=replace(files.config, canvases={"480p": canvas, "720p": canvas}))
-    cast(Any, pipeline).find_model = lambda _: small
-    cast(Any, pipeline).free_bytes = lambda _: 5 * GIB
+    cast(Any, preparation).find_model = lambda _: small
     request = Request.from_arguments(
         {
-            "prompt": "a small blue bird", "start_image_url": Image.new("RGB", (32, 32), "red"),
-            "end_image_url": Image.new("RGB", (32, 32), "blue"), "resolution": "480p", "aspect_ratio": "1:1",
+            "prompt": "a small blue bird", "start_image_url": Image.new("RGB", (64, 64), "red"),
+            "end_image_url": Image.new("RGB", (64, 64), "blue"), "resolution": "480p", "aspect_ratio": "1:1",
             "num_inference_steps": 2, "acceleration": "none", "seed": 1,
         }
     )  # fmt: skip
     base, started = _now(), time.monotonic()
     output = Path(store).with_name("generated.mp4")
-    for event in pipeline.Pipeline(load_settings(model=store, device="cpu")).generate(request, output=output):
+    settings = load_settings(model=store, device="cpu", ram_gibibytes=5)
+    for event in Pipeline(settings).generate(request, output=output):
         if isinstance(event, Result):
             report = event.report
         else:

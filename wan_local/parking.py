@@ -32,7 +32,8 @@ class ParkedContext:
             for name, view in views.items():
                 view.copy_(getattr(context[index], name))
 
-        self._blocks = StreamedBlocks(modules, [layout] * len(modules), fill, Residency(frozenset(), "ram"), device)
+        # through a small page-locked ring, as from a file: a slab of all of them would be a second copy in RAM
+        self._blocks = StreamedBlocks(modules, [layout] * len(modules), fill, Residency(frozenset(), "file"), device)
 
     def __iter__(self) -> Iterator[ContextKV]:
         for fields in self._blocks:
@@ -40,7 +41,7 @@ class ParkedContext:
             yield ContextKV(k, v, k_image, v_image, self._bias)
 
     def close(self) -> None:
-        """Free the slots and what is pinned; idempotent."""
+        """Free the slots and the ring; idempotent."""
         self._blocks.close()
 
 

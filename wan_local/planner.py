@@ -266,7 +266,8 @@ def _denoising(geometry: Geometry, config: ModelConfig, size: NetworkSize, machi
         chunk = chunk_tokens(transformer, geometry.tokens, compute, way.chunk_bytes)
         contexts = parked_bytes(config, compute, SLOTS) if way.parked else contexts_bytes(config, compute)
         held = contexts + loop_bytes(geometry, config, chunk, compute, together=way.together, in_linear=in_linear)
-        waiting = contexts_bytes(config, compute) if way.parked else 0
+        # in RAM: all of them, and a ring like the device's to copy from
+        waiting = contexts_bytes(config, compute) + parked_bytes(config, compute, SLOTS) if way.parked else 0
         stage = StagePlan(
             "denoise",
             size.weight_bytes(compute),
