@@ -47,6 +47,18 @@ def export(
         _halve(scratch / part)
     _use_public_class_names(scratch)
     check(scratch)
+    _move(scratch, folder)
+
+
+def export_transformer(folder: Path, scratch: Path, transformer: WanTransformer3DModel) -> None:
+    """Put another transformer into a finished model folder."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    transformer.save_pretrained(scratch / "transformer", safe_serialization=True)
+    _halve(scratch / "transformer")
+    _move(scratch, folder)
+
+
+def _move(scratch: Path, folder: Path) -> None:
     for source in sorted(path for path in scratch.rglob("*") if path.is_file()):
         target = folder / source.relative_to(scratch)
         target.parent.mkdir(parents=True, exist_ok=True)

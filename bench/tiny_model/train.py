@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 
 from bench.tiny_model import cache, train_transformer, train_vae
 from bench.tiny_model.encoders import Encoders, build_encoders, load_encoders
-from bench.tiny_model.export import build_vae_with_statistics, export
+from bench.tiny_model.export import build_vae_with_statistics, export, export_transformer
 from bench.tiny_model.log import Log
 from bench.tiny_model.photos import held_out_photos, on_device, training_photos
 from bench.tiny_model.transformer import build_transformer
@@ -23,9 +23,6 @@ STAGES = ("images", "clips", "statistics", "cache", "transformer", "decoder", "e
 SECONDS = {"images": 900.0, "clips": 900.0, "transformer": 3420.0, "decoder": 600.0}
 PEAK_RATES = {"images": 1e-2, "clips": 2.5e-3, "decoder": 2e-3}
 """A clip's frames are alike, so the taps of a 3-D convolution move together: more than this undoes the image stage."""
-TEXT_SCALE = 0.3
-"""Shrinks the text's values on export (keys are normalised, so attention stays): prompts are learnt last, and guidance
-5 multiplies what is still noise. Use 1 after a longer training whose right prompts beat wrong ones."""
 DEFAULT_FOLDER = Path(__file__).parents[2] / "wan_local" / "tiny_model"
 VALIDATION_SEED = 3 * 10**6
 CACHE_SEED = 10**3
@@ -147,9 +144,10 @@ def write(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
         transformer.load_state_dict(torch.load(done, weights_only=True))
     else:
         transformer.load_state_dict(torch.load(partial, weights_only=True)["average"])
-    with torch.no_grad():
-        transformer.condition_embedder.text_embedder.linear_2.weight.mul_(TEXT_SCALE)
-    export(args.folder, args.work / "export", encoders, load_vae(args.work), transformer)
+    if args.base:
+        export_transformer(args.folder, args.work / "export", transformer)
+    else:
+        export(args.folder, args.work / "export", encoders, load_vae(args.work), transformer)
     log.write(f"exported {'final' if done.exists() else 'intermediate'} weights")
 
 
