@@ -50,11 +50,12 @@ def export(
     _move(scratch, folder)
 
 
-def export_transformer(folder: Path, scratch: Path, transformer: WanTransformer3DModel) -> None:
-    """Put another transformer into a finished model folder."""
+def export_networks(folder: Path, scratch: Path, vae: AutoencoderKLWan, transformer: WanTransformer3DModel) -> None:
+    """Put another VAE and another transformer into a finished model folder."""
     shutil.rmtree(scratch, ignore_errors=True)
-    transformer.save_pretrained(scratch / "transformer", safe_serialization=True)
-    _halve(scratch / "transformer")
+    for part, network in (("vae", vae), ("transformer", transformer)):
+        network.save_pretrained(scratch / part, safe_serialization=True)
+        _halve(scratch / part)
     _move(scratch, folder)
 
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 
 from bench.tiny_model import cache, train_transformer, train_vae
 from bench.tiny_model.encoders import Encoders, build_encoders, load_encoders
-from bench.tiny_model.export import build_vae_with_statistics, export, export_transformer
+from bench.tiny_model.export import build_vae_with_statistics, export, export_networks
 from bench.tiny_model.log import Log
 from bench.tiny_model.photos import held_out_photos, on_device, training_photos
 from bench.tiny_model.transformer import build_transformer
@@ -72,8 +72,7 @@ def run(stage: str, args: argparse.Namespace, encoders: Encoders, log: Log) -> N
         vae = build_vae()
         if stage == "clips":
             vae.load_state_dict(torch.load(args.work / "vae_images.pt", weights_only=True))
-        settings = train_vae.Settings(stage, SECONDS[stage] * args.scale, PEAK_RATES[stage], device=args.device)
-        train_vae.train_stage(vae, settings, args.work, log)
+        train_vae.train_stage(vae, vae_settings(stage, args, hold=0.4), args.work, log)
     elif stage == "statistics":
         measure(args, log)
     elif stage == "cache":
@@ -87,12 +86,17 @@ def run(stage: str, args: argparse.Namespace, encoders: Encoders, log: Log) -> N
         )
         train_transformer.train(build_transformer(), settings, args.work, args.work / "latents", encoders, log)
     elif stage == "decoder":
-        vae = load_vae(args.work)
-        rate = PEAK_RATES[stage]
-        settings = train_vae.Settings("decoder", SECONDS[stage] * args.scale, rate, hold=0.2, device=args.device)
-        train_vae.train_stage(vae, settings, args.work, log)
+        train_vae.train_stage(load_vae(args.work), vae_settings(stage, args, hold=0.2), args.work, log)
     else:
         write(args, encoders, log)
+
+
+def vae_settings(stage: train_vae.Stage, args: argparse.Namespace, *, hold: float) -> train_vae.Settings:
+    """Return how a stage of the VAE is trained on the device."""
+    seconds, rate = SECONDS[stage] * args.scale, PEAK_RATES[stage]
+    if args.device == "cpu":
+        return train_vae.Settings(stage, seconds, rate, hold=hold)
+    return train_vae.Settings.on_card(stage, seconds, rate, args.device, hold=hold)
 
 
 def measure(args: argparse.Namespace, log: Log) -> None:
@@ -112,7 +116,7 @@ def keep_vae(base: Path, work: Path) -> None:
     if (work / "statistics.pt").exists():
         return
     vae = AutoencoderKLWan.from_pretrained(base / "vae", torch_dtype=torch.float32)
-    for name in ("images", "clips", "decoder"):
+    for name in ("images", "clips"):
         torch.save(vae.state_dict(), work / f"vae_{name}.pt")
     torch.save({"mean": vae.config.latents_mean, "std": vae.config.latents_std}, work / "statistics.pt")
 
@@ -145,7 +149,7 @@ def write(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
     else:
         transformer.load_state_dict(torch.load(partial, weights_only=True)["average"])
     if args.base:
-        export_transformer(args.folder, args.work / "export", transformer)
+        export_networks(args.folder, args.work / "export", load_vae(args.work), transformer)
     else:
         export(args.folder, args.work / "export", encoders, load_vae(args.work), transformer)
     log.write(f"exported {'final' if done.exists() else 'intermediate'} weights")

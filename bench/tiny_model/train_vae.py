@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from bench.tiny_model import vae as whole
 from bench.tiny_model.log import Log
@@ -28,11 +29,15 @@ VALIDATION_CLIPS = 12
 CLIP_SHAPES = ((9, 2, 64, 64), (5, 2, 64, 64), (9, 2, 80, 48), (17, 2, 48, 48), (5, 2, 48, 64), (9, 2, 48, 64))
 """Frames, clips, width, height of the batches in turn; with one clip torch would leave oneDNN for a far slower path."""
 WARMUP_STEPS = 40
+MOST_STEPS = 10**6
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one stage is trained; `seconds` is time spent in steps, evaluation not counted."""
+    """How one stage is trained; `seconds` is time spent in steps, evaluation not counted.
+
+    clips_factor: how many times the clips of `CLIP_SHAPES` are in a batch. render_processes: 0 to render in between.
+    """
 
     stage: Stage
     seconds: float
@@ -43,6 +48,23 @@ class Settings:
     average_decay: float = 0.98
     report_seconds: float = 120.0
     device: str = "cpu"
+    clips_factor: int = 1
+    render_processes: int = 0
+
+    @classmethod
+    def on_card(cls, stage: Stage, seconds: float, peak_rate: float, device: str, *, hold: float) -> "Settings":
+        """Return settings for a GPU: larger batches, rendered by other processes meanwhile."""
+        return cls(
+            stage,
+            seconds,
+            peak_rate,
+            hold=hold,
+            average_decay=0.995,
+            report_seconds=30.0,
+            device=device,
+            clips_factor=8,
+            render_processes=6,
+        )
 
 
 def train_stage(vae: AutoencoderKLWan, settings: Settings, folder: Path, log: Log) -> AutoencoderKLWan:
@@ -70,11 +92,12 @@ def train_stage(vae: AutoencoderKLWan, settings: Settings, folder: Path, log: Lo
 def _loop(vae: AutoencoderKLWan, settings: Settings, state: TrainingState, partial: Path, log: Log) -> None:
     next_report = state.seconds + settings.report_seconds
     running: list[list[float]] = []
+    batches = iter(DataLoader(_Batches(settings, state.step), batch_size=None, num_workers=settings.render_processes))
     while state.seconds < settings.seconds:
         start = time.perf_counter()
         progress = state.seconds / settings.seconds
         state.set_rate(learning_rate(progress, state.step, settings.peak_rate, settings.hold, WARMUP_STEPS))
-        loss, terms = _loss(vae, settings, state.step)
+        loss, terms = _loss(vae, settings, state.step, next(batches).to(settings.device))
         state.descend(loss)
         running.append(terms)
         state.seconds += time.perf_counter() - start
@@ -90,9 +113,21 @@ def _loop(vae: AutoencoderKLWan, settings: Settings, state: TrainingState, parti
             state.save(partial)
 
 
-def _loss(vae: AutoencoderKLWan, settings: Settings, step: int) -> tuple[Tensor, list[float]]:
+class _Batches(Dataset[Tensor]):
+    """The batches of the steps from `first` on."""
+
+    def __init__(self, settings: Settings, first: int) -> None:
+        self.settings, self.first = settings, first
+
+    def __len__(self) -> int:
+        return MOST_STEPS
+
+    def __getitem__(self, index: int) -> Tensor:
+        return _batch(self.settings, self.first + index)
+
+
+def _loss(vae: AutoencoderKLWan, settings: Settings, step: int, x: Tensor) -> tuple[Tensor, list[float]]:
     """Return the loss of one batch and its terms."""
-    x = _batch(settings, step).to(settings.device)
     if settings.stage != "images" and step % ENDS_EVERY == ENDS_EVERY - 1:
         x = ends_only(x)
     with torch.set_grad_enabled(settings.stage != "decoder"):
@@ -121,7 +156,7 @@ def _batch(settings: Settings, step: int) -> Tensor:
     else:
         frames, count, width, height = CLIP_SHAPES[step % len(CLIP_SHAPES)]
     clips = []
-    for item in range(count):
+    for item in range(count * settings.clips_factor):
         seed = int(torch.randint(2, 10**6, (1,), generator=rng)) + VALIDATION_SEED * 10
         speed, offset = torch.rand(2, generator=rng).tolist()
         span = min(1.0, (frames - 1) / (STANDARD_FRAMES - 1) * 5**speed)
