@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +21,21 @@ def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factor
     monkeypatch.setenv("XDG_STATE_HOME", str(elsewhere / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere / "cache"))
     monkeypatch.setenv("LOCALAPPDATA", str(elsewhere / "local"))
+
+
+@pytest.fixture(scope="session")
+def modules_kept() -> list[int]:
+    """Hold how many modules there were when what they made was last set aside."""
+    return [0]
+
+
+@pytest.fixture(autouse=True)
+def libraries_are_no_garbage(modules_kept: list[int]) -> None:
+    """Set aside what imported libraries made: each stage ends with a search for garbage, 0.2 s through all of that."""
+    if len(sys.modules) > modules_kept[0] + 50:
+        gc.collect()
+        gc.freeze()
+        modules_kept[0] = len(sys.modules)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -30,6 +30,19 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return stamp_settings(tmp_path, monkeypatch, cache_gigabytes=0)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Give one run of `stamp_request()` as it is, for what is compared with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        settings = stamp_settings(tmp_path_factory.mktemp("plain"), patch, cache_gigabytes=0)
+        return generate(stamp_request(), settings=settings)
+
+
+def frames_of(result: Result) -> np.ndarray:
+    assert result.video.path is not None
+    return read_video(result.video.path)
+
+
 def left_over(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file()) if folder.exists() else []
 
@@ -81,7 +94,7 @@ def test_frame_counts_and_aspect_ratios_come_out_as_asked(
 ) -> None:
     result = generate(stamp_request(**changes), settings=settings)
     assert result.video.path is not None and result.video.path.parent == settings.output_dir
-    assert read_video(result.video.path).shape == shape
+    assert frames_of(result).shape == shape
 
 
 def test_auto_follows_the_start_image_whatever_the_end_image_is(settings: Settings) -> None:
@@ -91,11 +104,10 @@ def test_auto_follows_the_start_image_whatever_the_end_image_is(settings: Settin
     assert (result.report["width"], result.report["height"]) == (48, 16)
 
 
-def test_a_seed_gives_the_same_frames_again_and_another_gives_others(settings: Settings) -> None:
-    paths = [generate(stamp_request(seed=seed), settings=settings).video.path for seed in (7, 7, 8)]
-    first, again, other = (read_video(path) for path in paths if path is not None)
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
+def test_a_seed_gives_the_same_frames_again_and_another_gives_others(settings: Settings, plain: Result) -> None:
+    again, other = (generate(stamp_request(seed=seed), settings=settings) for seed in (plain.seed, plain.seed + 1))
+    assert np.array_equal(frames_of(again), frames_of(plain))
+    assert not np.array_equal(frames_of(other), frames_of(plain))
 
 
 def test_a_random_seed_is_below_2_to_31_and_returned(settings: Settings) -> None:
@@ -127,9 +139,8 @@ def test_closing_the_generator_in_any_stage_leaves_nothing(settings: Settings, t
 
 
 def test_a_run_that_streams_all_its_weights_gives_the_same_video(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, plain: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = generate(stamp_request(), settings=settings).video.path
     make_plan, streamed_stages = preparation.make_plan, []
 
     def plan_that_streams(*args: Any, **kwargs: Any) -> Plan:
@@ -142,10 +153,9 @@ def test_a_run_that_streams_all_its_weights_gives_the_same_video(
         return replace(plan, stages=tuple(stages))
 
     monkeypatch.setattr(preparation, "make_plan", plan_that_streams)
-    streamed = generate(stamp_request(), settings=settings).video.path
+    streamed = generate(stamp_request(), settings=settings)
     assert len(streamed_stages) == 3
-    assert whole is not None and streamed is not None
-    assert np.array_equal(read_video(streamed), read_video(whole))
+    assert np.array_equal(frames_of(streamed), frames_of(plain))
 
 
 def test_nan_in_the_latents_writes_no_video(
@@ -214,12 +224,10 @@ def test_remarks_tell_of_long_videos_long_prompts_and_equal_images(settings: Set
     assert "85 frames" in notes and "same picture" in notes and "beyond 512 were left out" in notes
 
 
-def test_kernels_that_were_asked_for_run_and_are_named_in_the_report(settings: Settings) -> None:
-    plain = generate(stamp_request(), settings=settings)
+def test_kernels_that_were_asked_for_run_and_are_named_in_the_report(settings: Settings, plain: Result) -> None:
     fast = generate(stamp_request(), settings=replace(settings, attention="int8", kernels="on"))
     assert "sdpa" in plain.report["kernels"] and "int8" in fast.report["kernels"]
-    assert plain.video.path is not None and fast.video.path is not None
-    assert psnr(read_video(fast.video.path), read_video(plain.video.path)) > 30
+    assert psnr(frames_of(fast), frames_of(plain)) > 30
 
 
 def test_a_backend_that_is_not_installed_ends_the_run_before_a_weight_is_read(settings: Settings) -> None:
@@ -228,7 +236,7 @@ def test_a_backend_that_is_not_installed_ends_the_run_before_a_weight_is_read(se
 
 
 def test_a_step_that_is_not_finite_is_noted_and_the_video_is_made(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, plain: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predicted = Guided.predict
 
@@ -240,9 +248,7 @@ def test_a_step_that_is_not_finite_is_noted_and_the_video_is_made(
     fast = replace(settings, kernels="on")
     result = generate(stamp_request(), settings=fast)
     assert any("computed again, exactly" in note for note in result.report["notes"])
-    plain = generate(stamp_request(), settings=settings)
-    assert result.video.path is not None and plain.video.path is not None
-    assert np.array_equal(read_video(result.video.path), read_video(plain.video.path))
+    assert np.array_equal(frames_of(result), frames_of(plain))
 
 
 def test_a_budget_below_what_is_free_is_what_a_run_is_planned_within(settings: Settings, tmp_path: Path) -> None:

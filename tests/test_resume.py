@@ -88,15 +88,17 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 KILL = """
-import os, signal, sys
+import gc, os, signal, sys
 from pathlib import Path
 import pytest, torch
+from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel  # once for all that are forked
 from tests.stamps import stamp_request, stamp_settings
 from wan_local.pipeline import Pipeline
 from wan_local.request import Step
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 settings = stamp_settings(folder, pytest.MonkeyPatch(), state_dir=folder / "state", cache_dir=folder / "cache")
+gc.freeze()
 for place in sys.argv[2:]:
     stage, index = place.split("-")
     child = os.fork()
