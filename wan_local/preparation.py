@@ -71,10 +71,9 @@ class Job:
     def workspace(self, report: Report, check: Check = unchecked, *, private: Path | None = None) -> Workspace:
         """Return what the stages work with. private: the run's own folder, where its encodings are kept."""
         config, settings = self.files.config, self.settings
-        sizes = network_sizes(config, self.files)
 
         def lesser(plan: Plan, stage: str) -> Plan | None:
-            return shrink(plan, stage, config, sizes, self.machine)
+            return shrink(plan, stage, config, network_sizes(config, self.files), self.machine)
 
         ladder = Ladder(self.plan, self.device, self.dtype, shrink=lesser, note=report.note)
         cache = EncodingCache(settings.cache_dir, int(settings.cache_gigabytes * 1e9), private=private)
