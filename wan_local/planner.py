@@ -37,7 +37,7 @@ _SMALL_CHUNK_BYTES = GIB // 4  # and where there is not
 _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
 _RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
 W8A8_TOKENS = 2048  # whose sums of integers are held at a time
-_DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**23, 2**27  # bytes of the rows of a weight that are float32 at a time
+_DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**22, 2**26  # bytes of the rows of a weight that are float32 at a time
 SLOTS = 2  # of the ring that streamed blocks pass through
 
 
@@ -46,8 +46,8 @@ class NetworkSize:
     """How many numbers a network holds: in all, in one of its blocks, and in a table of which few rows are needed.
 
     `wide` of them stay float32 whatever the compute dtype. Quantized weights are not among them: they take `packed`
-    bytes in all, whatever is computed in, and the largest one stands for `unpacked` numbers. `blocks` has the numbers
-    and the packed bytes of each block where these count or differ.
+    bytes in all, whatever is computed in, and the largest one stands for `unpacked` numbers; `nibbles`: two of them in
+    a byte. `blocks` has the numbers and the packed bytes of each block where these count or differ.
     """
 
     total: int
@@ -57,6 +57,7 @@ class NetworkSize:
     wide: int = 0
     packed: int = 0
     unpacked: int = 0
+    nibbles: bool = False
     blocks: tuple[tuple[int, int], ...] = ()
 
     def weight_bytes(self, compute_bytes: int) -> int:
@@ -342,7 +343,8 @@ def _quantized_bytes(size: NetworkSize, config: ModelConfig, machine: Machine) -
     if machine.int8_arithmetic == "w8a8":
         widest = max(config.transformer.ffn_dim, config.text_encoder.d_ff, config.image_encoder.intermediate_size)
         return W8A8_TOKENS * widest * (2 * _FLOAT32_BYTES + 1)
-    return size.unpacked * machine.compute_bytes + (_DEQUANTIZING if machine.device == "cpu" else _DEQUANTIZING_ON_CARD)
+    rows = _DEQUANTIZING if machine.device == "cpu" else _DEQUANTIZING_ON_CARD
+    return size.unpacked * machine.compute_bytes + rows * (2 if size.nibbles else 1)
 
 
 def chunk_tokens(

@@ -148,7 +148,8 @@ def _size_of(recipe: _Recipe, config: ModelConfig, weights: ModelFiles | WeightF
     unpacked = max(
         (p.numel() * (1 + (p.dtype == torch.uint8)) for p in module.parameters() if p.dtype in STORED_DTYPES), default=0
     )
-    size = NetworkSize(total, wide=wide, packed=packed, unpacked=unpacked)
+    nibbles = any(p.dtype == torch.uint8 for p in module.parameters())
+    size = NetworkSize(total, wide=wide, packed=packed, unpacked=unpacked, nibbles=nibbles)
     if recipe.layers is None or not recipe.streams:
         return size
     blocks = tuple(_count(block) for block in cast(nn.ModuleList, module.get_submodule(recipe.layers)))
