@@ -32,6 +32,7 @@ from wan_kernels.language import KERNEL_ERRORS
 PATHS = {"own": {}, "consumer": {"DISABLE_MMA_V3": "1"}}
 _CHECK_SECONDS = 100.0  # all checks of both paths, compilation included; half of it is expected
 _SPEED_SECONDS = 42.0  # of measuring, for each path
+_FIRST_SECONDS = 20.0  # that a process is expected to take before it measures
 _START_SECONDS = 60.0  # more than a process takes to import torch, wake the card and end
 _BEGUN_AGAIN = 4  # times a group's process may die before the rest of its ops is given up
 _BROKEN_CARD = 3  # exit code of a process whose card answers nothing any more
@@ -41,10 +42,10 @@ _DONE = {"done": True}
 
 def kernels(bench: Bench) -> None:
     """Every op against float64 at the 14B model's widths, on this card's own matrix path and on the consumer one."""
-    started, paths = time.perf_counter(), _paths(bench.device)
+    seconds, started, paths = min(_CHECK_SECONDS, bench.seconds_left()), time.perf_counter(), _paths(bench.device)
     with ThreadPoolExecutor(len(paths) * len(checks.GROUPS)) as pool:
         waiting = {
-            path: [pool.submit(_checked_apart, bench, path, group, started) for group in checks.GROUPS]
+            path: [pool.submit(_checked_apart, bench, path, group, started + seconds) for group in checks.GROUPS]
             for path in paths
         }
         found = {path: [row for group in groups for row in group.result()] for path, groups in waiting.items()}
@@ -61,12 +62,16 @@ def kernels(bench: Bench) -> None:
 
 def kernel_speed(bench: Bench) -> None:
     """GB/s of fusions against a copy; int8 linears and attention against torch's at 480p and 720p, on both paths."""
-    failed = []
-    for path in _paths(bench.device):
+    failed, paths = [], _paths(bench.device)
+    for place, path in enumerate(paths):
+        seconds = min(_SPEED_SECONDS, bench.seconds_left() / (len(paths) - place) - _FIRST_SECONDS)
+        if seconds <= 0:
+            bench.report("kernel_speed", path=path, op="all", skipped=f"{bench.seconds_left():.0f} s left")
+            continue
         file = _folder(path) / "speeds.jsonl"
         file.unlink(missing_ok=True)
-        command = ["speeds", str(bench.device), bench.size, str(file), path, str(_SPEED_SECONDS)]
-        problem = _run(command, path, _SPEED_SECONDS + _START_SECONDS)
+        command = ["speeds", str(bench.device), bench.size, str(file), path, str(seconds)]
+        problem = _run(command, path, seconds + _START_SECONDS)
         rows = _rows(file)
         for row in rows:
             if row != _DONE:
@@ -92,12 +97,15 @@ def _folder(path: str) -> Path:
     return folder
 
 
-def _checked_apart(bench: Bench, path: str, group: str, started: float) -> list[dict[str, Any]]:
-    """Return a group's rows from a process of its own; one that dies is begun again behind the op it died of."""
+def _checked_apart(bench: Bench, path: str, group: str, end: float) -> list[dict[str, Any]]:
+    """Return a group's rows from a process of its own; one that dies is begun again behind the op it died of.
+
+    end: of `time.perf_counter`.
+    """
     file, rows = _folder(path) / f"{group}.jsonl", []
     file.unlink(missing_ok=True)
     for _ in range(1 + _BEGUN_AGAIN):
-        left = _CHECK_SECONDS - _since(started)
+        left = end - time.perf_counter()
         if left <= 0:
             return [*rows, {"op": f"{group}, from the {len(rows) + 1}th on", "failed": "there was no time left"}]
         problem = _run(["checks", str(bench.device), bench.size, str(file), group, str(len(rows))], path, left)

@@ -32,6 +32,8 @@ _INT8 = {
     "wan_local int8 linears and QK": KernelChoice("int8", fused=True),
     "wan_local int8 linears, QK and PV": KernelChoice("int8_pv", fused=True),
 }
+_ROW_SECONDS = {480: 12.0, 720: 25.0}  # that a row is expected to take, by the shorter side of the video
+_COMPILE_SECONDS = 90.0
 _FURTHEST = {_FUSED: 0.05, **dict.fromkeys(_INT8, 0.3)}  # relative rms to the first bfloat16 prediction
 
 
@@ -71,8 +73,12 @@ class _Steps:
 
     def run(self, names: list[str]) -> None:
         """Report a row for each of `names`, all of which are tried; int8 is last, since it takes the weights' place."""
-        failed = []
+        failed, size = [], self.geometry.size
         for name in names:
+            seconds = _ROW_SECONDS.get(min(size.height, size.width), 0.0)
+            seconds += _COMPILE_SECONDS if name == _COMPILED and seconds else 0.0
+            if not self.bench.has_time("int8_step", f"{name}, {size}", seconds):
+                continue
             try:
                 self._row(name)
             except (*KERNEL_ERRORS, ImportError):  # also where memory runs out, or there is no diffusers

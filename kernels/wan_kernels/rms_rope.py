@@ -72,7 +72,8 @@ def _rms_rope_kernel(  # type: ignore[no-untyped-def]
     batch, token = row // L, row % L
     D = heads * HEAD_DIM
     columns = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    # a row goes out of the L1 cache first, so that it keeps the weight: it is as large, and always the same
+    x = tl.load(x_ptr + row * D + columns, mask=columns < D, other=0.0, eviction_policy="evict_first").to(tl.float32)
     x *= 1.0 / tl.sqrt(tl.sum(x * x) / D + eps)
     x *= tl.load(weight_ptr + columns, mask=columns < D, other=0.0)
     x = tl.reshape(x, (BLOCK // HEAD_DIM, HEAD_DIM))
@@ -119,7 +120,7 @@ def _keys_kernel(  # type: ignore[no-untyped-def]
     L, heads,
     HEAD_DIM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     tokens, channel = block * KEYS + tl.arange(0, KEYS), tl.arange(0, HEAD_DIM)
     there = tokens < L
     rows = batch * L + tokens
@@ -187,7 +188,7 @@ def _launch_rows(
 def rms_rope_quantize_keys_triton(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, centre: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Launch two kernels: each row's norm, then one program for 64 keys of a head."""
+    """Launch two kernels: each row's norm, then one program for 64 keys of a head; neighbours read the same rows."""
     launchable("rms_rope_quantize_keys")
     heads, (batch, tokens, dim) = centre.shape[1], x.shape
     _check(x, weight, cos, sin, heads)
@@ -195,7 +196,7 @@ def rms_rope_quantize_keys_triton(
     q, scale = _empty_keys(x, heads)
     inverse_rms, launch = x.new_empty((batch, tokens), dtype=torch.float32), row_launch(dim)
     _inverse_rms_kernel[(batch * tokens,)](x, inverse_rms, dim, eps, BLOCK=launch.block, num_warps=launch.num_warps)
-    _keys_kernel[(scale.shape[-1], heads, batch)](
+    _keys_kernel[(heads, scale.shape[-1], batch)](
         x, inverse_rms, weight, cos, sin, centre, q, scale, tokens, heads,
         HEAD_DIM=dim // heads, KEYS=KEY_BLOCK, num_warps=4,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from wan_kernels.language import ceil_div, jit, launchable, on_device_of, tl
 from wan_kernels.quantize_rows import INT8_MAX, SMALLEST, rounded_int8
 
 _LARGEST_EXPONENT = 8
-_ELEMENTS = 4096  # a program of the elementwise kernel takes
+_KEYS, _COLUMNS = 16, 512  # that a program of the elementwise kernel takes
 
 
 def scale_values_reference(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,16 +63,19 @@ def _scale_values_kernel(  # type: ignore[no-untyped-def]
     v_ptr,  # [B, M, C] bfloat16 or float16
     v16_ptr,  # [B, M, C] float16; may be the same memory
     inverse_ptr,  # [B, C] float32, 1 / v_scale
-    per_batch,
+    keys,
     C,
-    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    batch = tl.program_id(1).to(tl.int64)
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = offsets < per_batch
-    v = tl.load(v_ptr + batch * per_batch + offsets, mask=there, other=0.0).to(tl.float32)
-    inverse = tl.load(inverse_ptr + batch * C + offsets % C, mask=there, other=0.0)
-    tl.store(v16_ptr + batch * per_batch + offsets, (v * inverse).to(tl.float16), mask=there)
+    batch, pieces = tl.program_id(1).to(tl.int64), tl.cdiv(C, COLUMNS)
+    rows = tl.program_id(0) // pieces * KEYS + tl.arange(0, KEYS)
+    columns = tl.program_id(0) % pieces * COLUMNS + tl.arange(0, COLUMNS)
+    there = (rows < keys)[:, None] & (columns < C)[None, :]
+    offsets = (batch * keys + rows)[:, None] * C + columns[None, :]
+    v = tl.load(v_ptr + offsets, mask=there, other=0.0).to(tl.float32)
+    inverse = tl.load(inverse_ptr + batch * C + columns, mask=columns < C, other=0.0)
+    tl.store(v16_ptr + offsets, (v * inverse[None, :]).to(tl.float16), mask=there)
 
 
 @jit
@@ -87,8 +90,8 @@ def _quantize_values_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows, dims = tl.program_id(0) * KEYS + tl.arange(0, KEYS), tl.arange(0, HEAD_DIM)
+    head, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows, dims = tl.program_id(1) * KEYS + tl.arange(0, KEYS), tl.arange(0, HEAD_DIM)
     there = rows < keys
     channels = (batch * heads + head) * HEAD_DIM + dims
     v_rows = ((batch * keys + rows) * heads + head) * HEAD_DIM
@@ -104,21 +107,23 @@ def scale_values_triton(v: Tensor) -> Tensor:
     launchable("scale_values_")
     assert v.is_contiguous() and v.element_size() == 2, f"{v.dtype} values, strides {v.stride()}"
     v_scale = _power_of_two_scale(v)
-    per_batch = v.numel() // v.shape[0]
-    _scale_values_kernel[(ceil_div(per_batch, _ELEMENTS), v.shape[0])](
-        v, v.view(torch.float16), 1 / v_scale, per_batch, v_scale[0].numel(), BLOCK=_ELEMENTS, num_warps=4
+    batch, keys, heads, head_dim = v.shape
+    channels = heads * head_dim
+    programs = ceil_div(keys, _KEYS) * ceil_div(channels, _COLUMNS)
+    _scale_values_kernel[(programs, batch)](
+        v, v.view(torch.float16), 1 / v_scale, keys, channels, KEYS=_KEYS, COLUMNS=_COLUMNS, num_warps=4
     )
     return v_scale
 
 
 def quantize_values_triton(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the kernel: one program for 64 keys of a head."""
+    """Launch the kernel: one program for 64 keys of a head; neighbours read the same rows."""
     launchable("quantize_values")
     assert v.is_contiguous(), f"values are not contiguous: strides {v.stride()}"
     v_scale, v_mean = _scale_and_mean(v, torch.float32)
     v8 = _empty_values(v)
     batch, keys, heads, head_dim = v.shape
-    _quantize_values_kernel[(v8.shape[-1] // KEY_BLOCK, heads, batch)](
+    _quantize_values_kernel[(heads, v8.shape[-1] // KEY_BLOCK, batch)](
         v, v8, v_scale, v_mean, heads, keys, v8.shape[-1], HEAD_DIM=head_dim, KEYS=KEY_BLOCK, num_warps=4
     )
     return v8, v_scale, v_mean
