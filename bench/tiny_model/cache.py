@@ -79,9 +79,8 @@ def make_shard(
     xs, ys, images, captions = [], [], [], []
     # never one clip alone: torch would take a far slower convolution for it
     for chunk in torch.tensor(seeds).split(ENCODE_BATCH[vae.device.type]):
-        with torch.device(vae.device):
-            times = torch.linspace(0, 1, shape.frames)
-            drawn = [clip(seed, photos, shape.width, shape.height, times) for seed in chunk.tolist()]
+        times = torch.linspace(0, 1, shape.frames, device=vae.device)
+        drawn = [clip(seed, photos, shape.width, shape.height, times) for seed in chunk.tolist()]
         frames = quantize(torch.stack([pixels for pixels, _ in drawn]))
         captions += [text for _, text in drawn]
         first, last = frames[:, :, 0], frames[:, :, -1]

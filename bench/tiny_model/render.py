@@ -31,11 +31,11 @@ def clip(
 
 
 def render(scene: Scene, width: int, height: int, times_T: Tensor) -> Tensor:
-    """Draw a scene at the given times (0 first frame, 1 last)."""
-    eased_T = _ease(scene.timing, times_T.float())
+    """Draw a scene at the given times (0 first frame, 1 last), on their device; photographs lie there already."""
+    eased_T, device = _ease(scene.timing, times_T.float()), times_T.device
     short = min(width, height)
-    y_H1 = ((torch.arange(height) + 0.5) / short - height / short / 2)[:, None]
-    x_1W = ((torch.arange(width) + 0.5) / short - width / short / 2)[None, :]
+    y_H1 = ((torch.arange(height, device=device) + 0.5) / short - height / short / 2)[:, None]
+    x_1W = ((torch.arange(width, device=device) + 0.5) / short - width / short / 2)[None, :]
     x_THW, y_THW, scale = _look(scene.start_view, scene.end_view, eased_T, x_1W, y_H1)
     frames = _paint(scene.background, x_THW, y_THW, short / scale)
     if scene.dissolves_to is not None:
@@ -71,7 +71,7 @@ def _look(start: View, end: View, eased_T: Tensor, x_1W: Tensor, y_H1: Tensor) -
 def _paint(ground: Texture | Picture, x: Tensor, y: Tensor, pixels_per_unit: float) -> Tensor:
     if isinstance(ground, Picture):
         sampled = sample_photo(ground.photo, -x if ground.mirrored else x, y, pixels_per_unit)
-        return sampled * torch.tensor(ground.gains).view(3, 1, 1, 1)
+        return sampled * torch.tensor(ground.gains, device=x.device).view(3, 1, 1, 1)
     slope = (math.cos(ground.gradient_angle) * x + math.sin(ground.gradient_angle) * y) * ground.gradient * 2
     along = math.cos(ground.angle) * x + math.sin(ground.angle) * y
     across = math.cos(ground.angle) * y - math.sin(ground.angle) * x
@@ -83,14 +83,15 @@ def _paint(ground: Texture | Picture, x: Tensor, y: Tensor, pixels_per_unit: flo
         slope = slope + ground.amplitude * torch.tanh(3 * product)
     elif ground.pattern == "wavy":
         slope = slope + ground.amplitude * torch.sin(omega * along + 1.5 * torch.sin(0.5 * omega * across))
-    return torch.tensor(GROUNDS[ground.ground]).view(3, 1, 1, 1) + slope
+    return torch.tensor(GROUNDS[ground.ground], device=x.device).view(3, 1, 1, 1) + slope
 
 
 def _draw_body(
     frames: Tensor, body: Body, path: int, eased_T: Tensor, x_1W: Tensor, y_H1: Tensor, short: int
 ) -> Tensor:
     aspect = x_1W.shape[1] / y_H1.shape[0]
-    centres = torch.tensor([position(body, path, amount, aspect) for amount in eased_T.tolist()], dtype=torch.float32)
+    places = [position(body, path, amount, aspect) for amount in eased_T.tolist()]
+    centres = torch.tensor(places, dtype=torch.float32, device=eased_T.device)
     amount = eased_T.view(-1, 1, 1)
     size = body.start.size + (body.end.size - body.start.size) * amount
     angle = body.start.angle + (body.end.angle - body.start.angle) * amount
@@ -102,7 +103,7 @@ def _draw_body(
         scale = view.scale / body.start.size
         inside = _paint(body.picture, view.x + x * scale, view.y + y * scale, short / scale)
     else:
-        start, end = torch.tensor(COLOURS[body.start_colour]), torch.tensor(COLOURS[body.end_colour])
+        start, end = (torch.tensor(COLOURS[name], device=x.device) for name in (body.start_colour, body.end_colour))
         inside = start.view(3, 1, 1, 1) + (end - start).view(3, 1, 1, 1) * eased_T.view(1, -1, 1, 1)
     return frames + alpha * (inside - frames)
 

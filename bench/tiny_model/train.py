@@ -6,6 +6,10 @@ Stages run in order and are skipped once their result is in the work folder: a s
 
 import argparse
 import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +55,9 @@ def main() -> None:
         type=Path,
         help="a model folder whose VAE, encoders and tokenizer are kept: only the transformer is made",
     )
+    parser.add_argument(
+        "--cache-processes", type=int, default=0, help="fill the cache by so many processes while the rest trains"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="size of the latent cache")
     args = parser.parse_args()
     if args.threads:
@@ -61,9 +68,28 @@ def main() -> None:
     encoders = load_encoders(args.base) if args.base else build_encoders(args.work / "tokenizer")
     if args.base:
         keep_vae(args.base, args.work)
-    for stage in STAGES:
-        if stage in args.only:
-            run(stage, args, encoders, log)
+    with cache_being_filled(args):
+        for stage in STAGES:
+            if stage in args.only:
+                run(stage, args, encoders, log)
+
+
+@contextmanager
+def cache_being_filled(args: argparse.Namespace) -> Iterator[None]:
+    """Let other processes fill the cache, on the device too, for as long as this one trains."""
+    command = [sys.executable, "-m", "bench.tiny_model.train", "--only", "cache", "--threads", "1"]
+    command += ["--work", str(args.work), "--device", args.device, "--rounds", str(args.rounds)]
+    command += ["--base", str(args.base)] if args.base else []
+    children = [
+        subprocess.Popen([*command, "--log", str(args.work / f"cache_{index}.log")], stdout=subprocess.DEVNULL)
+        for index in range(args.cache_processes)
+    ]
+    try:
+        yield
+    finally:
+        for child in children:
+            child.terminate()
+            child.wait()
 
 
 def run(stage: str, args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
@@ -71,12 +97,13 @@ def run(stage: str, args: argparse.Namespace, encoders: Encoders, log: Log) -> N
     if stage in ("images", "clips"):
         vae = build_vae()
         if stage == "clips":
-            vae.load_state_dict(torch.load(args.work / "vae_images.pt", weights_only=True))
+            vae.load_state_dict(torch.load(args.work / "vae_images.pt", weights_only=True, map_location="cpu"))
         train_vae.train_stage(vae, vae_settings(stage, args, hold=0.4), args.work, log)
     elif stage == "statistics":
         measure(args, log)
     elif stage == "cache":
-        fill_cache(args, encoders, log)
+        if not args.cache_processes:
+            fill_cache(args, encoders, log)
     elif stage == "transformer":
         seconds, half = SECONDS[stage] * args.scale, args.dtype == "bfloat16"
         settings = (
@@ -105,7 +132,7 @@ def measure(args: argparse.Namespace, log: Log) -> None:
     if path.exists():
         return
     vae = build_vae()
-    vae.load_state_dict(torch.load(args.work / "vae_clips.pt", weights_only=True))
+    vae.load_state_dict(torch.load(args.work / "vae_clips.pt", weights_only=True, map_location="cpu"))
     mean, std = train_vae.measure_latents(vae.to(args.device), args.device)
     torch.save({"mean": mean, "std": std}, path)
     log.write(f"latents: mean {[round(v, 3) for v in mean]} std {[round(v, 3) for v in std]}")
@@ -123,10 +150,12 @@ def keep_vae(base: Path, work: Path) -> None:
 
 def load_vae(work: Path) -> AutoencoderKLWan:
     """Return the VAE with its statistics: with the refined decoder once there is one."""
-    statistics = torch.load(work / "statistics.pt", weights_only=True)
+    statistics = torch.load(work / "statistics.pt", weights_only=True, map_location="cpu")
     vae = build_vae_with_statistics(statistics["mean"], statistics["std"])
     refined = work / "vae_decoder.pt"
-    vae.load_state_dict(torch.load(refined if refined.exists() else work / "vae_clips.pt", weights_only=True))
+    vae.load_state_dict(
+        torch.load(refined if refined.exists() else work / "vae_clips.pt", weights_only=True, map_location="cpu")
+    )
     return channels_last(vae).eval()
 
 
@@ -145,9 +174,9 @@ def write(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
     transformer = build_transformer()
     done, partial = args.work / "transformer.pt", args.work / "transformer_partial.pt"
     if done.exists():
-        transformer.load_state_dict(torch.load(done, weights_only=True))
+        transformer.load_state_dict(torch.load(done, weights_only=True, map_location="cpu"))
     else:
-        transformer.load_state_dict(torch.load(partial, weights_only=True)["average"])
+        transformer.load_state_dict(torch.load(partial, weights_only=True, map_location="cpu")["average"])
     if args.base:
         export_networks(args.folder, args.work / "export", load_vae(args.work), transformer)
     else:

@@ -80,7 +80,7 @@ def train(
     """Train from where it stands and return the averaged weights; skips a finished training."""
     done, partial = folder / "transformer.pt", folder / "transformer_partial.pt"
     if done.exists():
-        model.load_state_dict(torch.load(done, weights_only=True))
+        model.load_state_dict(torch.load(done, weights_only=True, map_location="cpu"))
         return model
     model.to(settings.device)
     processor = shorten_text(model)

@@ -71,7 +71,7 @@ def train_stage(vae: AutoencoderKLWan, settings: Settings, folder: Path, log: Lo
     """Train one stage from where it stands and return the averaged weights; skips a finished stage."""
     done, partial = folder / f"vae_{settings.stage}.pt", folder / f"vae_{settings.stage}_partial.pt"
     if done.exists():
-        vae.load_state_dict(torch.load(done, weights_only=True))
+        vae.load_state_dict(torch.load(done, weights_only=True, map_location="cpu"))
         return vae
     vae.to(settings.device)
     if settings.stage == "decoder":
