@@ -66,6 +66,11 @@ def transformer_config(name: str) -> TransformerConfig:
         text_dim=numbers["text_dim"],
         image_dim=numbers["image_dim"],
         image_tokens=numbers["image_pos_tokens"],
+        text_tokens=numbers["text_len"],
+        in_channels=numbers["in_dim"],
+        out_channels=numbers["out_dim"],
+        patch_size=tuple(numbers["patch_size"]),
+        eps=numbers["eps"],
     )
 
 

@@ -123,6 +123,11 @@ def test_file_url_to_another_machine_is_refused(url: str) -> None:
     assert refusal(url)["type"] == "file_download_error"
 
 
+def test_a_file_url_without_its_third_slash_is_told_how_to_be_written() -> None:
+    entry = refusal("file://first.png")
+    assert entry["type"] == "file_download_error" and "file:///its/whole/path" in entry["msg"]
+
+
 @pytest.mark.parametrize(
     "source", ["", "no/such.png", "ftp://host/x.png", "gopher://x", "x\0.png", "a" * 5000, "~nobody9/x"]
 )
@@ -132,9 +137,11 @@ def test_a_place_without_a_file_is_a_download_error_with_the_value_as_input(sour
     assert len(entry["msg"]) < 500
 
 
-def test_directories_and_devices_are_no_images(tmp_path: Path) -> None:
-    for source in (tmp_path, "/dev/zero", tmp_path.as_uri()):
-        assert refusal(source)["type"] == "file_download_error"
+def test_directories_and_devices_are_no_images_and_the_message_says_what_they_are(tmp_path: Path) -> None:
+    places = ((tmp_path, "is a folder"), ("/dev/zero", "no plain file"), (tmp_path.as_uri(), "is a folder"))
+    for source, what in (*places, (tmp_path / "no.png", "is not there")):
+        entry = refusal(source)
+        assert entry["type"] == "file_download_error" and what in entry["msg"]
 
 
 def test_local_files_are_refused_where_they_are_not_allowed(tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ def test_padding_is_not_folded_in_bfloat16_where_the_bias_would_be_rounded() -> 
     for name, parameter in net.named_parameters():
         if not stays_float32(name):
             parameter.data = parameter.data.bfloat16()
-    [context, _] = net(padded(tensors("dit_cases")["A.context"]), torch.zeros(1, 20, 48))
+    images = torch.zeros_like(tensors("dit_cases")["A.clip_fea"].flatten(0, 1).unsqueeze(0))
+    context, *_ = net(padded(tensors("dit_cases")["A.context"]), images)
     assert context.text_bias is None and context.k.shape[1] == TEXT_TOKENS
 
 

@@ -178,5 +178,5 @@ def _how_to_get(config: ModelConfig, settings: Settings) -> str:
     return (
         f"Run `wan-local download` (it fetches {config.repository}, about {config.download_gigabytes} GB, to {folder}; "
         "`--format` has smaller ones), or give the folder you have weights in as model (or WAN_LOCAL_MODEL). "
-        'To try the package without weights, ask for model="tiny".'
+        'To try the package without weights, ask for model="tiny" (`--model tiny`).'
     )

@@ -33,6 +33,7 @@ MIN_SIDE = 64
 MAX_ASPECT = 4
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
+_FEWER_PIXELS = f"At most {MAX_PIXELS / 1e6:.1f} million pixels are accepted; make it smaller first."
 _WHITE = (255, 255, 255, 255)
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 # What Pillow's decoders raise on damaged files; it has no common root for them. RuntimeError is libavif's.
@@ -119,6 +120,9 @@ class _Refusal:
         msg = "Failed to download the file. Please check if the URL is accessible and try again."
         return self.because("file_download_error", f"{msg} ({reason})")
 
+    def unreadable(self, reason: str) -> InvalidRequest:
+        return self.because("file_download_error", f"Failed to read the file: {reason}.")
+
     def too_large(self) -> InvalidRequest:
         msg = f"The file is too large; at most {MAX_BYTES // 2**20} MiB ({MAX_BYTES} bytes) are accepted."
         return self.because("file_too_large", msg, max_size=MAX_BYTES)
@@ -178,15 +182,16 @@ def _read_local(source: str | Path, refusal: _Refusal) -> bytes:
     if isinstance(source, str) and source[:5].lower() == "file:":
         source = _path_of_file_url(source, refusal)
     if not str(source) or "\0" in str(source):
-        raise refusal.unreachable("it is not the name of a file")
+        raise refusal.unreadable("give a path, an http(s) address or a data URI; this is none")
     try:
         path = Path(source).expanduser()
         if not path.is_file():
-            raise refusal.unreachable(f"there is no file {str(path)[:200]!r}")
+            what = "is a folder" if path.is_dir() else "is not there" if not path.exists() else "is no plain file"
+            raise refusal.unreadable(f"{str(path.absolute())[:200]!r} {what}")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory for ~
-        raise refusal.unreachable(str(error)[:300]) from error
+        raise refusal.unreadable(str(error)[:300]) from error
     if len(content) > MAX_BYTES:
         raise refusal.too_large()
     return content
@@ -197,10 +202,10 @@ def _path_of_file_url(url: str, refusal: _Refusal) -> str:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise refusal.unreachable(str(error)) from error
+        raise refusal.unreadable(str(error)) from error
     path = unquote(parts.path)
     if parts.netloc not in ("", "localhost") or path.startswith("//"):
-        raise refusal.unreachable("the file is on another machine")
+        raise refusal.unreadable("it names another machine; write file:///its/whole/path, or just the path")
     return path[1:] if re.match(r"/[A-Za-z]:", path) else path
 
 
@@ -209,7 +214,7 @@ def _open(content: bytes, refusal: _Refusal) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise refusal.because("image_too_large", str(error), **_largest(Size(1, 1))) from error
+        raise refusal.because("image_too_large", f"{_FEWER_PIXELS} ({error})", **_largest(Size(1, 1))) from error
     except UnidentifiedImageError:
         pass
     except _BROKEN as error:
@@ -230,7 +235,7 @@ def _kind(content: bytes, heads: Mapping[str, bytes]) -> str | None:
 def _check_size(size: Size, refusal: _Refusal) -> None:
     """Refuse by the header alone what is too small, too large or too long and thin."""
     if size.height * size.width > MAX_PIXELS:
-        msg = f"The image is {size}; at most {MAX_PIXELS / 1e6:.1f} million pixels are accepted."
+        msg = f"The image is {size}. {_FEWER_PIXELS}"
         raise refusal.because("image_too_large", msg, **_largest(size))
     shorter = max(MIN_SIDE, math.ceil(max(size.height, size.width) / MAX_ASPECT))
     if min(size.height, size.width) < shorter:
