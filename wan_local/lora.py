@@ -22,7 +22,8 @@ from wan_local.errors import CorruptModel, NotAvailable, WrongModel
 from wan_local.header import Header, TensorInfo
 from wan_local.key_map import to_official
 from wan_local.settings import LoraSetting, ModelConfig
-from wan_local.stored_tensor import StoredTensor, TensorReader
+from wan_local.stored_tensor import StoredTensor
+from wan_local.tensor_reader import TensorReader
 from wan_local.weight_files import read_file_header
 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "lora_unet_")

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from wan_local.errors import CorruptModel
 from wan_local.header import TensorInfo
 
-_ENDINGS = (".scale_weight", ".weight_scale", ".weight._scale")  # Comfy's older and newer name, quanto's
+SCALES = (".scale_weight", ".weight_scale", ".weight._scale")  # Comfy's older name, its newer and ours, quanto's
 _MOST_BYTES = 64 * 2**20  # of all scales; a 14B transformer with one for each row has 7 MB
 
 
 def is_scale(name: str) -> bool:
     """Tell whether a tensor is what another one is multiplied by."""
-    return name.endswith(_ENDINGS)
+    return name.endswith(SCALES)
 
 
 def check_scales(tensors: Mapping[str, TensorInfo]) -> None:
