@@ -116,7 +116,7 @@ class _Denoiser:
         images = ("img_emb.proj.0.weight", "condition_embedder.image_embedder.norm1.weight")
         position = next((shapes[name] for name in _POSITION_TABLES if name in shapes), None)
         has_image = any(name in shapes for name in images)
-        return cls(shapes, hint, _count(shapes, "blocks"), dim, channels, has_image, position)
+        return cls(shapes, hint, _depth(shapes), dim, channels, has_image, position)
 
     @property
     def size(self) -> str:
@@ -364,6 +364,11 @@ def _neighbour(shapes: Shapes, hint: str) -> Kind | None:
 
 def _short(config: ModelConfig) -> str:
     return config.title.split(" (", 1)[0]
+
+
+def _depth(shapes: Shapes) -> int:
+    """Return the number of the last block and one more: a file that lost a block in between is still of its kind."""
+    return max(int(match.group(1)) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))) + 1
 
 
 def _count(shapes: Shapes, prefix: str) -> int:

@@ -20,7 +20,7 @@ def is_scale(name: str) -> bool:
 
 
 def check_scales(tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise CorruptModel for a scale that is NaN, infinite or zero. Scales of rows may be zero: so may rows."""
+    """Raise CorruptModel for a scale that is negative, NaN, infinite or zero; a row may be zero, and so its scale."""
     left = _MOST_BYTES
     for name, info in tensors.items():
         left -= info.nbytes if is_scale(name) else 0
@@ -28,9 +28,9 @@ def check_scales(tensors: Mapping[str, TensorInfo]) -> None:
             continue
         numbers = _read(info)
         zero = numbers.size == 1 and not numbers.all()
-        if zero or not np.isfinite(numbers).all():
+        if zero or not np.isfinite(numbers).all() or (numbers < 0).any():
             raise CorruptModel(
-                f"the scale {name!r} in {info.file.name!r} is NaN, infinite or zero: what it scales is lost. "
+                f"the scale {name!r} in {info.file.name!r} is negative, NaN, infinite or zero: what it scales is lost. "
                 "Download it again."
             )
 

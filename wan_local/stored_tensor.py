@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wan_local.errors import CorruptModel, NotAvailable
-from wan_local.gguf_header import READABLE
+from wan_local.gguf_header import READABLE, TYPES
 from wan_local.header import TensorInfo
 from wan_local.key_map import Part, canonical_names, ignorable, weight_name, without_prefix
 from wan_local.scales import SCALES
@@ -22,6 +22,8 @@ from wan_local.weight_files import WeightFiles
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 _SCALED = ("I8", "U8")  # mean nothing without their scale; U8: two numbers of 4 bits in a byte
 _READABLE = {"F64", "F32", "F16", "BF16", *EIGHT_BITS, *_SCALED, *READABLE}
+_GGUF = {kind.name for kind in TYPES.values() if kind.items > 1}
+_INSTEAD = "Get it as bf16, fp16, fp8 or GGUF"
 _SHIFTS = (".weight._shift", ".weight_shift")  # quanto's, our own
 # of the activations, or of the whole file
 _MARKERS = (".scale_input", ".input_scale", ".output_scale", ".comfy_quant", "scaled_fp8")
@@ -172,12 +174,14 @@ def _entries(
 
 def _check_readable(name: str, info: TensorInfo, scale: TensorInfo | None, *, scaled: bool) -> None:
     if info.dtype not in _READABLE:
+        instead = f"Of GGUF it reads {', '.join(READABLE)}: get one of these" if info.dtype in _GGUF else _INSTEAD
         raise NotAvailable(
-            f"{name!r} in {info.file.name!r} is stored as {info.dtype}, which wan_local does not read. Of GGUF it "
-            f"reads {', '.join(READABLE)}: get one of these."
+            f"{name!r} in {info.file.name!r} is stored as {info.dtype}, which wan_local does not read. {instead}."
         )
     if info.dtype in _SCALED and scale is None:
-        raise NotAvailable(f"{name!r} in {info.file.name!r} is stored as {info.dtype} without a scale: no known format")
+        raise NotAvailable(
+            f"{name!r} in {info.file.name!r} is stored as {info.dtype} without a scale: no known format. {_INSTEAD}."
+        )
     if info.dtype == "U8":
         return  # packed: its scales are checked with its groups
     if scaled and info.dtype in EIGHT_BITS and scale is None and name.startswith(_BLOCKS):
