@@ -28,16 +28,8 @@ from wan_local.stored_tensor import StoredTensor
 from wan_local.tensor_reader import TensorReader
 from wan_local.weight_files import read_file_header
 
-_PREFIXES = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "pipe.",
-    "dit.",
-    "model.",
-    "transformer.",
-)
-_PREFIXES += ("unet.", "lora_unet__", "lora_unet_", "lycoris_")
+_PREFIXES: tuple[str, ...] = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "pipe.", "dit.")
+_PREFIXES += ("model.", "transformer.", "unet.", "lora_unet__", "lora_unet_", "lycoris_")
 _TEXT_ENCODER = ("text_encoder.", "text_encoders.", "lora_te", "te1.", "cond_stage_model.")
 _ENDINGS = {  # of a stored name: which piece of a change it is
     ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora_up.weight": "up", ".lora_B.weight": "up",
