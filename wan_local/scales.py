@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from wan_local.errors import CorruptModel
 from wan_local.header import TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 SCALES = (".scale_weight", ".weight_scale", ".weight._scale")  # Comfy's older name, its newer and ours, quanto's
 _MOST_BYTES = 64 * 2**20  # of all scales; a 14B transformer with one for each row has 7 MB
@@ -21,6 +23,10 @@ def is_scale(name: str) -> bool:
 
 def check_scales(tensors: Mapping[str, TensorInfo]) -> None:
     """Raise CorruptModel for a scale that is negative, NaN, infinite or zero; a row may be zero, and so its scale."""
+    if not any(is_scale(name) for name in tensors):
+        return  # most files: without them numpy is half of the time that an inspection takes
+    import numpy as np
+
     left = _MOST_BYTES
     for name, info in tensors.items():
         left -= info.nbytes if is_scale(name) else 0
@@ -36,6 +42,8 @@ def check_scales(tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def _read(info: TensorInfo) -> NDArray[np.floating]:
+    import numpy as np
+
     with info.file.open("rb") as stream:
         stream.seek(info.offset)
         content = stream.read(info.nbytes)
