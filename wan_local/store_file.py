@@ -23,13 +23,13 @@ from torch import Tensor
 
 from wan_local.errors import CorruptModel
 from wan_local.key_map import Part
-from wan_local.quantize import SMALLEST, quantize_weight
+from wan_local.quantize import SMALLEST, is_block_linear, quantize_weight
 from wan_local.store_journal import Journal, Written, good_part
 from wan_local.store_layout import Piece, Run, StoreFile
 
 _NUMBERS_AT_ONCE = 2**20  # 4 MiB of float32: larger pieces leave the cache and cost page faults
 _MAX_WORKERS = 4
-_MUCH = 2**16  # numbers that are not all zero by chance
+_WORDS = "shared.weight"  # what some tools save as zeros
 
 
 class Tensors(Protocol):
@@ -136,8 +136,8 @@ class Producer:
 
 
 def _check_not_zero(part: Part, piece: Piece, *, zero: bool) -> None:
-    """Raise CorruptModel for a large tensor of nothing but zeros, which no training leaves."""
-    if zero and math.prod(piece.shape) >= _MUCH:
+    """Raise CorruptModel for a block's linear or a table of words of nothing but zeros, which no training leaves."""
+    if zero and (is_block_linear(part, piece.name) or piece.name == _WORDS):
         raise CorruptModel(
             f"{piece.name!r} of the {part} is nothing but zeros: its file has its length, but not all of its content. "
             "Download it again."
