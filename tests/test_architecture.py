@@ -23,9 +23,10 @@ LINES = (
     ("timing",),
     ("anatomy", "gguf_header", "pickle_header"),
     ("weight_files", "kinds", "scales"),
+    ("stored_tensor",),
     ("inspection",),
     ("extent", "dequantize"),
-    ("stored_tensor",),
+    ("tensor_reader",),
     ("lora",),
     ("device", "download", "image", "lock", "metadata", "checkpoint", "quantize", "safety", "record"),
     ("block_reader",),
@@ -83,7 +84,8 @@ WITHOUT_TORCH = (
     "gguf_header",
 )
 WITHOUT_TORCH += ("tiling", "vae_cost", "network_cost", "timing")
-WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "inspection", "hub", "durable", "runs")
+WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "stored_tensor", "inspection")
+WITHOUT_TORCH += ("hub", "durable", "runs")
 IMPORTERS_OF_KERNELS = ("attention", "fusions", "layers", "device", "doctor")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")
 

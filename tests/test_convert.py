@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import re
 import shutil
 import signal
 import subprocess
@@ -16,15 +17,16 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from bench.random_model import random_source, write_random_model
+from tests import layouts
 from tests.parity import relative_error
 from wan_local import convert as convert_module
 from wan_local import store_file
 from wan_local.checkpoint import ModelFiles, PartTensors, find_model, open_model
 from wan_local.convert import Conversion, Progress, convert, is_complete
-from wan_local.errors import CorruptModel, OutputError
+from wan_local.errors import CorruptModel, NotAvailable, OutputError
 from wan_local.manifest import MANIFEST, read_manifest, verify
 from wan_local.planner import StagePlan
-from wan_local.quantize import is_block_linear, quantize_weight
+from wan_local.quantize import QuantizedWeight, dequantize, is_block_linear, quantize_weight
 from wan_local.settings import ImageEncoderConfig, TextEncoderConfig, load_model_config, load_settings
 from wan_local.sources import Source, open_source
 from wan_local.stage import Network, load_network, stage
@@ -305,6 +307,47 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path, format_: WeightFormat
     ):
         convert(Conversion(open_source(tmp_path / "source"), all_in(format_)), tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("name", ["blocks.3.ffn.net.2.weight", "shared.weight"])
+def test_a_tensor_that_never_arrived_is_refused(tmp_path: Path, format_: WeightFormat, name: str) -> None:
+    """A file whose place was reserved has its length, and zeros where its content should be."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(TINY, tmp_path / "source")
+    part = "text_encoder" if name == "shared.weight" else "transformer"
+    [file] = (tmp_path / "source" / part).glob("*.safetensors")
+    state = load_file(file)
+    state[name].zero_()
+    save_file(state, file)
+    with pytest.raises(CorruptModel, match=rf"'{re.escape(name)}' of the {part} is nothing but zeros"):
+        convert(Conversion(open_source(tmp_path / "source"), all_in(format_)), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_is_a_source_too_unless_its_weights_are_turned(source: Source, tmp_path: Path) -> None:
+    convert(Conversion(source, all_in("int4")), tmp_path / "int4")
+    read, files = open_source(tmp_path / "int4").part("transformer"), open_model(tmp_path / "int4")
+    name = "blocks.1.attn1.to_v.weight"
+    stored = PartTensors(files, "transformer")
+    weight = QuantizedWeight(stored[name], stored[f"{name}_scale"], stored[f"{name}_shift"])
+    assert torch.equal(read[name], dequantize(weight, torch.float32))
+    assert torch.equal(read.row_range(name, 5, 9), read[name][5:9])
+    convert(Conversion(source, all_in("int8"), rotate=True), tmp_path / "rotated")
+    with pytest.raises(NotAvailable, match=r"made with --rotate, which is not undone"):
+        open_source(tmp_path / "rotated")
+
+
+def test_progress_counts_the_bytes_that_lie_on_disk(tmp_path: Path) -> None:
+    source = open_source(layouts.write_comfy(tmp_path / "models", "fp8_scaled"))
+    shown: list[Progress] = []
+    convert(Conversion(source, all_in("int8")), tmp_path / "store", shown.append)
+    read = sum(source.part(part).nbytes(name) for part in source.parts for name in source.part(part))
+    files = sum(info.nbytes for weights in source.weights.values() for info in weights.tensors.values())
+    assert files * 0.97 < read <= files  # but for what is not used: the tokenizer's text, marks
+    written = sum(run.nbytes for file in Conversion(source, all_in("int8")).files() for run in file.runs)
+    assert shown[-1].done_bytes == shown[-1].total_bytes == read + written
 
 
 def test_a_damaged_store_is_told_from_a_sound_one(source: Source, tmp_path: Path) -> None:

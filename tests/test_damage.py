@@ -123,6 +123,11 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "HTML page": (lambda c: b"\n<!DOCTYPE html><html><body>Login</body></html>", "HTML or XML page.*log in"),
     "XML of a bucket": (lambda c: b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "HTML or XML page"),
     "JSON": (lambda c: b'{"error": "Repository not found"}', "is a JSON text, not the weights"),
+    "text of a server": (lambda c: b"Invalid username or password.", "is a text.*Invalid username or password"),
+    "gzip": (lambda c: b"\x1f\x8b\x08\x00" + c[:5000], "is compressed, or an archive. Unpack it first"),
+    "picture": (lambda c: b"\x89PNG\r\n\x1a\n" + bytes(500), "is an image, a video or a document"),
+    "place reserved": (lambda c: bytes(len(c)), "is full of zeros: a download that has reserved its place"),
+    "no tensors": (lambda c: with_header(c, lambda t: {"__metadata__": {}}), "holds no tensors at all"),
     "old pickle": (lambda c: pickle.dumps({"a": 1}, protocol=2) * 9, "pickle of an old format"),
 }
 # fmt: on
@@ -161,6 +166,21 @@ def test_what_is_no_file_or_can_not_be_read_is_said_to_be(tmp_path: Path, monkey
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ModelNotFound, match=r"weights\.safetensors' can't be read: Permission denied"):
         inspect(file)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_to_what_is_gone_are_said_to_be(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "vae")
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    shard.symlink_to(tmp_path / "blobs" / "9f3a")
+    refused(folder, r"lacks model-00002-of-00002\.safetensors \(a link to what is not there\)")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "weights.safetensors").symlink_to(tmp_path / "blobs" / "9f3a")
+    with pytest.raises(ModelNotFound, match=r"weights\.safetensors' is a link to .*9f3a', which is not there"):
+        inspect(tmp_path / "cache" / "weights.safetensors")
+    with pytest.raises(ModelNotFound, match=r"holds no weights.*'weights\.safetensors' in it is a link to"):
+        inspect(tmp_path / "cache")
 
 
 def shards(folder: Path) -> Path:
@@ -226,13 +246,36 @@ def test_an_index_that_is_wrong_is_said_to_be(case: str, tmp_path: Path) -> None
     refused(folder, says)
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("-inf")])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("-inf"), -1.0])
 def test_a_scale_that_is_no_number_is_damage(value: float, tmp_path: Path) -> None:
     file = next((layouts.write_comfy(tmp_path / "models", "fp8_scaled") / "diffusion_models").iterdir())
     state = load_file(file)
     state["model.diffusion_model.blocks.1.ffn.2.scale_weight"] = torch.tensor(value)
     save_file(state, file)
     refused(file, r"blocks\.1\.ffn\.2\.scale_weight.*NaN, infinite or zero")
+
+
+SCALE = "model.diffusion_model.blocks.1.ffn.2.scale_weight"
+WEIGHT = SCALE.replace("scale_weight", "weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state.pop(SCALE), r"blocks\.1\.ffn\.2\.weight.*has no scale, where other weights"),
+        (lambda state: state.pop(WEIGHT), r"is the scale of 'blocks\.1\.ffn\.2\.weight', which is not there"),
+        (lambda state: state.update({SCALE: torch.ones(3)}), r"scale of .*is F32 \[3\]; one number, or one for each"),
+    ],
+    ids=["no scale", "no weight", "too few scales"],
+)
+def test_scales_that_fit_no_weights_are_damage(
+    change: Callable[[dict[str, torch.Tensor]], object], says: str, tmp_path: Path
+) -> None:
+    file = next((layouts.write_comfy(tmp_path / "models", "fp8_scaled") / "diffusion_models").iterdir())
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+    refused(file, says)
 
 
 class Attack:

@@ -18,6 +18,7 @@ from tests.gguf_encoders import encode
 from wan_local.dequantize import dequantize_blocks
 from wan_local.errors import CorruptModel, NotAvailable, WanLocalError, WrongModel
 from wan_local.gguf_header import READABLE, TYPES, read_gguf_header
+from wan_local.inspection import inspect
 from wan_local.sources import open_source
 from wan_local.weight_files import read_file_header
 
@@ -163,7 +164,7 @@ def test_an_unknown_version_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "model.gguf", "Q4_0")
     content = file.read_bytes()
     file.write_bytes(content[:4] + struct.pack(">I", 3) + content[8:])
-    with pytest.raises(NotAvailable, match="version 50331648"):
+    with pytest.raises(NotAvailable, match="big-endian GGUF of version 3"):
         read_gguf_header(file)
 
 
@@ -212,3 +213,18 @@ def test_another_network_in_a_gguf_is_refused_by_name(tmp_path: Path) -> None:
     state = {"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 32), "img_in.weight": torch.ones(4, 32)}
     with pytest.raises(WrongModel, match="FLUX or HunyuanVideo"):
         open_source(layouts.write_gguf(tmp_path / "flux.gguf", state, "Q8_0", where=lambda *_: True))
+
+
+def test_a_type_that_is_not_read_is_named_by_inspect(tmp_path: Path) -> None:
+    state = layouts.official("transformer")
+    file = write(tmp_path / "flf2v.gguf", "Q4_0", state)
+    content = bytearray(file.read_bytes())
+    number = {kind.name: number for number, kind in TYPES.items()}
+    for name, tensor in state.items():  # IQ4_NL has the size of Q4_0
+        place = content.index(name.encode()) + len(name) + 4 + 8 * (2 if tensor.dim() == 5 else tensor.dim())
+        if content[place] == number["Q4_0"]:
+            content[place] = number["IQ4_NL"]
+    file.write_bytes(content)
+    (part,) = inspect(file).parts
+    assert part.quantization == "GGUF IQ4_NL" and not part.usable
+    assert "stored as IQ4_NL, which wan_local does not read. Of GGUF it reads F32, F16, BF16, Q8_0" in part.problem

@@ -14,8 +14,11 @@ from tests import checkpoint_kinds as kinds
 from tests import layouts
 from tests.checkpoint_kinds import Header, fp8, of, official, transformer
 from wan_local.cli import main
+from wan_local.convert import Conversion, convert
 from wan_local.errors import CorruptModel, ModelNotFound
 from wan_local.inspection import Inspection, PartReport, inspect
+from wan_local.sources import open_source
+from wan_local.weight_format import WeightFormat, WeightFormats
 
 FLF2V = "Wan2.1 FLF2V 14B 720P"
 
@@ -354,6 +357,39 @@ def test_a_transformer_with_tensors_missing_is_not_usable_and_says_which(tmp_pat
     del shapes["blocks.7.ffn.0.bias"]
     part = one(kinds.write(tmp_path / "a" / "model.safetensors", of("BF16", shapes)))
     assert not part.usable and "blocks.7.ffn.net.0.proj.bias" in part.problem
+
+
+def with_one(**changed: tuple[str, tuple[int, ...]]) -> Header:
+    return of("BF16", flf2v()) | {name.replace("__", "."): entry for name, entry in changed.items()}
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        (
+            lambda: with_one(blocks__3__ffn__0__weight=("BF16", (13824, 5119))),
+            r"[13824, 5119] and should be [13824, 5120]",
+        ),
+        (lambda: with_one(blocks__3__ffn__0__weight=("I32", (13824, 5120))), "stored as I32, which wan_local does not"),
+        (lambda: with_one(blocks__3__ffn__0__weight=("I8", (13824, 5120))), "stored as I8 without a scale"),
+        (lambda: with_one(blocks__3__surprise=("BF16", (4,))), "do not belong to the transformer"),
+        (lambda: {n: e for n, e in with_one().items() if ".17." not in n}, "32 of its 1304 tensors are missing"),
+    ],
+    ids=["shape", "dtype", "no scales", "too many", "a block lost"],
+)
+def test_what_could_not_be_converted_is_not_said_to_be_usable(
+    header: Callable[[], Header], says: str, tmp_path: Path
+) -> None:
+    part = one(kinds.write(tmp_path / "a" / "model.safetensors", header()))
+    assert part.kind.name == FLF2V and not part.usable and says in part.problem
+
+
+@pytest.mark.parametrize("format_", ["int8", "int4", "fp8"])
+def test_a_store_is_known_in_every_format(format_: WeightFormat, tmp_path: Path) -> None:
+    convert(Conversion(open_source(layouts.TINY), WeightFormats(format_)), tmp_path / "store")
+    found = inspect(tmp_path / "store")
+    assert (found.layout, found.usable, found.missing) == ("wan_local store", True, {})
+    assert found.parts[0].quantization == ("fp8 e4m3, scaled" if format_ == "fp8" else f"{format_}, scaled")
 
 
 def test_scales_that_are_zero_are_damage(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests import layouts
 from wan_local.errors import CorruptModel, NotAvailable, WanLocalError, WrongModel
+from wan_local.inspection import inspect
 from wan_local.key_map import to_official
 from wan_local.lora import apply_all, open_lora
 from wan_local.settings import LoraSetting, known_models
@@ -96,6 +97,44 @@ def test_every_dialect_makes_the_same_changes(
         torch.testing.assert_close(merged, weight.bfloat16().float() + 0.7 * scale * (up @ down))
     report = lora.report
     assert (report.applied, report.zero, report.unmatched, report.missing_images) == (len(changes), 0, (), 0)
+
+
+RENAMED: dict[str, Callable[[State], State]] = {
+    "VideoX-Fun": lambda state: {name.replace("lora_unet_", "lora_unet__"): t for name, t in state.items()},
+    "LyCORIS": lambda state: {name.replace("lora_unet_", "lycoris_"): t for name, t in state.items()},
+}
+PREFIXES = ("", "diffusion_model.", "model.diffusion_model.", "model.", "pipe.dit.", "base_model.model.")
+
+
+@pytest.mark.parametrize("tool", list(RENAMED))
+def test_names_of_other_tools_are_known(tool: str, tmp_path: Path) -> None:
+    changes = pairs(linears())
+    file = save(tmp_path / "lora.safetensors", RENAMED[tool](kohya(changes)))
+    report = open_lora(file, 1.0, TINY).report
+    assert (report.applied, report.unmatched) == (len(changes), ())
+    assert inspect(file).parts[0].kind.dialect == "kohya/musubi" and inspect(file).usable
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("adapter", ["", ".default", ".style"])
+def test_prefixes_and_adapters_names_are_known(prefix: str, adapter: str, tmp_path: Path) -> None:
+    changes = pairs(linears()[:4])
+    state = {
+        name.replace("transformer.", prefix).replace(".weight", f"{adapter}.weight"): tensor
+        for name, tensor in diffusers(changes).items()
+    }
+    file = save(tmp_path / "lora.safetensors", state)
+    report = open_lora(file, 1.0, TINY).report
+    assert (report.applied, report.unmatched) == (4, ())
+    assert inspect(file).parts[0].kind.dialect == "diffusers/PEFT" and inspect(file).usable
+
+
+def test_two_changes_under_one_name_are_refused(tmp_path: Path) -> None:
+    state = diffusers(pairs(linears()[:1]))
+    named = [(adapter, name, tensor) for adapter in ("a", "b") for name, tensor in state.items()]
+    twice = {name.replace(".weight", f".{adapter}.weight"): tensor.clone() for adapter, name, tensor in named}
+    with pytest.raises(CorruptModel, match=r"lora_A\.b\.weight'.* are the same piece of the change"):
+        open_lora(save(tmp_path / "lora.safetensors", twice), 1.0, TINY)
 
 
 def test_low_rank_pairs_multiply_to_the_change(tmp_path: Path) -> None:
@@ -209,9 +248,13 @@ def test_a_nan_is_damage(tmp_path: Path) -> None:
         open_lora(save(tmp_path / "lora.safetensors", state), 1.0, TINY)
 
 
-@pytest.mark.parametrize("name", ["blocks.0.attn1.to_q.dora_scale", "lora_unet_blocks_0_self_attn_q.lokr_w1"])
+NOT_LORA = ["blocks.0.attn1.to_q.dora_scale", "lora_unet_blocks_0_self_attn_q.lokr_w1"]
+NOT_LORA += ["blocks.0.self_attn.q.lora_mid.weight"]
+
+
+@pytest.mark.parametrize("name", NOT_LORA)
 def test_other_adapters_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(NotAvailable, match=r"DoRA|LoKr"):
+    with pytest.raises(NotAvailable, match=r"DoRA|LoKr|middle matrix"):
         open_lora(save(tmp_path / "lora.safetensors", {name: torch.ones(2, 2)}), 1.0, TINY)
 
 

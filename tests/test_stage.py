@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from wan_local.checkpoint import ModelFiles, PartTensors, find_model
-from wan_local.errors import WrongModel
+from wan_local.checkpoint import ModelFiles, PartTensors, find_model, open_model
+from wan_local.errors import CorruptModel, WrongModel
 from wan_local.key_map import canonical
+from wan_local.models.text_encoder import encode_tokens
 from wan_local.models.transformer import in_context, stays_float32
+from wan_local.planner import StagePlan
 from wan_local.settings import load_settings
 from wan_local.stage import Network, load_network, load_strictly, network_sizes, stage
 
@@ -120,3 +126,19 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed() -> None:
         load_strictly(module, "vae", {"weight": whole["weight"], "extra": torch.zeros(1)}, lambda _, t: t)
     with pytest.raises(WrongModel, match=r"'weight' of the vae is \[3, 2\]; \[2, 3\] is needed"):
         load_strictly(module, "vae", {**whole, "weight": torch.zeros(3, 2)}, lambda _, t: t)
+
+
+@pytest.mark.parametrize("resident", [None, 0], ids=["resident", "streamed"])
+def test_an_embedding_table_of_zeros_is_damage(files: ModelFiles, resident: int | None, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(files.folder, tmp_path / "model"))
+    file = folder / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    state["shared.weight"].zero_()
+    save_file(state, file)
+    plan = StagePlan("text_encoder", 0, 0, resident_blocks=resident, source=None if resident is None else "file")
+    ids = torch.tensor([[5, 9, 1]])
+    with (
+        stage("text_encoder", open_model(folder), CPU, torch.float32, plan=plan) as encoder,
+        pytest.raises(CorruptModel, match="embedding table is zero for every token"),
+    ):
+        encode_tokens(cast(Any, encoder), ids, torch.ones_like(ids))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
@@ -195,8 +194,7 @@ class _Meter:
     def _bytes_of(self, file: StoreFile, runs: int) -> int:
         tensors = self._source.part(file.part)
         pieces = [piece for run in file.runs[:runs] for piece in run.pieces]
-        read = sum(math.prod(piece.shape) * tensors.dtype_of(piece.name).itemsize for piece in pieces)
-        return read + sum(piece.nbytes for piece in pieces)
+        return sum(tensors.nbytes(piece.name) + piece.nbytes for piece in pieces)
 
 
 def _check_disk(folder: Path, files: Sequence[StoreFile]) -> None:

@@ -83,6 +83,8 @@ def read_gguf_header(file: Path) -> Header:
                 raise _Damaged(f"its alignment is {alignment!r}")
             start = -(-cursor.position // alignment) * alignment
         tensors = _placed(file, described, start, size)
+        if not tensors:
+            raise _Damaged("it holds no tensors at all")
         return Header("gguf", _with_original_shapes(tensors, metadata), metadata)
     except _Damaged as error:
         raise CorruptModel(f"{file.name!r} is cut short or damaged: {error}. Download it again.") from error
@@ -135,7 +137,12 @@ def _counts(cursor: _Cursor, file: Path) -> tuple[int, int]:
         raise _Damaged(f"it begins with {magic!r} where {MAGIC!r} should stand")
     version = cursor.number("I")
     if version not in _VERSIONS:
-        raise NotAvailable(f"{file.name!r} is GGUF version {version}; wan_local reads little-endian versions 2 and 3.")
+        named = (
+            f"big-endian GGUF of version {version >> 24}"
+            if version and not version % 2**24
+            else f"GGUF of version {version}"
+        )
+        raise NotAvailable(f"{file.name!r} is {named}; wan_local reads little-endian versions 2 and 3.")
     tensor_count, key_count = cursor.number("Q"), cursor.number("Q")
     if tensor_count > min(_MAX_TENSORS, cursor.left // _SHORTEST_TENSOR):
         raise _Damaged(f"{tensor_count} tensors are announced")

@@ -21,12 +21,17 @@ ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16":
 ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 _MAX_DIMENSIONS = 16
-_TEXT_FILES = (  # what downloads leave in the place of weights
+_OTHER_FILES = (  # what lies in the place of weights, by its first bytes
     (rb"version https://git-lfs", "a git-lfs pointer, not the weights. Run `git lfs pull`, or use `hf download`"),
     (rb"# xet version", "a git-xet pointer, not the weights. Use `hf download`"),
     (rb"\s*<", "an HTML or XML page, not the weights. The download was refused; log in first"),
     (rb"\s*[{\[]", "a JSON text, not the weights. Give the .safetensors or .gguf file, or the folder"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ\x00|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "compressed, or an archive. Unpack it first"),
+    (rb"\x80[\x00-\x05]", "a pickle of an old format (torch before 1.6), which wan_local does not open"),
+    (rb"\x89PNG|\xff\xd8\xff|RIFF|%PDF|\x00\x00\x00.ftyp", "an image, a video or a document, not weights"),
+    (rb"\x00{64}", "full of zeros: a download that has reserved its place and not arrived. Download it again"),
 )
+_TEXT = re.compile(rb"[\t\r\n\x20-\x7e]{9,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,8 @@ def read_safetensors(file: Path) -> Header:
     if not isinstance(metadata, dict):
         raise CorruptModel(f"the header of {file.name!r} has metadata that is no table. Download it again.")
     tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in entries.items()}
+    if not tensors:
+        raise CorruptModel(f"{file.name!r} holds no tensors at all. Download it again.")
     _check_cover(file, tensors, 8 + length, size)
     return Header("safetensors", tensors, metadata)
 
@@ -78,11 +85,12 @@ def read_safetensors(file: Path) -> Header:
 def _why_no_header(file: Path, start: bytes, size: int) -> str:
     if size == 0:
         return f"{file.name!r} is empty: 0 bytes. Download it again."
-    for pattern, what in _TEXT_FILES:
+    for pattern, what in _OTHER_FILES:
         if re.match(pattern, start):
             return f"{file.name!r} is {what}."
-    if start[:1] == b"\x80":
-        return f"{file.name!r} is a pickle of an old format (torch before 1.6), which wan_local does not open."
+    if _TEXT.fullmatch(start):
+        first = start.split(b"\n")[0].decode("ascii").strip()
+        return f"{file.name!r} is a text, not the weights; it begins with {first[:60]!r}. Download it again."
     length = int.from_bytes(start[:8], "little")
     return (
         f"{file.name!r} is cut short or forged, or no safetensors file: {size} bytes, a header of {length} announced. "

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from wan_local.anatomy import in_context, part_shapes
-from wan_local.errors import ModelNotFound
+from wan_local.errors import ModelNotFound, NotAvailable, WrongModel
 from wan_local.gguf_header import TYPES
 from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical_names, ignorable, weight_name, without_prefix
 from wan_local.kinds import GET_IMAGE, GET_TEXT, GET_TRANSFORMER, GET_VAE, Kind, identify
 from wan_local.scales import check_scales, is_scale
 from wan_local.settings import ModelConfig, known_models
+from wan_local.stored_tensor import misfit, stored_tensors
 from wan_local.weight_files import WeightFiles, read_json, read_weights, weight_sets
 
 WHERE: Mapping[str, str] = {
@@ -41,7 +42,7 @@ _GGUF_MIXES = {  # general.file_type, where it says more than the type of most t
 class PartReport:
     """One set of weights. `dtypes`: bytes by dtype as stored. `once_bytes`: of them, needed only before the loop.
 
-    `problem`: what keeps it from being used although it is of the right kind; empty if nothing does.
+    `problem`: what keeps it from being used although it is of the right kind, and what to do; empty if nothing does.
     """
 
     kind: Kind
@@ -119,8 +120,10 @@ def _inspect_folder(folder: Path) -> Inspection:
     reports = [_report(read_weights(path)) for path in sets_below(folder)]
     reports.sort(key=lambda report: [*PARTS, "lora", "other"].index(report.kind.part))
     if not reports:
+        lost = next((path for path in sorted(folder.rglob("*")) if path.is_symlink() and not path.exists()), None)
+        link = f"; {lost.name!r} in it is a link to {str(lost.readlink())!r}, which is not there" if lost else ""
         raise ModelNotFound(
-            f"{str(folder)!r} holds no weights: no .safetensors, .gguf or .pth in it or two folders below"
+            f"{str(folder)!r} holds no weights: no .safetensors, .gguf or .pth in it or two folders below{link}"
         )
     return Inspection(folder, _layout_of_folder(folder, reports), tuple(reports), _still_needed(reports, folder))
 
@@ -135,9 +138,9 @@ def _report(weights: WeightFiles) -> PartReport:
     problem, once_bytes = "", 0
     part = next((part for part in PARTS if part == kind.part), None)
     if part is not None and kind.usable:
-        ours = _our_names(part, kind, plain)
-        problem = _what_is_wrong(part, kind, ours)
-        if part == "transformer":
+        problem = _what_is_wrong(part, kind, weights)
+        if part == "transformer" and not problem:
+            ours = _our_names(part, kind, plain)
             once_bytes = sum(plain[name].nbytes for name, our in ours.items() if in_context(our))
     return PartReport(
         kind, weights.path, len(weights.files), weights.nbytes, _parameters(part, plain),
@@ -161,22 +164,18 @@ def _is_mark(name: str) -> bool:
     return name.endswith(("scaled_fp8", ".comfy_quant", ".scale_input", ".input_scale", ".output_scale"))
 
 
-def _what_is_wrong(part: Part, kind: Kind, ours: Mapping[str, str]) -> str:
-    config = _config_for(kind)
-    expected = part_shapes(part, config)
-    have = set(ours.values())
-    if part == "image_encoder":
-        have = {third for name in have for third in (_thirds(name) if ".qkv_proj." in name else (name,))}
-    missing, unexpected = sorted(expected.keys() - have), sorted(have - expected.keys())
-    if missing:
-        return f"{len(missing)} of its {len(expected)} tensors are missing, among them {', '.join(missing[:3])}"
-    if unexpected:
-        return f"it has {len(unexpected)} tensors that {config.title} has not, among them {', '.join(unexpected[:3])}"
-    return ""
+def _what_is_wrong(part: Part, kind: Kind, weights: WeightFiles) -> str:
+    """Return why these weights could not be converted, which their header tells; empty if they can.
 
-
-def _thirds(name: str) -> list[str]:
-    return [name.replace("qkv_proj", f"{letter}_proj") for letter in "qkv"]
+    Raises CorruptModel for what is damaged: a scale without its weight, a weight without its scale.
+    """
+    expected = part_shapes(part, _config_for(kind))
+    try:
+        stored, _ = stored_tensors(part, weights, kind.dialect, expected)
+    except (NotAvailable, WrongModel) as error:
+        return str(error)
+    problem = misfit(stored, expected)
+    return f"{problem}. Download it again, or get another conversion of it." if problem else ""
 
 
 def _config_for(kind: Kind) -> ModelConfig:

@@ -116,7 +116,7 @@ class _Denoiser:
         images = ("img_emb.proj.0.weight", "condition_embedder.image_embedder.norm1.weight")
         position = next((shapes[name] for name in _POSITION_TABLES if name in shapes), None)
         has_image = any(name in shapes for name in images)
-        return cls(shapes, hint, _count(shapes, "blocks"), dim, channels, has_image, position)
+        return cls(shapes, hint, _depth(shapes), dim, channels, has_image, position)
 
     @property
     def size(self) -> str:
@@ -287,15 +287,21 @@ def _image_encoder(shapes: Shapes, hint: str) -> Kind | None:
     return Kind("image_encoder", name, False, dialect, layers=count, advice=advice)
 
 
-_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight")
+_DOWN = re.compile(r"\.(lora_down|lora_A(\.[^.]+)?|lora\.down)\.weight$")
 _OTHER_ADAPTERS = {".lokr_w1": "LoKr", ".lokr_w2": "LoKr", ".hada_w1_a": "LoHa", ".dora_scale": "DoRA", ".oft_": "OFT"}
+_OTHER_ADAPTERS |= {".lora_mid.": "LoRA with a middle matrix"}
+_OUTSIDE_BLOCKS = (
+    r"(\w+\.)*(img_emb\.proj|head\.(head|diff_m|modulation)|(text|time|patch)_embedding|time_projection)\."
+)
+_IN_BLOCKS = r"blocks\.\d+\.(self_attn\.|cross_attn\.|ffn\.|norm3\.|modulation\.|diff_m$)"
+_IN_KOHYAS_BLOCKS = r"(lora_unet|lycoris)_+blocks_\d+_(self_attn|cross_attn|ffn|attn[12])_"
 
 
 def _lora(shapes: Shapes, hint: str) -> Kind | None:
     for ending, name in _OTHER_ADAPTERS.items():
         if any(ending in tensor for tensor in shapes):
             return Kind("lora", f"an adapter of the kind {name}", False, advice="wan_local applies LoRA only.")
-    downs = {name: shape for name, shape in shapes.items() if name.endswith(_DOWN)}
+    downs = {name: shape for name, shape in shapes.items() if _DOWN.search(name)}
     diffs = [name for name in shapes if name.endswith((".diff", ".diff_b", ".diff_m"))]
     if not downs and not diffs:
         return None
@@ -320,10 +326,10 @@ def _lora(shapes: Shapes, hint: str) -> Kind | None:
 
 
 def _lora_dialect(shapes: Shapes) -> str | None:
-    rules: tuple[tuple[str, Callable[[str], bool]], ...] = (
-        ("kohya/musubi", lambda name: name.startswith("lora_unet_blocks_")),
-        ("diffusers/PEFT", lambda name: bool(re.search(r"blocks\.\d+\.(attn[12]|ffn\.net)\.", name))),
-        ("original", lambda name: bool(re.search(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.", name))),
+    rules: tuple[tuple[str, Callable[[str], object]], ...] = (
+        ("kohya/musubi", lambda name: re.match(_IN_KOHYAS_BLOCKS, name)),
+        ("diffusers/PEFT", lambda name: re.search(r"blocks\.\d+\.(attn[12]|ffn\.net)\.", name)),
+        ("original", lambda name: re.search(_IN_BLOCKS, name) or re.match(_OUTSIDE_BLOCKS, name)),
     )
     return next((dialect for dialect, rule in rules if any(rule(name) for name in shapes)), None)
 
@@ -364,6 +370,11 @@ def _neighbour(shapes: Shapes, hint: str) -> Kind | None:
 
 def _short(config: ModelConfig) -> str:
     return config.title.split(" (", 1)[0]
+
+
+def _depth(shapes: Shapes) -> int:
+    """Return the number of the last block and one more: a file that lost a block in between is still of its kind."""
+    return max(int(match.group(1)) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))) + 1
 
 
 def _count(shapes: Shapes, prefix: str) -> int:

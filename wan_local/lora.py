@@ -1,7 +1,8 @@
 """LoRA files in every dialect, as changes of our tensors: read lazily, applied in float32, counted strictly.
 
 Dialects: original (`blocks.0.self_attn.q.lora_down.weight`, with full differences `diff`, `diff_b`, `diff_m`),
-diffusers and PEFT (`blocks.0.attn1.to_q.lora_A.weight`), kohya and musubi (`lora_unet_blocks_0_self_attn_q.alpha`).
+diffusers and PEFT (`blocks.0.attn1.to_q.lora_A.weight`, also with an adapter's name), kohya, musubi, VideoX-Fun and
+LyCORIS (`lora_unet_blocks_0_self_attn_q.alpha`).
 The change of a low-rank pair is `strength * alpha / rank * up @ down`; without an alpha that factor is `strength`.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +24,21 @@ from wan_local.errors import CorruptModel, NotAvailable, WrongModel
 from wan_local.header import Header, TensorInfo
 from wan_local.key_map import to_official
 from wan_local.settings import LoraSetting, ModelConfig
-from wan_local.stored_tensor import StoredTensor, TensorReader
+from wan_local.stored_tensor import StoredTensor
+from wan_local.tensor_reader import TensorReader
 from wan_local.weight_files import read_file_header
 
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "lora_unet_")
+_PREFIXES: tuple[str, ...] = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "pipe.", "dit.")
+_PREFIXES += ("model.", "transformer.", "unet.", "lora_unet__", "lora_unet_", "lycoris_")
 _TEXT_ENCODER = ("text_encoder.", "text_encoders.", "lora_te", "te1.", "cond_stage_model.")
 _ENDINGS = {  # of a stored name: which piece of a change it is
-    ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora_A.default.weight": "down",
-    ".lora_up.weight": "up", ".lora_B.weight": "up", ".lora_B.default.weight": "up",
+    ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora_up.weight": "up", ".lora_B.weight": "up",
     ".lora.down.weight": "down", ".lora.up.weight": "up",
     ".lora_B.bias": "up_bias", ".alpha": "alpha", ".diff": "diff", ".diff_b": "diff_b", ".diff_m": "diff_m",
 }  # fmt: skip
 _REFUSED = {".dora_scale": "DoRA", ".lokr_": "LoKr", ".hada_": "LoHa", ".oft_": "OFT", ".lora_magnitude": "DoRA"}
+_REFUSED |= {".lora_mid.": "LoRA with a middle matrix"}
+_ADAPTER = re.compile(r"(\.lora_[AB])\.([^.]+)(\.weight)")  # PEFT may put the adapter's name into the tensor's
 _IMAGE_MODULES = ("add_k_proj", "add_v_proj", "image_embedder")
 
 
@@ -152,7 +157,9 @@ def open_lora(file: Path, strength: float, config: ModelConfig) -> Lora:
             unmatched.append(name)
             continue
         kind = "pair" if piece in ("down", "up", "alpha") else piece
-        grouped.setdefault((target, kind), {})[piece] = (name, info)
+        twin, _ = grouped.setdefault((target, kind), {}).setdefault(piece, (name, info))
+        if twin != name:
+            raise CorruptModel(f"{twin!r} and {name!r} in {file.name!r} are the same piece of the change of {target!r}")
     scale = _metadata_scale(file, header)
     changes: dict[str, list[_Change]] = {}
     for (target, kind), pieces in grouped.items():
@@ -199,6 +206,7 @@ def _aliases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
 def _target(name: str, modules: Mapping[str, str], shapes: Mapping[str, object]) -> tuple[str | None, str]:
     """Return which of our tensors a stored name changes, and which piece of the change it is."""
+    name = _ADAPTER.sub(r"\1\3", name)
     ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
     if ending is None:
         return None, ""

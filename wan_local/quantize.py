@@ -48,6 +48,7 @@ STORED_DTYPES: Mapping[torch.dtype, WeightFormat] = {
     torch.uint8: "int4",
     torch.float8_e4m3fn: "fp8",
 }
+_DATA_DTYPES = {format_: dtype for dtype, format_ in STORED_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,44 +100,63 @@ def quantize_weight(weight_NK: Tensor, format: WeightFormat, *, rotated: bool = 
     rows, columns = weight_NK.shape
     if columns % GROUP and (format == "int4" or rotated):
         raise ValueError(f"a weight of {rows} x {columns} does not fall into groups of {GROUP} inputs")
-    quantize = {"int8": _quantize_int8, "fp8": _quantize_fp8, "int4": _quantize_int4}[format]
-    pieces = []
-    for chunk in weight_NK.split(max(1, _CHUNK_NUMBERS // columns)):
-        wide = chunk.float()
-        pieces.append(quantize(rotate(wide) if rotated else wide))
-    data, scale, shift = (None if parts[0] is None else torch.cat(parts) for parts in zip(*pieces, strict=True))
-    assert data is not None and scale is not None
+    data, scale, shift = _empty(weight_NK, format)
+    write = {"int8": _write_int8, "fp8": _write_fp8, "int4": _write_int4}[format]
+    step = max(1, _CHUNK_NUMBERS // columns)
+    wide = torch.empty((min(step, rows), columns), device=weight_NK.device)
+    shifts = itertools.repeat(None) if shift is None else shift.split(step)
+    pieces = zip(weight_NK.split(step), data.split(step), scale.split(step), shifts, strict=False)
+    for chunk, data_chunk, scale_chunk, shift_chunk in pieces:
+        numbers = wide[: chunk.shape[0]].copy_(chunk)  # always the same memory, which stays in the cache
+        write(rotate(numbers) if rotated else numbers, data_chunk, scale_chunk, shift_chunk)
     return QuantizedWeight(data, scale, shift, rotated)
 
 
-def _quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor, None]:
-    scale = _row_scale(weight_NK, INT8_MAX)
-    return (weight_NK / scale).round_().clamp_(-128, 127).to(torch.int8), scale.squeeze(1), None
+def _empty(weight_NK: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: A002
+    """Return room for the tensors that a weight becomes."""
+    shapes = stored_shapes(format, *weight_NK.shape)
+    few = torch.bfloat16 if format == "int4" else torch.float32
+    data = torch.empty(shapes["weight"], dtype=_DATA_DTYPES[format], device=weight_NK.device)
+    scale = torch.empty(shapes[SCALE], dtype=few, device=weight_NK.device)
+    return data, scale, torch.empty_like(scale) if SHIFT in shapes else None
 
 
-def _quantize_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor, None]:
+# Each of these may overwrite its numbers, float32 [rows, K], and writes what they become. A clamp of int8 would change
+# nothing: a quotient is 127 at most, but for one rounding.
+
+
+def _write_int8(numbers_NK: Tensor, data: Tensor, scale: Tensor, _: Tensor | None) -> None:
+    _write_scale(numbers_NK, INT8_MAX, scale)
+    data.copy_(numbers_NK.div_(scale.unsqueeze(1)).round_())
+
+
+def _write_fp8(numbers_NK: Tensor, data: Tensor, scale: Tensor, _: Tensor | None) -> None:
     most = torch.finfo(torch.float8_e4m3fn).max
-    scale = _row_scale(weight_NK, most)
-    return (weight_NK / scale).clamp_(-most, most).to(torch.float8_e4m3fn), scale.squeeze(1), None
+    _write_scale(numbers_NK, most, scale)
+    data.copy_(numbers_NK.div_(scale.unsqueeze(1)).clamp_(-most, most))
 
 
-def _row_scale(weight_NK: Tensor, most: float) -> Tensor:
-    return weight_NK.abs().amax(dim=1, keepdim=True).clamp_(min=SMALLEST).div_(most)
+def _write_scale(numbers_NK: Tensor, most: float, scale: Tensor) -> None:
+    """Write the largest magnitude of each row by `most`; without a temporary of all magnitudes."""
+    torch.maximum(numbers_NK.amax(dim=1), numbers_NK.amin(dim=1).neg_(), out=scale)
+    scale.clamp_(min=SMALLEST).div_(most)
 
 
-def _quantize_int4(weight_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _write_int4(numbers_NK: Tensor, data: Tensor, scale: Tensor, shift: Tensor | None) -> None:
     """Round scale and shift to bfloat16 first, so that the data make up for what that loses."""
-    groups = weight_NK.unflatten(1, (-1, GROUP))
-    low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)  # aminmax is five times slower
-    scale = (high - low).clamp_(min=SMALLEST).div_(15).bfloat16()
-    shift = (-low).bfloat16()
-    q_NGK = (groups + shift.float()).div_(scale.float()).round_().clamp_(0, 15).to(torch.uint8)
-    return pack_int4(q_NGK.flatten(1)), scale.squeeze(2), shift.squeeze(2)
+    assert shift is not None
+    groups = numbers_NK.unflatten(1, (-1, GROUP))
+    low, high = groups.amin(dim=2), groups.amax(dim=2)  # aminmax is five times slower
+    scale.copy_((high - low).clamp_(min=SMALLEST).div_(15))
+    shift.copy_(-low)
+    groups.add_(shift.float().unsqueeze(2)).div_(scale.float().unsqueeze(2)).round_().clamp_(0, 15)
+    data.copy_(pack_int4(numbers_NK.to(torch.uint8)))
 
 
 def pack_int4(q_NK: Tensor) -> Tensor:
     """Pack numbers of 0..15, uint8 [N, K], into uint8 [N, K/2]."""
-    return q_NK[:, 0::2] | q_NK[:, 1::2] << 4
+    pairs = q_NK.contiguous().view(torch.int16)  # the even one in the lower byte: machines are little-endian
+    return (pairs | pairs >> 4).to(torch.uint8)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from wan_local.anatomy import part_shapes
-from wan_local.errors import ModelNotFound, WrongModel
+from wan_local.errors import ModelNotFound, NotAvailable, WrongModel
 from wan_local.inspection import TOKENIZER_FILES, WHERE, sets_below, tokenizer_folder
 from wan_local.key_map import PARTS, Part
 from wan_local.kinds import GET_TRANSFORMER, Kind, identify
+from wan_local.manifest import read_manifest
 from wan_local.settings import ModelConfig
-from wan_local.stored_tensor import StoredTensor, TensorReader, stored_tensors
+from wan_local.stored_tensor import StoredTensor, misfit, stored_tensors
+from wan_local.tensor_reader import TensorReader, given_dtype
 from wan_local.weight_files import WeightFiles, read_weights
 
 
@@ -47,7 +49,11 @@ class SourceTensors(Mapping[str, Tensor]):
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor will be given in, from the header."""
-        return self._stored[name].dtype
+        return given_dtype(self._stored[name])
+
+    def nbytes(self, name: str) -> int:
+        """Return how many bytes of files a tensor is made of."""
+        return self._stored[name].nbytes
 
     def row_range(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop` of a tensor, and read no others: for tables of gigabytes."""
@@ -110,6 +116,7 @@ def open_source(
     Raises ModelNotFound with what is missing and where to get it, WrongModel, CorruptModel, NotAvailable.
     """
     path = Path(path).expanduser()
+    _refuse_rotated(path)
     named: dict[Part, Path | str | None] = {"text_encoder": text_encoder, "image_encoder": image_encoder, "vae": vae}
     given = {part: Path(place).expanduser() for part, place in named.items() if place is not None}
     weights, kinds = _find_parts(path, given)
@@ -127,25 +134,25 @@ def open_source(
     return Source(config, kinds, weights, tensors, folder)
 
 
+def _refuse_rotated(folder: Path) -> None:
+    """Raise NotAvailable for a store whose weights were turned: they would be read as if they were not."""
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is not None and manifest.rotated:
+        raise NotAvailable(
+            f"{str(folder)!r} is a store that was made with --rotate, which is not undone. Convert what it was made of."
+        )
+
+
 def open_part(part: Part, weights: WeightFiles, kind: Kind, config: ModelConfig) -> SourceTensors:
     """Return the tensors of one part after checking that each one is there, in its shape, and nothing else.
 
-    Raises WrongModel that lists what is missing, unexpected or of another shape.
+    Raises WrongModel that says what is missing, unexpected or of another shape.
     """
     expected = part_shapes(part, config)
     stored, ignored = stored_tensors(part, weights, kind.dialect, expected)
-    missing, unexpected = sorted(expected.keys() - stored), sorted(stored.keys() - expected.keys())
-    if missing or unexpected:
-        raise WrongModel(
-            f"{weights.path.name!r} does not fit {config.title}: {len(missing)} tensors of its {part} missing "
-            f"{missing[:4]}, {len(unexpected)} unexpected {unexpected[:4]}"
-        )
-    for name, shape in expected.items():
-        if stored[name].shape != tuple(shape):
-            raise WrongModel(
-                f"{name!r} in {weights.path.name!r} is {list(stored[name].shape)}; the {part} of {config.title} needs "
-                f"{list(shape)}"
-            )
+    problem = misfit(stored, expected)
+    if problem:
+        raise WrongModel(f"{weights.path.name!r} does not fit the {part} of {config.title}: {problem}")
     return SourceTensors({name: stored[name] for name in expected}, ignored, TensorReader(weights.container))
 
 

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from wan_local.errors import CorruptModel
 from wan_local.key_map import Part
-from wan_local.quantize import quantize_weight
+from wan_local.quantize import SMALLEST, is_block_linear, quantize_weight
 from wan_local.store_journal import Journal, Written, good_part
 from wan_local.store_layout import Piece, Run, StoreFile
 
-_NUMBERS_AT_ONCE = 2**22  # 16 MiB of float32
+_NUMBERS_AT_ONCE = 2**20  # 4 MiB of float32: larger pieces leave the cache and cost page faults
 _MAX_WORKERS = 4
+_WORDS = "shared.weight"  # what some tools save as zeros
 
 
 class Tensors(Protocol):
@@ -36,6 +37,7 @@ class Tensors(Protocol):
 
     def __getitem__(self, name: str) -> Tensor: ...
     def row_range(self, name: str, start: int, stop: int) -> Tensor: ...
+    def nbytes(self, name: str) -> int: ...
 
 
 class Meter(Protocol):
@@ -57,12 +59,16 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Some rows of a piece, ready: their data, what is stored behind the data of all rows, and the bytes read."""
+    """Some rows of a piece, ready: their data, what is stored behind the data of all rows, and the bytes read.
+
+    `zero`: nothing but zeros.
+    """
 
     data: Tensor
     tails: tuple[Tensor, ...]
     read_bytes: int
     last: bool
+    zero: bool
 
 
 class Producer:
@@ -86,6 +92,7 @@ class Producer:
     def run(self, part: Part, run: Run) -> Iterator[tuple[Tensor, int]]:
         """Yield tensors whose bytes are written one after the other, and how many bytes were read for each."""
         jobs, waiting = self._jobs(part, run), deque[Future[_Rows]]()
+        pieces, zero = iter(run.pieces), True
         tails: list[tuple[Tensor, ...]] = []
         for job in itertools.islice(jobs, self._ahead):
             waiting.append(self._pool.submit(job))
@@ -95,7 +102,10 @@ class Producer:
                 waiting.append(self._pool.submit(job))
             yield rows.data, rows.read_bytes
             tails.append(rows.tails)
+            zero = zero and rows.zero
             if rows.last:
+                _check_not_zero(part, next(pieces), zero=zero)
+                zero = True
                 for parts in zip(*tails, strict=True):
                     yield torch.cat(parts), 0
                 tails = []
@@ -113,15 +123,25 @@ class Producer:
 
     def _make_whole(self, part: Part, piece: Piece, loras: Sequence[Adapter]) -> _Rows:
         with self._whole:
-            weight = self._part_of(part)[piece.name]
-            read_bytes = weight.nbytes
+            tensors = self._part_of(part)
+            weight = tensors[piece.name]
             for lora in loras:
                 weight = lora.apply(piece.name, weight)
-            return _converted(part, piece, weight, read_bytes, last=True)
+            return _converted(part, piece, weight, tensors.nbytes(piece.name), last=True)
 
     def _make_rows(self, part: Part, piece: Piece, start: int, stop: int) -> _Rows:
-        rows = self._part_of(part).row_range(piece.name, start, stop)
-        return _converted(part, piece, rows, rows.nbytes, last=stop == piece.shape[0])
+        tensors, height = self._part_of(part), piece.shape[0]
+        rows, nbytes = tensors.row_range(piece.name, start, stop), tensors.nbytes(piece.name)
+        return _converted(part, piece, rows, nbytes * stop // height - nbytes * start // height, last=stop == height)
+
+
+def _check_not_zero(part: Part, piece: Piece, *, zero: bool) -> None:
+    """Raise CorruptModel for a block's linear or a table of words of nothing but zeros, which no training leaves."""
+    if zero and (is_block_linear(part, piece.name) or piece.name == _WORDS):
+        raise CorruptModel(
+            f"{piece.name!r} of the {part} is nothing but zeros: its file has its length, but not all of its content. "
+            "Download it again."
+        )
 
 
 def write_file(folder: Path, file: StoreFile, journal: Journal, producer: Producer, meter: Meter) -> Written:
@@ -173,17 +193,18 @@ def _converted(part: Part, piece: Piece, rows: Tensor, read_bytes: int, *, last:
     tails: list[Tensor]
     if piece.format is None:
         data, tails = rows.to(piece.dtype), []
-        finite = _all_finite(data)
+        finite, zero = _all_finite(data), not bool(data.reshape(-1)[:64].any()) and not bool(data.any())
     else:
         quantized = quantize_weight(rows, piece.format, rotated=piece.rotated)
         data = quantized.data
         tails = [tail for tail in (quantized.scale, quantized.shift) if tail is not None]
         finite = all(bool(torch.isfinite(tail).all()) for tail in tails)  # where a NaN or an infinity would be too
+        zero = all(float(tail.float().abs().amax()) <= SMALLEST for tail in tails)
     if not finite:
         raise CorruptModel(
             f"{piece.name!r} of the {part} holds NaN or infinity, which no picture comes of. Download it again."
         )
-    return _Rows(data, tuple(tails), read_bytes, last)
+    return _Rows(data, tuple(tails), read_bytes, last, zero)
 
 
 def _all_finite(data: Tensor) -> bool:

@@ -1,42 +1,33 @@
-"""A tensor as it is stored, and how to read it: bytes of a file, scales, blocks, a third of a joint projection.
+"""Where the numbers of each tensor are, by headers: bytes of a file, scales, blocks, a third of a joint projection.
 
-`stored_tensors` finds for each of our names where its numbers are; `TensorReader` reads them. Nothing is read before.
+`stored_tensors` finds it out and checks that all of it can be read; `misfit` tells what a part lacks. No torch, and of
+the data only Comfy's marks are read; `wan_local.tensor_reader` reads the tensors.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from wan_local.dequantize import dequantize_blocks
-from wan_local.errors import CorruptModel, NotAvailable, WrongModel
+from wan_local.errors import CorruptModel, NotAvailable
 from wan_local.gguf_header import READABLE, TYPES
-from wan_local.header import Container, TensorInfo
+from wan_local.header import TensorInfo
 from wan_local.key_map import Part, canonical_names, ignorable, weight_name, without_prefix
-from wan_local.pickle_header import unwrapped
+from wan_local.scales import SCALES
 from wan_local.weight_files import WeightFiles
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
-}  # fmt: skip
-_GIVEN = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16}  # all else: see StoredTensor.dtype
-_EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
-_SCALED = ("I8", "U8")  # mean nothing without their scale; U8: two of quanto's int4 in a byte
-_SCALES = (".scale_weight", ".weight_scale", ".weight._scale")  # Comfy's older and newer name for the same, quanto's
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
+_SCALED = ("I8", "U8")  # mean nothing without their scale; U8: two numbers of 4 bits in a byte
+_READABLE = {"F64", "F32", "F16", "BF16", *EIGHT_BITS, *_SCALED, *READABLE}
+_GGUF = {kind.name for kind in TYPES.values() if kind.items > 1}
+_INSTEAD = "Get it as bf16, fp16, fp8 or GGUF"
+_SHIFTS = (".weight._shift", ".weight_shift")  # quanto's, our own
 # of the activations, or of the whole file
 _MARKERS = (".scale_input", ".input_scale", ".output_scale", ".comfy_quant", "scaled_fp8")
 _BLOCKS = ("blocks.", "encoder.block.")  # where a file that scales any linear scales all of them
-_BLOCK_ITEMS = {kind.name: (kind.items, kind.nbytes) for kind in TYPES.values()}
-_REMAP_BYTES = 512 * 2**20  # a mapped pickle counts into our memory as it is read: begin anew after this much
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +35,8 @@ class StoredTensor:
     """Where the numbers of one of our tensors are.
 
     `shape`: ours. `third`: which third of the stored rows, for the joint q, k, v projection. `scale`: what they are
-    multiplied by: one number, or one for each row. `shift`: of quanto's int4, whose groups each have a scale and one.
+    multiplied by: one number, or one for each row. `shift`: of int4, whose groups each have a scale and one. `pairs`:
+    a byte of int4 holds two neighbours in a row, as in our stores; else numbers of two groups, as quanto packs them.
     """
 
     stored_name: str
@@ -53,15 +45,14 @@ class StoredTensor:
     third: int | None = None
     scale: TensorInfo | None = None
     shift: TensorInfo | None = None
+    pairs: bool = False
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype it is given in."""
-        if self.scale is not None:
-            return torch.float32
-        if self.info.dtype in ("BF16", *_EIGHT_BITS):
-            return torch.bfloat16
-        return _GIVEN.get(self.info.dtype, torch.float32)
+    def nbytes(self) -> int:
+        """How many bytes of files it is made of."""
+        share = math.prod(self.shape) / max(1, math.prod(self.info.shape)) if self.third is not None else 1
+        rest = sum(piece.nbytes for piece in (self.scale, self.shift) if piece is not None and self.third in (None, 0))
+        return round(self.info.nbytes * share) + rest
 
     @property
     def first_row(self) -> int:
@@ -78,8 +69,9 @@ def stored_tensors(
     numbers that wan_local does not read.
     """
     plain = without_prefix(weights.tensors)
-    shifts = {weight_name(name): info for name, info in plain.items() if name.endswith(".weight._shift")}
-    plain = {_quanto_weight(name): info for name, info in plain.items() if not name.endswith(".weight._shift")}
+    shifts = {weight_name(name): info for name, info in plain.items() if name.endswith(_SHIFTS)}
+    ours_packed = {weight_name(name) for name in plain if name.endswith(".weight_shift")}
+    plain = {_quanto_weight(name): info for name, info in plain.items() if not name.endswith(_SHIFTS)}
     scales, ignored = _scales_of(plain)
     for name, info in plain.items():
         if name.endswith(".comfy_quant"):
@@ -91,7 +83,8 @@ def stored_tensors(
         scale = plain[scales[name]] if name in scales else None
         _check_readable(name, plain[name], scale, scaled=bool(scales))
         if name in shifts:
-            stored[ours] = _packed(name, plain[name], scale, shifts[name], expected.get(ours, ()))
+            packed = _in_pairs if name in ours_packed else _in_groups
+            stored[ours] = packed(name, plain[name], scale, shifts[name], expected.get(ours, ()))
             continue
         for entry_name, entry in _entries(part, name, ours, plain[name], scale):
             twin = stored.setdefault(entry_name, entry)
@@ -100,29 +93,59 @@ def stored_tensors(
     return stored, ignored
 
 
+def misfit(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Return in words what keeps the stored tensors from being those that are expected; empty if nothing does."""
+    missing, unexpected = sorted(expected.keys() - stored), sorted(stored.keys() - expected.keys())
+    if missing:
+        return f"{len(missing)} of its {len(expected)} tensors are missing, among them {', '.join(missing[:3])}"
+    if unexpected:
+        return f"it has {len(unexpected)} tensors too many, among them {', '.join(unexpected[:3])}"
+    for name, shape in expected.items():
+        if stored[name].shape != tuple(shape):
+            return f"{name!r} is {list(stored[name].shape)} and should be {list(shape)}"
+    return ""
+
+
 def _quanto_weight(name: str) -> str:
     """Return the weight whose numbers quanto calls `weight._data`, and its packed ones `weight._data._data`."""
     return weight_name(name) if name.endswith("._data") else name
 
 
-def _packed(
+def _in_groups(
     name: str, info: TensorInfo, scale: TensorInfo | None, shift: TensorInfo, shape: tuple[int, ...]
 ) -> StoredTensor:
     """Return quanto's int4: groups of inputs as rows, two rows in one of bytes; a scale and a shift for each group."""
     sound = len(info.shape) == 2 and 2 * math.prod(info.shape) == math.prod(shape) and scale is not None
     if not sound or {math.prod(entry.shape) for entry in (scale, shift) if entry} != {2 * info.shape[0]}:
-        raise CorruptModel(
-            f"{name!r} in {info.file.name!r} holds {info.dtype} {list(info.shape)} as int4 with "
-            f"{list(scale.shape) if scale else 'no'} scales, which do not make a weight of {list(shape)}"
-        )
+        raise _no_int4(name, info, scale, shape)
     return StoredTensor(name, info, shape, None, scale, shift)
+
+
+def _in_pairs(
+    name: str, info: TensorInfo, scale: TensorInfo | None, shift: TensorInfo, shape: tuple[int, ...]
+) -> StoredTensor:
+    """Return our own int4: two neighbours of a row in a byte; a scale and a shift for each group of a row."""
+    sound = len(info.shape) == 2 and (info.shape[0], 2 * info.shape[1]) == shape and scale is not None
+    groups = {entry.shape for entry in (scale, shift) if entry}
+    if not sound or len(groups) != 1 or not all(len(g) == 2 and g[0] == shape[0] and g[1] > 0 for g in groups):
+        raise _no_int4(name, info, scale, shape)
+    if shape[1] % shift.shape[1]:
+        raise _no_int4(name, info, scale, shape)
+    return StoredTensor(name, info, shape, None, scale, shift, pairs=True)
+
+
+def _no_int4(name: str, info: TensorInfo, scale: TensorInfo | None, shape: tuple[int, ...]) -> CorruptModel:
+    return CorruptModel(
+        f"{name!r} in {info.file.name!r} holds {info.dtype} {list(info.shape)} as int4 with "
+        f"{list(scale.shape) if scale else 'no'} scales, which do not make a weight of {list(shape)}"
+    )
 
 
 def _scales_of(plain: Mapping[str, TensorInfo]) -> tuple[dict[str, str], list[str]]:
     """Return the name of each weight's scale, and the names of Comfy's marks."""
     scales = {}
     for name in plain:
-        for ending in _SCALES:
+        for ending in SCALES:
             if name.endswith(ending):
                 weight = f"{name.removesuffix(ending)}.weight"
                 if weight not in plain or weight in scales:
@@ -150,16 +173,18 @@ def _entries(
 
 
 def _check_readable(name: str, info: TensorInfo, scale: TensorInfo | None, *, scaled: bool) -> None:
-    if info.dtype not in (*_DTYPES, *READABLE):
+    if info.dtype not in _READABLE:
+        instead = f"Of GGUF it reads {', '.join(READABLE)}: get one of these" if info.dtype in _GGUF else _INSTEAD
         raise NotAvailable(
-            f"{name!r} in {info.file.name!r} is stored as {info.dtype}, which wan_local does not read. Of GGUF it "
-            f"reads {', '.join(READABLE)}: get one of these."
+            f"{name!r} in {info.file.name!r} is stored as {info.dtype}, which wan_local does not read. {instead}."
         )
     if info.dtype in _SCALED and scale is None:
-        raise NotAvailable(f"{name!r} in {info.file.name!r} is stored as {info.dtype} without a scale: no known format")
+        raise NotAvailable(
+            f"{name!r} in {info.file.name!r} is stored as {info.dtype} without a scale: no known format. {_INSTEAD}."
+        )
     if info.dtype == "U8":
         return  # packed: its scales are checked with its groups
-    if scaled and info.dtype in _EIGHT_BITS and scale is None and name.startswith(_BLOCKS):
+    if scaled and info.dtype in EIGHT_BITS and scale is None and name.startswith(_BLOCKS):
         raise CorruptModel(f"{name!r} in {info.file.name!r} has no scale, where other weights in the file have one")
     if scale is not None:
         count = math.prod(scale.shape)
@@ -173,7 +198,9 @@ def _check_readable(name: str, info: TensorInfo, scale: TensorInfo | None, *, sc
 def _check_comfy_format(name: str, info: TensorInfo) -> None:
     if info.nbytes > 4096:
         raise CorruptModel(f"{name!r} in {info.file.name!r} has {info.nbytes} bytes, too many for what it should be")
-    content = _bytes(info.file, info.offset, info.nbytes).numpy().tobytes()
+    with info.file.open("rb") as stream:
+        stream.seek(info.offset)
+        content = stream.read(info.nbytes)
     try:
         table: Any = json.loads(content)
     except ValueError as error:
@@ -183,122 +210,3 @@ def _check_comfy_format(name: str, info: TensorInfo) -> None:
         raise NotAvailable(
             f"{info.file.name!r} is quantized as {form!r}, which wan_local does not read. Get it as bf16, fp8 or GGUF."
         )
-
-
-class TensorReader:
-    """Reads stored tensors of one set of files. A pickle stays mapped between reads, for half a gigabyte of them."""
-
-    def __init__(self, container: Container) -> None:
-        self._container = container
-        self._mapped: dict[Path, Mapping[str, Tensor]] = {}
-        self._mapped_bytes = 0
-
-    def read(self, stored: StoredTensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows `start` to `stop` of a tensor (all unless told), on the CPU, in `stored.dtype`.
-
-        Raises CorruptModel where numbers can't be right: scales that are NaN, infinite or zero; a file cut short.
-        """
-        if self._container == "pickle":
-            rows = self._from_pickle(stored)[start:stop]
-            self._mapped_bytes += rows.nbytes
-            numbers = rows.to(stored.dtype, copy=True)
-        else:
-            numbers = _read_rows(stored, start, stop) if stored.shift is None else _read_packed(stored)[start:stop]
-        if stored.scale is not None and stored.shift is None:
-            numbers = numbers * _read_scale(stored, start, stop, numbers.dim())
-        return numbers.to(stored.dtype)
-
-    def _from_pickle(self, stored: StoredTensor) -> Tensor:
-        file = stored.info.file
-        if file not in self._mapped or self._mapped_bytes > _REMAP_BYTES:
-            self._mapped[file] = _load_pickle(file)
-            self._mapped_bytes = 0
-        tensor = self._mapped[file][stored.stored_name]
-        rows = tensor if stored.third is None else tensor[stored.first_row : stored.first_row + stored.shape[0]]
-        return rows.reshape(stored.shape)
-
-
-def _load_pickle(file: Path) -> Mapping[str, Tensor]:
-    """Map a torch file whose header was walked before; `weights_only` runs nothing that it holds."""
-    tensors = unwrapped(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-    if not isinstance(tensors, Mapping):
-        raise WrongModel(f"{file.name!r} holds no dict of tensors")
-    return without_prefix(tensors)
-
-
-def _read_rows(stored: StoredTensor, start: int, stop: int | None) -> Tensor:
-    info = stored.info
-    if not stored.shape:
-        return _numbers(info.dtype, _bytes(info.file, info.offset, info.nbytes)).view(())
-    start, stop, _ = slice(start, stop).indices(stored.shape[0])
-    width = math.prod(stored.shape[1:])
-    first, count = (stored.first_row + start) * width, max(0, stop - start) * width
-    items, nbytes = _BLOCK_ITEMS.get(info.dtype, (1, 0))
-    if items == 1:
-        item = _DTYPES[info.dtype].itemsize
-        content = _bytes(info.file, info.offset + first * item, count * item)
-        return _numbers(info.dtype, content).view(-1, *stored.shape[1:])
-    from_block, to_block = first // items, -(-(first + count) // items)  # rows may begin inside a block
-    content = _bytes(info.file, info.offset + from_block * nbytes, (to_block - from_block) * nbytes)
-    try:
-        numbers = dequantize_blocks(info.dtype, content)
-    except CorruptModel as error:
-        raise CorruptModel(f"{stored.stored_name!r} in {info.file.name!r}: {error}. Download it again.") from error
-    begin = first - from_block * items
-    return numbers[begin : begin + count].view(-1, *stored.shape[1:])
-
-
-def _read_packed(stored: StoredTensor) -> Tensor:
-    """Return quanto's int4 as numbers: scale * q - shift for each group (quanto's quantize_affine, float shift)."""
-    info, scale, shift = stored.info, stored.scale, stored.shift
-    assert scale is not None and shift is not None, stored
-    packed = _bytes(info.file, info.offset, info.nbytes).view(info.shape)
-    groups = torch.cat((packed & 15, packed >> 4)).float()
-    shifts = _bytes(shift.file, shift.offset, shift.nbytes).view(_DTYPES[shift.dtype]).float().view(-1, 1)
-    groups = groups.mul_(_scale_numbers(stored).view(-1, 1)).sub_(shifts)
-    return groups.view(stored.shape)
-
-
-def _numbers(dtype: str, content: Tensor) -> Tensor:
-    if dtype in _EIGHT_BITS:
-        return _table(dtype).index_select(0, content.int())
-    return content.view(_DTYPES[dtype])
-
-
-@functools.cache
-def _table(dtype: str) -> Tensor:
-    """Return what each byte of an 8-bit float is in bfloat16; looking up is four times as fast as torch's cast."""
-    return torch.arange(256).to(torch.uint8).view(_DTYPES[dtype]).to(torch.bfloat16)
-
-
-def _scale_numbers(stored: StoredTensor) -> Tensor:
-    """Return all of a tensor's scales, float32 [count]."""
-    scale = stored.scale
-    assert scale is not None
-    numbers = _bytes(scale.file, scale.offset, scale.nbytes).view(_DTYPES[scale.dtype]).float().view(-1)
-    zero = numbers.numel() == 1 and not numbers.all()  # a row or a group may be all zero
-    if zero or not torch.isfinite(numbers).all():
-        raise CorruptModel(
-            f"a scale of {stored.stored_name!r} in {scale.file.name!r} is NaN, infinite or zero. Download it again."
-        )
-    return numbers
-
-
-def _read_scale(stored: StoredTensor, start: int, stop: int | None, dimensions: int) -> Tensor:
-    numbers = _scale_numbers(stored)
-    if numbers.numel() > 1:
-        numbers = numbers[stored.first_row :][: stored.shape[0]][slice(start, stop)]
-    return numbers.view(-1, *(1,) * (dimensions - 1))
-
-
-def _bytes(file: Path, offset: int, count: int) -> Tensor:
-    content = torch.empty(count, dtype=torch.uint8)
-    with file.open("rb", buffering=0) as stream:
-        stream.seek(offset)
-        view, done = content.numpy().data, 0
-        while done < count:
-            got = stream.readinto(view[done:])
-            if not got:
-                raise CorruptModel(f"{file.name!r} ends at byte {offset + done}: it became shorter while it was read")
-            done += got
-    return content

@@ -46,12 +46,26 @@ def read_file_header(file: Path) -> Header:
             start = stream.read(4)
     except OSError as error:
         raise ModelNotFound(f"{str(file)!r} can't be read: {error.strerror}") from error
-    text = not start or start.lstrip()[:1] in (b"<", b"{", b"#") or start == b"vers"
-    if start == MAGIC or (file.suffix.lower() == ".gguf" and not text):
+    if start == MAGIC:
         return read_gguf_header(file)
     if start == b"PK\x03\x04":
         return read_pickle_header(file)
+    if file.suffix.lower() == ".gguf":
+        return _no_gguf(file, start)
     return read_safetensors(file)
+
+
+def _no_gguf(file: Path, start: bytes) -> Header:
+    """Say what a file is that is called GGUF and does not begin so; a safetensors file is read all the same."""
+    try:
+        return read_safetensors(file)
+    except CorruptModel as error:
+        if "no safetensors file" not in str(error):
+            raise
+        raise CorruptModel(
+            f"{file.name!r} is cut short or damaged: it begins with {start!r} where {MAGIC!r} should stand. "
+            "Download it again."
+        ) from error
 
 
 def read_weights(path: Path) -> WeightFiles:
@@ -61,6 +75,10 @@ def read_weights(path: Path) -> WeightFiles:
     """
     if path.is_dir():
         return _read_folder(path)
+    if path.is_symlink() and not path.exists():
+        raise ModelNotFound(
+            f"{str(path)!r} is a link to {str(path.readlink())!r}, which is not there. Download it again."
+        )
     if not path.exists():
         raise ModelNotFound(f"there is no file or folder {str(path)!r}")
     return _read_set(path, _sisters(path))
@@ -124,12 +142,13 @@ def _read_folder(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> WeightFile
 
 
 def _read_set(path: Path, files: Sequence[Path], index: Path | None = None) -> WeightFiles:
-    absent = [file.name for file in files if not file.exists()]
+    absent = [file for file in files if not file.exists()]
     if absent:
-        where = files[0].parent
+        names = ", ".join(file.name for file in absent[:5]) + (", ..." if absent[5:] else "")
+        link = " (a link to what is not there)" if absent[0].is_symlink() else ""
         raise CorruptModel(
-            f"{str(where)!r} lacks {', '.join(absent[:5])}{', ...' if absent[5:] else ''} ({len(absent)} of "
-            f"{len(files)} files of one model). Download it again."
+            f"{str(files[0].parent)!r} lacks {names}{link} ({len(absent)} of {len(files)} files of one model). "
+            "Download it again."
         )
     if index is None and len(files) > 1:
         beside = [entry for entry in sorted(files[0].parent.glob("*.index.json")) if _names(entry, files)]

@@ -76,7 +76,7 @@ def _describe_part(part: PartReport) -> None:
     for note in kind.notes:
         print(f"    note: {note}")
     if part.problem:
-        print(f"    not usable: {part.problem}. Download it again.")
+        print(f"    not usable: {part.problem}")
     elif not kind.usable:
         print(f"    not usable here. {kind.advice}")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from wan_local.errors import CorruptModel
 from wan_local.layers import Linear, adopt_linears
 from wan_local.settings import TextEncoderConfig
 
@@ -66,7 +67,10 @@ class EmbeddingRows(nn.Module):
 def encode_tokens(text_encoder: UMT5EncoderModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return hidden states [B, L, d_model] in float32, zero where `attention_mask` [B, L] is zero."""
     embeds = text_encoder.get_input_embeddings()(input_ids)
-    if not torch.count_nonzero(embeds):  # transformers 5 can leave the tied table untouched
-        raise RuntimeError("the text encoder's embedding table is all zero: it was not loaded")
+    if not torch.count_nonzero(embeds):  # transformers 5 can leave the tied table untouched, and saves it so
+        raise CorruptModel(
+            "the text encoder's embedding table is zero for every token of the prompt: it was not saved with the "
+            "weights. Download the text encoder again, or convert the original."
+        )
     hidden: Tensor = text_encoder(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
     return hidden.float() * attention_mask.unsqueeze(-1)

@@ -1,0 +1,171 @@
+"""Reads stored tensors: bytes of a file, times scales, out of blocks, a third of a joint projection.
+
+`wan_local.stored_tensor` says where the numbers of a tensor are; here they become a tensor on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan_local.dequantize import dequantize_blocks
+from wan_local.errors import CorruptModel, WrongModel
+from wan_local.gguf_header import TYPES
+from wan_local.header import Container
+from wan_local.key_map import without_prefix
+from wan_local.pickle_header import unwrapped
+from wan_local.stored_tensor import EIGHT_BITS, StoredTensor
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
+_GIVEN = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16}  # all else: see given_dtype
+_BLOCK_ITEMS = {kind.name: (kind.items, kind.nbytes) for kind in TYPES.values()}
+_WITHOUT_HIGHEST_EXPONENT_BIT = -0x4001  # 0xBFFF as int16: the sign has filled it
+_FLOATS_AT_ONCE = 2**17  # temporaries that stay in a core's cache
+_REMAP_BYTES = 512 * 2**20  # a mapped pickle counts into our memory as it is read: begin anew after this much
+
+
+def given_dtype(stored: StoredTensor) -> torch.dtype:
+    """Return the dtype that a stored tensor is read in: its own where it is a float of 16 or 32 bits."""
+    if stored.scale is not None:
+        return torch.float32
+    if stored.info.dtype in ("BF16", *EIGHT_BITS):
+        return torch.bfloat16
+    return _GIVEN.get(stored.info.dtype, torch.float32)
+
+
+class TensorReader:
+    """Reads stored tensors of one set of files. A pickle stays mapped between reads, for half a gigabyte of them."""
+
+    def __init__(self, container: Container) -> None:
+        self._container = container
+        self._mapped: dict[Path, Mapping[str, Tensor]] = {}
+        self._mapped_bytes = 0
+
+    def read(self, stored: StoredTensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows `start` to `stop` of a tensor (all unless told), on the CPU, in `given_dtype`.
+
+        Raises CorruptModel where numbers can't be right: scales that are NaN, infinite or zero; a file cut short.
+        """
+        if self._container == "pickle":
+            rows = self._from_pickle(stored)[start:stop]
+            self._mapped_bytes += rows.nbytes
+            numbers = rows.to(given_dtype(stored), copy=True)
+        else:
+            numbers = _read_rows(stored, start, stop) if stored.shift is None else _read_packed(stored)[start:stop]
+        if stored.scale is not None and stored.shift is None:
+            numbers = numbers.float().mul_(_read_scale(stored, start, stop, numbers.dim()))
+        return numbers.to(given_dtype(stored))
+
+    def _from_pickle(self, stored: StoredTensor) -> Tensor:
+        file = stored.info.file
+        if file not in self._mapped or self._mapped_bytes > _REMAP_BYTES:
+            self._mapped[file] = _load_pickle(file)
+            self._mapped_bytes = 0
+        tensor = self._mapped[file][stored.stored_name]
+        rows = tensor if stored.third is None else tensor[stored.first_row : stored.first_row + stored.shape[0]]
+        return rows.reshape(stored.shape)
+
+
+def _load_pickle(file: Path) -> Mapping[str, Tensor]:
+    """Map a torch file whose header was walked before; `weights_only` runs nothing that it holds."""
+    tensors = unwrapped(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    if not isinstance(tensors, Mapping):
+        raise WrongModel(f"{file.name!r} holds no dict of tensors")
+    return without_prefix(tensors)
+
+
+def _read_rows(stored: StoredTensor, start: int, stop: int | None) -> Tensor:
+    info = stored.info
+    if not stored.shape:
+        return _numbers(info.dtype, _bytes(info.file, info.offset, info.nbytes)).view(())
+    start, stop, _ = slice(start, stop).indices(stored.shape[0])
+    width = math.prod(stored.shape[1:])
+    first, count = (stored.first_row + start) * width, max(0, stop - start) * width
+    items, nbytes = _BLOCK_ITEMS.get(info.dtype, (1, 0))
+    if items == 1:
+        item = _DTYPES[info.dtype].itemsize
+        content = _bytes(info.file, info.offset + first * item, count * item)
+        return _numbers(info.dtype, content).view(-1, *stored.shape[1:])
+    from_block, to_block = first // items, -(-(first + count) // items)  # rows may begin inside a block
+    content = _bytes(info.file, info.offset + from_block * nbytes, (to_block - from_block) * nbytes)
+    try:
+        numbers = dequantize_blocks(info.dtype, content)
+    except CorruptModel as error:
+        raise CorruptModel(f"{stored.stored_name!r} in {info.file.name!r}: {error}. Download it again.") from error
+    begin = first - from_block * items
+    return numbers[begin : begin + count].view(-1, *stored.shape[1:])
+
+
+def _read_packed(stored: StoredTensor) -> Tensor:
+    """Return int4 as numbers: scale * q - shift for each group (quanto's quantize_affine, float shift)."""
+    info, shift = stored.info, stored.shift
+    assert shift is not None, stored
+    packed = _bytes(info.file, info.offset, info.nbytes).view(info.shape)
+    halves = (packed & 15, packed >> 4)
+    numbers = torch.stack(halves, dim=2).flatten(1) if stored.pairs else torch.cat(halves)
+    groups = numbers.float().view(math.prod(shift.shape), -1)
+    shifts = _bytes(shift.file, shift.offset, shift.nbytes).view(_DTYPES[shift.dtype]).float().view(-1, 1)
+    groups = groups.mul_(_scale_numbers(stored).view(-1, 1)).sub_(shifts)
+    return groups.view(stored.shape)
+
+
+def _numbers(dtype: str, content: Tensor) -> Tensor:
+    """Return the numbers in these bytes; 8-bit floats in float32."""
+    if dtype not in EIGHT_BITS:
+        return content.view(_DTYPES[dtype])
+    out = torch.empty(content.numel())
+    for some, numbers in zip(content.split(_FLOATS_AT_ONCE), out.split(_FLOATS_AT_ONCE), strict=True):
+        _widen(dtype, some, numbers)
+    return out
+
+
+def _widen(dtype: str, content: Tensor, numbers: Tensor) -> None:
+    """Write what 8-bit floats are into float32 `numbers`, by moving bits: six times as fast as torch's cast."""
+    halves = content.view(torch.int8).to(torch.int16)  # an e5m2 is the upper half of a float16
+    if dtype == "F8_E5M2":
+        numbers.copy_(halves.mul_(256).view(torch.float16))
+        return
+    # e4m3's exponent has a bit less and counts from 7 where float16's counts from 15: a factor of 2^8
+    numbers.copy_(halves.mul_(128).bitwise_and_(_WITHOUT_HIGHEST_EXPONENT_BIT).view(torch.float16)).mul_(256)
+    if int((content & 127).amax()) == 127:  # e4m3's NaN
+        numbers.masked_fill_(numbers.abs() > torch.finfo(torch.float8_e4m3fn).max, math.nan)
+
+
+def _scale_numbers(stored: StoredTensor) -> Tensor:
+    """Return all of a tensor's scales, float32 [count]."""
+    scale = stored.scale
+    assert scale is not None
+    numbers = _bytes(scale.file, scale.offset, scale.nbytes).view(_DTYPES[scale.dtype]).float().view(-1)
+    zero = numbers.numel() == 1 and not numbers.all()  # a row or a group may be all zero
+    if zero or not torch.isfinite(numbers).all():
+        raise CorruptModel(
+            f"a scale of {stored.stored_name!r} in {scale.file.name!r} is NaN, infinite or zero. Download it again."
+        )
+    return numbers
+
+
+def _read_scale(stored: StoredTensor, start: int, stop: int | None, dimensions: int) -> Tensor:
+    numbers = _scale_numbers(stored)
+    if numbers.numel() > 1:
+        numbers = numbers[stored.first_row :][: stored.shape[0]][slice(start, stop)]
+    return numbers.view(-1, *(1,) * (dimensions - 1))
+
+
+def _bytes(file: Path, offset: int, count: int) -> Tensor:
+    content = torch.empty(count, dtype=torch.uint8)
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        view, done = content.numpy().data, 0
+        while done < count:
+            got = stream.readinto(view[done:])
+            if not got:
+                raise CorruptModel(f"{file.name!r} ends at byte {offset + done}: it became shorter while it was read")
+            done += got
+    return content
