@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from tests.live_bytes import live_bytes
 from wan_local import quantize as quantize_module
 from wan_local.errors import DoesNotFit
+from wan_local.fitting import WayOut, make_plan
 from wan_local.geometry import Geometry, Size
 from wan_local.layers import Linear
 from wan_local.models.transformer import ContextKV, Modulation, Transformer, stays_float32
 from wan_local.network_cost import contexts_bytes
-from wan_local.planner import GIB, Machine, NetworkSize, StagePlan, chunk_tokens, make_plan, spread
+from wan_local.planner import GIB, Machine, NetworkSize, StagePlan, chunk_tokens, spread
 from wan_local.quantize import stays_as_stored
 from wan_local.quantized_layers import hold_in_format
 from wan_local.settings import load_model_config
@@ -30,6 +31,8 @@ SIZES = {
     "image_encoder": NetworkSize(632_000_000),
 }
 LARGE, SMALL = Geometry(Size(720, 1280), 81), Geometry(Size(480, 832), 81)
+INT8 = network_sizes(REAL, WeightFormats("int8"))
+WAYS_OUT = (WayOut("832x480 x 81 frames", SMALL, SIZES),)
 
 
 def test_a_run_that_fits_is_planned_with_every_stages_peak() -> None:
@@ -42,14 +45,25 @@ def test_a_run_that_fits_is_planned_with_every_stages_peak() -> None:
 
 def test_too_little_memory_is_refused_with_need_free_and_the_nearest_that_fits() -> None:
     """On a card of 4 GiB the 720p loop in bfloat16 does not fit and the 480p one does."""
-    pattern = r"1280x720 x 81 frames needs .* GiB on cuda:0 .*\(denoise.*832x480 x 81 frames would fit"
+    pattern = (
+        r"1280x720 x 81 frames needs .* GiB on cuda:0 .*\(denoise.*832x480 x 81 frames would fit \(3\.\d GiB\); "
+        r"or close what else holds 0\.\d GiB"
+    )
     with pytest.raises(DoesNotFit, match=pattern):
-        make_plan(LARGE, REAL, SIZES, Machine("cuda:0", 4 * GIB, 64 * GIB, 2), smaller=SMALL)
+        make_plan(LARGE, REAL, SIZES, Machine("cuda:0", 4 * GIB, 64 * GIB, 2), ways_out=WAYS_OUT)
+
+
+def test_too_little_ram_beside_a_card_is_refused_too() -> None:
+    """Keys and values of cross-attention wait there, where the card has no room for them."""
+    small = Machine("cuda:0", int(4.4 * GIB), 1 * GIB, 2, "w8a8")
+    with pytest.raises(DoesNotFit, match=r"GiB of RAM beside cuda:0 \(denoise\); 1\.0 GiB is free"):
+        make_plan(LARGE, REAL, INT8, small)
+    assert make_plan(LARGE, REAL, INT8, Machine("cuda:0", 12 * GIB, 3 * GIB, 2, "w8a8")).peak.peak_bytes < 10.8 * GIB
 
 
 def test_a_card_of_2_gib_is_refused_without_a_false_promise() -> None:
     with pytest.raises(DoesNotFit, match="Use a machine with more memory"):
-        make_plan(LARGE, REAL, SIZES, Machine("cuda:0", 2 * GIB, 64 * GIB, 2), smaller=SMALL)
+        make_plan(LARGE, REAL, SIZES, Machine("cuda:0", 2 * GIB, 64 * GIB, 2), ways_out=WAYS_OUT)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +93,6 @@ def stage_of(geometry: Geometry, name: str, compute_bytes: int = 2) -> StagePlan
 
 def assert_predicted(predicted: int, counted: int) -> None:
     assert counted <= predicted <= 1.08 * counted, f"{predicted / GIB:.2f} GiB predicted, {counted / GIB:.2f} counted"
-
-
-INT8 = network_sizes(REAL, WeightFormats("int8"))
 
 
 @pytest.mark.parametrize(
