@@ -12,6 +12,8 @@ from typing import Literal
 
 from wan_local.geometry import Geometry
 from wan_local.network_cost import (
+    PLAIN_LOOP,
+    LoopKernels,
     context_stage_bytes,
     contexts_bytes,
     image_bytes,
@@ -46,7 +48,8 @@ class NetworkSize:
 
     `wide` of them stay float32 whatever the compute dtype. Quantized weights are not among them: they take `packed`
     bytes in all, whatever is computed in, and the largest one stands for `unpacked` numbers; `nibbles`: two of them in
-    a byte. `blocks` has the numbers and the packed bytes of each block where these count or differ.
+    a byte; `integers`: all of them are whole numbers, so that int8 inputs can meet them. `blocks` has the numbers and
+    the packed bytes of each block where these count or differ.
     """
 
     total: int
@@ -57,6 +60,7 @@ class NetworkSize:
     packed: int = 0
     unpacked: int = 0
     nibbles: bool = False
+    integers: bool = False
     blocks: tuple[tuple[int, int], ...] = ()
 
     def weight_bytes(self, compute_bytes: int) -> int:
@@ -79,7 +83,7 @@ def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
 class Machine:
     """What the planner knows: the device, the bytes free on it and in RAM, the bytes of one computed number.
 
-    int8_arithmetic: what int8 weights are used by.
+    int8_arithmetic: what int8 weights are used by. kernels: what the loop computes with.
     """
 
     device: str
@@ -87,6 +91,7 @@ class Machine:
     free_ram_bytes: int
     compute_bytes: int
     int8_arithmetic: Int8Arithmetic = "weight-only"
+    kernels: LoopKernels = PLAIN_LOOP
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,19 +246,22 @@ _WAYS = (
 def _denoising(geometry: Geometry, config: ModelConfig, size: NetworkSize, machine: Machine) -> tuple[StagePlan, int]:
     """Return the loop's stage and its tokens at a time, the first of the ways that fits; the last where none does."""
     compute, transformer = machine.compute_bytes, config.transformer
-    in_linear = _quantized_bytes(size, config, machine)
+    kernels, in_linear = machine.kernels, _quantized_bytes(size, config, machine)
+    kernels = replace(kernels, int8_rows=size.integers and machine.int8_arithmetic == "w8a8")
     for way in _WAYS:
         if way.parked and machine.device == "cpu":
             continue  # all of it is in RAM
         chunk = chunk_tokens(transformer, geometry.tokens, compute, way.chunk_bytes)
         contexts = parked_bytes(config, compute, SLOTS) if way.parked else contexts_bytes(config, compute)
-        held = contexts + loop_bytes(geometry, config, chunk, compute, together=way.together, in_linear=in_linear)
+        looping = loop_bytes(
+            geometry, config, chunk, compute, together=way.together, in_linear=in_linear, kernels=kernels
+        )
         # in RAM: all of them, and a ring like the device's to copy from
         waiting = contexts_bytes(config, compute) + parked_bytes(config, compute, SLOTS) if way.parked else 0
         stage = StagePlan(
             "denoise",
             size.weight_bytes(compute),
-            held,
+            contexts + looping,
             int8_arithmetic=machine.int8_arithmetic if size.packed else None,
             together=way.together,
             parked=way.parked,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from wan_local.fitting import WayOut, make_plan
 from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, Geometry, Size, output_size
 from wan_local.image import fit, load_image
 from wan_local.ladder import Ladder
-from wan_local.network_cost import BRANCHES
+from wan_local.network_cost import BRANCHES, LoopKernels
 from wan_local.order import Order, words_of
 from wan_local.planner import GIB, Machine, NetworkSize, Plan, shrink
 from wan_local.probe import choose_kernels
@@ -122,12 +122,14 @@ def planned(
     geometry, config, machine = order.geometry, files.config, _machine(device, settings)
     if switches is None:
         switches = prepare_switches(order.request, settings, machine)
+    chosen = choose_kernels(settings, device, config)
+    wide = settings.precision == "reference"
+    machine = replace(machine, kernels=LoopKernels(chosen.fused, attention=chosen.attention, wide_residual=wide))
     sizes = network_sizes(config, files)
     plan = make_plan(geometry, config, sizes, machine, ways_out=_ways_out(geometry, smaller, config, sizes))
     plan = plan.preceded_by(*switches.stages)
     check_output(order.output, largest_bytes(geometry))
     images = (picture_tensor(order.pictures[0]), picture_tensor(order.pictures[1]))
-    chosen = choose_kernels(settings, device, config)
     return Job(order, settings, files, device, compute_dtype(device), images, machine, plan, switches, chosen)
 
 
