@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu_kernels import kernel_speed, kernels
+from bench.gpu_offload import offload
 from bench.gpu_stage import SIZES, Bench, check, random_state
 from bench.gpu_step import int8_step, int8_step_720p, int8_step_compiled
 from bench.gpu_streaming import streaming
@@ -171,6 +172,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "tiny": tiny,
     "transformer": transformer,
     "streaming": streaming,
+    "offload": offload,
     "vae": vae,
     "whole_run": whole_run,
     "kernels": kernels,

@@ -64,7 +64,7 @@ def _tiny_velocities(bench: Bench, files: ModelFiles, plan: StagePlan | None) ->
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """What a step is given, the same for streamed and for resident blocks."""
 
     latents: Tensor
@@ -79,9 +79,9 @@ class _Step:
 
 def _compare(bench: Bench, geometry: Geometry, format_: WeightFormat) -> None:
     """Time a step with every block resident and with every block streamed from page-locked RAM, in turn."""
-    config = _shallow(bench)
-    step, example = _step(bench, config, geometry), _example(bench, config, format_)
-    networks = {name: _network(bench, config, example, format_, streamed=name == "streamed") for name in _NAMES}
+    config = shallow(bench)
+    step, example = loop_step(bench, config, geometry), example_block(bench, config, format_)
+    networks = {name: network_of(bench, config, example, format_, streamed=name == "streamed") for name in _NAMES}
     try:
         expected, got = (step.velocity(networks[name]) for name in _NAMES)
         check(f"velocities that are not finite, {format_}", int((~torch.isfinite(expected)).sum()), 0)
@@ -107,14 +107,14 @@ def _compare(bench: Bench, geometry: Geometry, format_: WeightFormat) -> None:
                 network.blocks.close()
 
 
-def _shallow(bench: Bench) -> ModelConfig:
+def shallow(bench: Bench) -> ModelConfig:
     config = bench.config
     return replace(
         config, transformer=replace(config.transformer, num_layers=min(BLOCKS, config.transformer.num_layers))
     )
 
 
-def _step(bench: Bench, config: ModelConfig, geometry: Geometry) -> _Step:
+def loop_step(bench: Bench, config: ModelConfig, geometry: Geometry) -> Step:
     transformer, device, dtype = config.transformer, bench.device, bench.dtype
     latent, heads = geometry.latent_size, transformer.num_attention_heads
     grid = (geometry.latent_frames, latent.height, latent.width)
@@ -125,7 +125,7 @@ def _step(bench: Bench, config: ModelConfig, geometry: Geometry) -> _Step:
     texts, images = transformer.text_tokens, transformer.image_tokens
     context = [ContextKV(keys(texts), keys(texts), keys(images), keys(images), None)] * transformer.num_layers
     projection = torch.randn(1, 6, transformer.dim, device=device) * 0.1
-    return _Step(
+    return Step(
         torch.randn(1, transformer.in_channels, *grid, device=device),
         Modulation(torch.randn(1, transformer.dim, device=device) * 0.1, projection),
         context,
@@ -142,7 +142,7 @@ def _on_meta(bench: Bench, config: ModelConfig, format_: WeightFormat) -> Transf
     return network
 
 
-def _example(bench: Bench, config: ModelConfig, format_: WeightFormat) -> Mapping[str, Tensor]:
+def example_block(bench: Bench, config: ModelConfig, format_: WeightFormat) -> Mapping[str, Tensor]:
     """Return one block's weights in RAM."""
     block = next(iter(_on_meta(bench, config, format_).blocks))  # type: ignore[call-overload]
     return {name: tensor.cpu() for name, tensor in random_state(block, bench).items()}
@@ -154,7 +154,7 @@ def _layouts(network: Transformer, bench: Bench) -> list[FlatBlock]:
     return [FlatBlock(block, lambda name: torch.float32 if stays_float32(name) else bench.dtype) for block in listed]
 
 
-def _network(
+def network_of(
     bench: Bench, config: ModelConfig, example: Mapping[str, Tensor], format_: WeightFormat, *, streamed: bool
 ) -> Transformer:
     """Return a transformer whose blocks differ in their modulation, all on the device or all streamed to it."""

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from bench.gpu_stage import SIZES, Bench, check, random_state, seconds_of, synchronize
 from tests import parity
+from wan_local import layers
 from wan_local.conditioning import encode_condition
 from wan_local.decode import decode_frames
 from wan_local.device import capped
 from wan_local.geometry import Geometry
+from wan_local.models import causal_layers
 from wan_local.models.vae import Vae
 from wan_local.planner import GIB
 from wan_local.settings import VaeConfig
@@ -56,18 +58,33 @@ def _stage(bench: Bench, geometry: Geometry) -> None:
     with capped(device, CAP_BYTES):
         _decode(bench, geometry, decoder, latents, within, cap_bytes=CAP_BYTES)
     _decode(bench, geometry, decoder, latents, WHOLE, cap_bytes=None)
-    plain = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
-    for parameter in decoder.parameters():
-        if parameter.dim() == 5:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-    _decode(bench, geometry, decoder, latents, within, cap_bytes=None, how=", channels last")
-    decoder.load_state_dict(plain, assign=True)
+    with _whole_convolutions():
+        _decode(bench, geometry, decoder, latents, within, cap_bytes=None, how=", torch's 3-D convolutions")
     encoder.to(device)
     _encode(bench, geometry, encoder, peer := _peer(bench, config, (encoder, decoder)))
     _against_diffusers(bench, decoder, peer, latents)
     peer.enable_tiling()
     normal = decoder.denormalize(latents)
     _timed(bench, geometry, "diffusers", "diffusers decode, tiled", lambda: peer.decode(normal).sample)
+
+
+@contextmanager
+def _whole_convolutions() -> Iterator[None]:
+    """Let the VAE convolve in three dimensions at once, as it would without `conv3d_by_frames`."""
+
+    def at_once(
+        x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: tuple[int, ...], padding: tuple[int, ...]
+    ) -> Tensor:
+        return torch.nn.functional.conv3d(x, weight, bias, stride, padding)
+
+    before = layers.conv3d
+    for module in (layers, causal_layers):
+        module.conv3d = at_once
+    try:
+        yield
+    finally:
+        for module in (layers, causal_layers):
+            module.conv3d = before
 
 
 def _encode(bench: Bench, geometry: Geometry, encoder: Vae, peer: Any) -> None:

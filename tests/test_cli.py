@@ -243,7 +243,7 @@ def test_plan_tells_what_the_switches_add(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_plan_as_json_holds_every_stages_bytes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--vram", "40", "--json"]) == terminal.DONE
+    assert cli.main(["plan", "--vram", "40", "--ram", "32", "--json"]) == terminal.DONE
     plan = json.loads(capsys.readouterr().out)
     assert plan["model"] == "wan2.1-flf2v-14b-720p"
     assert {stage["name"] for stage in plan["stages"]} >= {"text", "condition", "denoise", "decode"}
@@ -251,7 +251,7 @@ def test_plan_as_json_holds_every_stages_bytes(capsys: pytest.CaptureFixture[str
 
 
 def test_plan_refuses_what_does_not_fit_and_names_what_does(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--resolution", "720p", "--vram", "4"]) == terminal.FAILED
+    assert cli.main(["plan", "--resolution", "720p", "--vram", "4", "--ram", "32"]) == terminal.FAILED
     assert "832x480 x 81 frames would fit" in capsys.readouterr().err
-    assert cli.main(["plan", "--num-frames", "7", "--vram", "10"]) == terminal.WRONG_REQUEST
+    assert cli.main(["plan", "--num-frames", "7", "--vram", "10", "--ram", "32"]) == terminal.WRONG_REQUEST
     assert "--num-frames" in capsys.readouterr().err

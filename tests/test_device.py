@@ -34,16 +34,58 @@ def test_a_cpu_computes_in_float32_and_a_card_in_bfloat16() -> None:
     assert compute_dtype(torch.device("cuda:0")) == torch.bfloat16
 
 
-def test_a_cgroup_limit_counts_as_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, used = tmp_path / "max", tmp_path / "current"
-    limit.write_text(str(300 * 2**20))
-    used.write_text(str(100 * 2**20))
-    monkeypatch.setattr(device, "_CGROUP_LIMITS", (str(limit),))
-    monkeypatch.setattr(device, "_CGROUP_USED", (str(used),))
-    monkeypatch.setattr(device, "_cgroup_cache_bytes", lambda: 50 * 2**20)
+def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str) -> Path:
+    (tmp_path / "own").write_text(f"{own}\n")
+    monkeypatch.setattr(device, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(device, "_CGROUPS", tmp_path / "cgroup")
+    return tmp_path / "cgroup"
+
+
+def limit(folder: Path, most: str, used: int, names: tuple[str, str] = ("memory.max", "memory.current")) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{most}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+
+
+def test_a_cgroup_limit_counts_as_the_machines_with_its_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cgroups(tmp_path, monkeypatch, "0::/")
+    limit(folder, str(300 * 2**20), 100 * 2**20)
+    (folder / "memory.stat").write_text(f"anon 7\ninactive_file {50 * 2**20}\n")
     assert free_ram_bytes() == free_bytes(CPU) == 250 * 2**20
-    limit.write_text("max\n")
+    limit(folder, "max", 100 * 2**20)
     assert free_ram_bytes() > 250 * 2**20
+
+
+def test_the_nearest_limit_of_all_cgroups_above_a_process_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `systemd-run -p MemoryMax=` sets it, far below the root."""
+    folder = cgroups(tmp_path, monkeypatch, "0::/user.slice/job.scope")
+    limit(folder / "user.slice" / "job.scope", "max", 2**20)
+    limit(folder / "user.slice", str(200 * 2**20), 150 * 2**20)
+    limit(folder, str(300 * 2**20), 160 * 2**20)
+    assert free_ram_bytes() == 50 * 2**20
+
+
+def test_a_limit_of_the_older_cgroups_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cgroups(tmp_path, monkeypatch, "4:memory:/job")
+    limit(folder / "memory" / "job", str(80 * 2**20), 2**20, ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    assert free_ram_bytes() == 79 * 2**20
+
+
+def test_where_the_kernel_promises_no_more_than_it_has_its_promises_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cgroups(tmp_path, monkeypatch, "0::/")
+    rows = "MemTotal: 9000 kB\nMemAvailable: 8000 kB\nCommitLimit: 5000 kB\nCommitted_AS: 4000 kB\n"
+    for name, text in (("_MEMINFO", rows), ("_OVERCOMMIT", "0\n")):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(device, name, tmp_path / name)
+    assert free_ram_bytes() == 8000 * 1024
+    (tmp_path / "_OVERCOMMIT").write_text("2\n")
+    assert free_ram_bytes() == 1000 * 1024
 
 
 def test_peak_counts_what_was_held_and_given_back() -> None:

@@ -14,11 +14,12 @@ import torch
 from tests.stamps import stamp_request, stamp_settings
 from wan_local import denoise, pipeline, runs, scheduler, stage
 from wan_local.errors import DoesNotFit, OutOfMemory
+from wan_local.fitting import make_plan
 from wan_local.geometry import Geometry, Size
 from wan_local.ladder import Ladder, ran_out_of_memory
 from wan_local.models import image_encoder, text_encoder, transformer, vae
 from wan_local.pipeline import Pipeline
-from wan_local.planner import Machine, Plan, StagePlan, make_plan, shrink
+from wan_local.planner import Machine, Plan, StagePlan, shrink
 from wan_local.request import Result
 from wan_local.settings import Settings, known_models
 from wan_local.stage import network_sizes

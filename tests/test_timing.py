@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from wan_local.fitting import make_plan
 from wan_local.geometry import Geometry, Size
-from wan_local.planner import GIB, Machine, Plan, make_plan
+from wan_local.planner import GIB, Machine, Plan
 from wan_local.settings import load_card_rates, load_model_config
 from wan_local.stage import network_sizes
 from wan_local.timing import loop_flops, timed

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from tests import parity
 from tests.live_bytes import live_bytes
+from wan_local import layers
 from wan_local.conditioning import encode_condition
 from wan_local.decode import decode_frames
 from wan_local.geometry import Geometry, Size
+from wan_local.models import causal_layers
 from wan_local.models.vae import Vae
 from wan_local.settings import VaeConfig
 from wan_local.tiling import WHOLE, Tiling
@@ -146,3 +148,35 @@ def test_frames_of_a_tiled_decode_are_those_of_a_whole_one(num_frames: int) -> N
         videos.append(np.concatenate([part.frames for part in decoded]).astype(int))
     assert videos[0].shape == videos[1].shape == (num_frames, 64, 96, 3)
     assert np.abs(videos[0] - videos[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "frames"),
+    [
+        ((3, 3, 3), (1, 1, 1), (0, 1, 1), 3),
+        ((3, 3, 3), (1, 1, 1), (0, 1, 1), 6),
+        ((1, 1, 1), (1, 1, 1), (0, 0, 0), 4),
+        ((3, 1, 1), (2, 1, 1), (0, 0, 0), 5),
+        ((1, 2, 2), (1, 2, 2), (0, 0, 0), 2),
+    ],
+)
+def test_a_convolution_by_frames_is_the_whole_one(
+    kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], frames: int
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(2, 5, frames, 9, 8, generator=generator)
+    weight, bias = torch.randn(7, 5, *kernel, generator=generator), torch.randn(7, generator=generator)
+    for of_outputs in (bias, None):
+        got = layers.conv3d_by_frames(x, weight, of_outputs, stride=stride, padding=padding)
+        expected = torch.nn.functional.conv3d(x, weight, of_outputs, stride, padding)
+        assert got.is_contiguous()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_the_vae_is_official_too_as_a_card_convolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frame by frame, as `conv3d` does on a card."""
+    for module in (layers, causal_layers):
+        monkeypatch.setattr(module, "conv3d", layers.conv3d_by_frames)
+    data, vae = parity.tensors("vae_cases"), parity.official_vae()
+    decoded = torch.cat(list(vae.decode(data["dec0.latent"].unsqueeze(0))), dim=2)[0]
+    assert parity.relative_error(decoded, data["dec0.raw"]) <= parity.golden()["tolerances"]["vae"]

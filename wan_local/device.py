@@ -13,8 +13,11 @@ import torch
 
 from wan_local.errors import NotAvailable
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")  # lines of id:controllers:path, relative to the root that this process sees
+_CGROUP_FILES = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")  # version 2, 1
+_MEMINFO, _OVERCOMMIT = Path("/proc/meminfo"), Path("/proc/sys/vm/overcommit_memory")
+_NEVER_OVERCOMMIT = 2
 _CLEAR_PEAK = Path("/proc/self/clear_refs")  # writing 5 sets the peak back to what is held now
 
 
@@ -76,24 +79,43 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_ram_bytes() -> int:
-    """Return the RAM this process may still take: what the machine has free, or the cgroup's rest if that is less."""
-    available = _machine_free_bytes()
-    for limit_file, used_file in zip(_CGROUP_LIMITS, _CGROUP_USED, strict=True):
-        limit, used = _read_integer(limit_file), _read_integer(used_file)
-        if limit is not None and used is not None:
-            available = min(available, max(limit - used, 0) + _cgroup_cache_bytes())
-    return available
+    """Return the RAM this process may still take: what the machine has free, or the rest of a cgroup if less."""
+    return int(min([_machine_free_bytes(), *(_cgroup_free_bytes(folder) for folder in _cgroup_folders())]))
 
 
 def _machine_free_bytes() -> int:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    """Return the free RAM; where the kernel promises no more than it has, also what it may still promise."""
+    if _MEMINFO.exists():
+        rows = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
+        kibibytes = {name: int(row.split()[0]) for name, row in rows.items()}
+        free = kibibytes["MemAvailable"]
+        if _read_integer(_OVERCOMMIT) == _NEVER_OVERCOMMIT:
+            free = min(free, max(kibibytes["CommitLimit"] - kibibytes["Committed_AS"], 0))
+        return free * 1024
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return _windows_free_bytes()
+
+
+def _cgroup_folders() -> list[Path]:
+    """Return the folders of this process's cgroups and of all above them: each can have a limit."""
+    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else []
+    folders = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers in ("", "memory"):
+            root = _CGROUPS / controllers
+            own = root / path.lstrip("/")
+            folders += [root, *(folder for folder in (own, *own.parents) if root in folder.parents)]
+    return folders or [_CGROUPS, _CGROUPS / "memory"]
+
+
+def _cgroup_free_bytes(folder: Path) -> float:
+    """Return what may still be taken in a cgroup, its page cache included: the kernel gives that back when needed."""
+    for names in _CGROUP_FILES:
+        limit, used = (_read_integer(folder / name) for name in names)
+        if limit is not None and used is not None:
+            return max(limit - used, 0) + _cgroup_cache_bytes(folder / "memory.stat")
+    return float("inf")
 
 
 def _windows_free_bytes() -> int:
@@ -111,18 +133,15 @@ def _windows_free_bytes() -> int:
     return int(min(status.free, status.commit_free))
 
 
-def _cgroup_cache_bytes() -> int:
-    """Return the page cache counted against the cgroup; the kernel gives it back when it is needed."""
-    stat = Path("/sys/fs/cgroup/memory.stat")
+def _cgroup_cache_bytes(stat: Path) -> int:
     if not stat.exists():
         return 0
     rows = dict(line.split() for line in stat.read_text().splitlines())
     return int(rows.get("inactive_file", 0))
 
 
-def _read_integer(path: str) -> int | None:
-    """Return the number in a cgroup file; None where there is no such file or it says `max`."""
-    file = Path(path)
+def _read_integer(file: Path) -> int | None:
+    """Return the number in a file of the kernel's; None where there is no such file or it says `max`."""
     if not file.exists():
         return None
     text = file.read_text().strip()

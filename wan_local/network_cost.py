@@ -6,27 +6,73 @@ Attention is taken for a fused kernel's, which keeps no scores. Integers, no tor
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from wan_local.geometry import PATCH, Geometry
 from wan_local.settings import ModelConfig, TransformerConfig
 
 BRANCHES = 2  # of guidance: with the prompt and with the negative one
 _FLOAT32_BYTES = 4
+_INT8_VALUES = "int8_pv"
+_INT8_KEYS = ("int8", _INT8_VALUES)
 _MARGIN = 1.02  # small buffers that are not counted one by one
 
 
+@dataclass(frozen=True, slots=True)
+class LoopKernels:
+    """What the loop computes with, as far as its memory depends on it.
+
+    fused: by the fused kernels, which hold no float32 of tokens x channels. int8_rows: between their linears rows are
+    int8. attention: the backend. wide_residual: the hidden state is float32, whatever is computed in.
+    """
+
+    fused: bool = False
+    int8_rows: bool = False
+    attention: str = "sdpa"
+    wide_residual: bool = False
+
+
+PLAIN_LOOP = LoopKernels()
+
+
 def loop_bytes(
-    geometry: Geometry, config: ModelConfig, chunk: int, compute: int, *, together: bool, in_linear: int = 0
+    geometry: Geometry,
+    config: ModelConfig,
+    chunk: int,
+    compute: int,
+    *,
+    together: bool,
+    in_linear: int = 0,
+    kernels: LoopKernels = PLAIN_LOOP,
 ) -> int:
     """Return hidden state, whole keys and values, one chunk's temporaries, rotary table and latents.
 
     together: both branches of guidance go block by block. in_linear: what a quantized linear takes while it runs.
     """
     transformer, tokens = config.transformer, geometry.tokens
-    whole = (BRANCHES + 2 if together else 3) * tokens * transformer.dim * compute
+    numbers = tokens * transformer.dim
+    hidden = (BRANCHES if together else 1) * numbers * (_FLOAT32_BYTES if kernels.wide_residual else compute)
     rotary = tokens * transformer.attention_head_dim * _FLOAT32_BYTES
     latents = 4 * tokens * transformer.in_channels * PATCH * PATCH * _FLOAT32_BYTES
+    if kernels.fused:
+        return hidden + _fused(transformer, numbers, chunk, compute, kernels, in_linear) + rotary + latents
     turning, feeding = token_bytes(transformer, compute)
-    return whole + max(chunk * turning, chunk * feeding + in_linear) + rotary + latents
+    return hidden + 2 * numbers * compute + max(chunk * turning, chunk * feeding + in_linear) + rotary + latents
+
+
+def _fused(
+    transformer: TransformerConfig, numbers: int, chunk: int, compute: int, kernels: LoopKernels, in_linear: int
+) -> int:
+    """Return whole keys and values and the most that a chunk holds, or what turning the values into int8 does."""
+    dim, wide = transformer.dim, transformer.ffn_dim
+    if kernels.int8_rows:
+        working = chunk * (wide * (compute + 1) + dim)
+    else:
+        working = max(chunk * compute * 2 * (wide + dim), chunk * compute * (wide + 2 * dim) + in_linear)
+    keys = 1 if kernels.attention in _INT8_KEYS else compute
+    values = 1 if kernels.attention == _INT8_VALUES else compute
+    made = max(working, numbers * compute) if kernels.attention == _INT8_VALUES else working
+    return numbers * (keys + values) + made
 
 
 def token_bytes(transformer: TransformerConfig, compute: int) -> tuple[int, int]:

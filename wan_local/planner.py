@@ -1,7 +1,7 @@
 """Will it fit, and where does the memory go: a `Plan` from geometry, byte counts and free memory. No torch.
 
 Takes the geometry, each network's parameter count from the checkpoint's headers, and the bytes that are free on the
-device; gives the peak by stage, or refuses before a weight is read and names the nearest setting that fits.
+device and in RAM; gives the peak by stage. Whether that is too much, `fitting` says.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from wan_local.errors import DoesNotFit
 from wan_local.geometry import Geometry
 from wan_local.network_cost import (
+    PLAIN_LOOP,
+    LoopKernels,
     context_stage_bytes,
     contexts_bytes,
     image_bytes,
@@ -29,13 +30,13 @@ from wan_local.weight_format import Int8Arithmetic
 Source = Literal["ram", "file"]  # where streamed blocks wait
 
 GIB = 2**30
-_HEADROOM = 0.1  # of what is free; the allocator's fragments and the other programs live there
+HEADROOM = 0.1  # of what is free; the allocator's fragments and the other programs live there
 _RUNG = 0.75  # of what a stage was planned to hold, when that turned out to be more than there is
 _FLOAT32_BYTES = 4
 _CHUNK_BYTES = GIB  # temporaries of the tokens in flight, where there is room
 _SMALL_CHUNK_BYTES = GIB // 4  # and where there is not
 _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
-_RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
+RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
 W8A8_TOKENS = 2048  # whose sums of integers are held at a time
 _DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**22, 2**26  # bytes of the rows of a weight that are float32 at a time
 SLOTS = 2  # of the ring that streamed blocks pass through
@@ -47,7 +48,8 @@ class NetworkSize:
 
     `wide` of them stay float32 whatever the compute dtype. Quantized weights are not among them: they take `packed`
     bytes in all, whatever is computed in, and the largest one stands for `unpacked` numbers; `nibbles`: two of them in
-    a byte. `blocks` has the numbers and the packed bytes of each block where these count or differ.
+    a byte; `integers`: all of them are whole numbers, so that int8 inputs can meet them. `blocks` has the numbers and
+    the packed bytes of each block where these count or differ.
     """
 
     total: int
@@ -58,6 +60,7 @@ class NetworkSize:
     packed: int = 0
     unpacked: int = 0
     nibbles: bool = False
+    integers: bool = False
     blocks: tuple[tuple[int, int], ...] = ()
 
     def weight_bytes(self, compute_bytes: int) -> int:
@@ -80,7 +83,7 @@ def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
 class Machine:
     """What the planner knows: the device, the bytes free on it and in RAM, the bytes of one computed number.
 
-    int8_arithmetic: what int8 weights are used by.
+    int8_arithmetic: what int8 weights are used by. kernels: what the loop computes with.
     """
 
     device: str
@@ -88,6 +91,7 @@ class Machine:
     free_ram_bytes: int
     compute_bytes: int
     int8_arithmetic: Int8Arithmetic = "weight-only"
+    kernels: LoopKernels = PLAIN_LOOP
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,11 @@ class Plan:
         here = [stage for stage in self.stages if stage.device in (None, self.device)]
         return max(here, key=lambda stage: stage.peak_bytes)
 
+    @property
+    def peak_in_ram(self) -> StagePlan:
+        """Return the stage with the most waiting in RAM beside a card."""
+        return max(self.stages, key=lambda stage: stage.ram_bytes)
+
     def stage(self, name: str) -> StagePlan:
         return next(stage for stage in self.stages if stage.name == name)
 
@@ -155,62 +164,8 @@ class Plan:
         )
 
 
-def make_plan(
-    geometry: Geometry,
-    config: ModelConfig,
-    sizes: Mapping[str, NetworkSize],
-    machine: Machine,
-    *,
-    smaller: Geometry | None = None,
-) -> Plan:
-    """Return the plan: every network whole on the device while its stage lasts, or streamed where that is too much.
-
-    sizes: of each network. smaller: the geometry to suggest where this one does not fit. Raises DoesNotFit.
-    """
-    plan = _plan(geometry, config, sizes, machine)
-    budget = usable_bytes(machine)
-    if plan.peak.peak_bytes <= budget:
-        return plan
-    advice = "Use a machine with more memory, or a smaller model."
-    if smaller is not None:
-        lesser = _plan(smaller, config, sizes, machine)
-        if lesser.peak.peak_bytes <= budget:
-            advice = f"{smaller.size} x {smaller.num_frames} frames would fit ({lesser.peak.peak_bytes / GIB:.1f} GiB)."
-    peak = plan.peak
-    raise DoesNotFit(
-        f"{geometry.size} x {geometry.num_frames} frames needs {peak.peak_bytes / GIB:.1f} GiB on {machine.device} at "
-        f"its peak ({peak.name}: {peak.weight_bytes / GIB:.1f} GiB of weights); {machine.free_bytes / GIB:.1f} GiB is "
-        f"free, of which {budget / GIB:.1f} GiB may be used. {advice}"
-    )
-
-
-def shrink(
-    plan: Plan, name: str, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine
-) -> Plan | None:
-    """Return `plan` with the stage `name` planned for three quarters of its bytes; None where it cannot do with less.
-
-    Fewer blocks stay on the device; where none does any more, fewer tokens go at a time.
-    """
-    stage = plan.stage(name)
-    smaller = replace(machine, free_bytes=int(stage.peak_bytes * _RUNG / (1 - _HEADROOM)))
-    lesser_plan = _plan(plan.geometry, config, sizes, smaller)
-    lesser, chunk = lesser_plan.stage(name), plan.chunk_tokens
-    if name == "denoise":
-        chunk = min(chunk, lesser_plan.chunk_tokens)
-    if lesser == stage:
-        if name != "denoise" or chunk <= _MIN_CHUNK:
-            return None
-        chunk = max(chunk // 2, _MIN_CHUNK)
-    stages = tuple(lesser if other.name == name else other for other in plan.stages)
-    return replace(plan, stages=stages, chunk_tokens=chunk)
-
-
-def usable_bytes(machine: Machine) -> int:
-    """Return what a plan may use of the free bytes; the rest is headroom."""
-    return int(machine.free_bytes * (1 - _HEADROOM))
-
-
-def _plan(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine) -> Plan:
+def plan_within(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine) -> Plan:
+    """Return the plan with the least in memory that costs no more time than it must; it may not fit all the same."""
     compute = machine.compute_bytes
     denoising, chunk = _denoising(geometry, config, sizes["transformer"], machine)
     embedding = context_stage_bytes(config, compute, parked=denoising.parked)
@@ -233,6 +188,37 @@ def _plan(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSi
         _tiled("decode", "decoder", geometry, config, sizes["vae_decoder"], machine),
     )
     return Plan(geometry, machine.device, chunk, stages, machine.free_bytes)
+
+
+def shrink(
+    plan: Plan, name: str, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine
+) -> Plan | None:
+    """Return `plan` with the stage `name` planned for three quarters of its bytes; None where it cannot do with less.
+
+    Fewer blocks stay on the device; where none does any more, fewer tokens go at a time.
+    """
+    stage = plan.stage(name)
+    smaller = replace(machine, free_bytes=int(stage.peak_bytes * _RUNG / (1 - HEADROOM)))
+    lesser_plan = plan_within(plan.geometry, config, sizes, smaller)
+    lesser, chunk = lesser_plan.stage(name), plan.chunk_tokens
+    if name == "denoise":
+        chunk = min(chunk, lesser_plan.chunk_tokens)
+    if lesser == stage:
+        if name != "denoise" or chunk <= _MIN_CHUNK:
+            return None
+        chunk = max(chunk // 2, _MIN_CHUNK)
+    stages = tuple(lesser if other.name == name else other for other in plan.stages)
+    return replace(plan, stages=stages, chunk_tokens=chunk)
+
+
+def usable_bytes(machine: Machine) -> int:
+    """Return what a plan may use of the free bytes; the rest is headroom."""
+    return int(machine.free_bytes * (1 - HEADROOM))
+
+
+def usable_ram_bytes(machine: Machine) -> int:
+    """Return what may wait in RAM; the rest is for the process itself, the encoder of the video and everyone else."""
+    return int(machine.free_ram_bytes * RAM_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,19 +246,22 @@ _WAYS = (
 def _denoising(geometry: Geometry, config: ModelConfig, size: NetworkSize, machine: Machine) -> tuple[StagePlan, int]:
     """Return the loop's stage and its tokens at a time, the first of the ways that fits; the last where none does."""
     compute, transformer = machine.compute_bytes, config.transformer
-    in_linear = _quantized_bytes(size, config, machine)
+    kernels, in_linear = machine.kernels, _quantized_bytes(size, config, machine)
+    kernels = replace(kernels, int8_rows=size.integers and machine.int8_arithmetic == "w8a8")
     for way in _WAYS:
         if way.parked and machine.device == "cpu":
             continue  # all of it is in RAM
         chunk = chunk_tokens(transformer, geometry.tokens, compute, way.chunk_bytes)
         contexts = parked_bytes(config, compute, SLOTS) if way.parked else contexts_bytes(config, compute)
-        held = contexts + loop_bytes(geometry, config, chunk, compute, together=way.together, in_linear=in_linear)
+        looping = loop_bytes(
+            geometry, config, chunk, compute, together=way.together, in_linear=in_linear, kernels=kernels
+        )
         # in RAM: all of them, and a ring like the device's to copy from
         waiting = contexts_bytes(config, compute) + parked_bytes(config, compute, SLOTS) if way.parked else 0
         stage = StagePlan(
             "denoise",
             size.weight_bytes(compute),
-            held,
+            contexts + looping,
             int8_arithmetic=machine.int8_arithmetic if size.packed else None,
             together=way.together,
             parked=way.parked,
@@ -280,7 +269,7 @@ def _denoising(geometry: Geometry, config: ModelConfig, size: NetworkSize, machi
         )
         if way.streamed:
             stage = streamed_if_needed(stage, size, machine)
-        if stage.peak_bytes <= usable_bytes(machine):
+        if stage.peak_bytes <= usable_bytes(machine) and stage.ram_bytes <= usable_ram_bytes(machine):
             break
     return stage, chunk
 
@@ -301,7 +290,7 @@ def _tiled(
             tiling=tiling,
             ram_bytes=0 if on_cpu else kept,
         )
-        if plan.peak_bytes <= usable_bytes(machine):
+        if plan.peak_bytes <= usable_bytes(machine) and plan.ram_bytes <= usable_ram_bytes(machine):
             return plan
         plans.append(plan)
     return min(plans, key=lambda plan: plan.peak_bytes)
@@ -323,7 +312,7 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine) ->
         if activation + weights <= budget:
             break
     on_cpu, in_ram = machine.device == "cpu", stage.ram_bytes + sum(waiting)
-    source: Source = "ram" if not on_cpu and in_ram <= machine.free_ram_bytes * _RAM_SHARE else "file"
+    source: Source = "ram" if not on_cpu and in_ram <= usable_ram_bytes(machine) else "file"
     if source == "file":
         in_ram = 0 if on_cpu else stage.ram_bytes + SLOTS * max(waiting)
     return replace(

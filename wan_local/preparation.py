@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,12 +20,13 @@ from wan_local.cache import EncodingCache
 from wan_local.checkpoint import ModelFiles, find_model, model_config
 from wan_local.conditioning import picture_tensor
 from wan_local.device import card_model, compute_dtype, free_bytes, free_ram_bytes, resolve_device
+from wan_local.fitting import WayOut, make_plan
 from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, Geometry, Size, output_size
 from wan_local.image import fit, load_image
 from wan_local.ladder import Ladder
-from wan_local.network_cost import BRANCHES
+from wan_local.network_cost import BRANCHES, LoopKernels
 from wan_local.order import Order, words_of
-from wan_local.planner import GIB, Machine, Plan, make_plan, shrink
+from wan_local.planner import GIB, Machine, NetworkSize, Plan, shrink
 from wan_local.probe import choose_kernels
 from wan_local.quantize import default_arithmetic
 from wan_local.report import Report
@@ -120,12 +122,14 @@ def planned(
     geometry, config, machine = order.geometry, files.config, _machine(device, settings)
     if switches is None:
         switches = prepare_switches(order.request, settings, machine)
-    lesser = smaller if smaller and smaller.tokens < geometry.tokens else None
-    plan = make_plan(geometry, config, network_sizes(config, files), machine, smaller=lesser)
+    chosen = choose_kernels(settings, device, config)
+    wide = settings.precision == "reference"
+    machine = replace(machine, kernels=LoopKernels(chosen.fused, attention=chosen.attention, wide_residual=wide))
+    sizes = network_sizes(config, files)
+    plan = make_plan(geometry, config, sizes, machine, ways_out=_ways_out(geometry, smaller, config, sizes))
     plan = plan.preceded_by(*switches.stages)
     check_output(order.output, largest_bytes(geometry))
     images = (picture_tensor(order.pictures[0]), picture_tensor(order.pictures[1]))
-    chosen = choose_kernels(settings, device, config)
     return Job(order, settings, files, device, compute_dtype(device), images, machine, plan, switches, chosen)
 
 
@@ -155,9 +159,9 @@ def plan_run(
         weights = find_model(settings)
     sizes = {name: output_size(config.canvas(name), request.aspect_ratio, _WIDE) for name in RESOLUTIONS}
     geometry, small = Geometry(sizes[request.resolution], request.num_frames), Geometry(sizes["480p"], NATIVE_FRAMES)
-    smaller = small if small.tokens < geometry.tokens else None
     weight_sizes = network_sizes(config, weights)
-    plan = make_plan(geometry, config, weight_sizes, machine, smaller=smaller)
+    ways_out = _ways_out(geometry, small, config, weight_sizes)
+    plan = make_plan(geometry, config, weight_sizes, machine, ways_out=ways_out)
     plan = timed(
         plan,
         config,
@@ -167,6 +171,22 @@ def plan_run(
         branches=1 if request.guide_scale == 1 else BRANCHES,
     )
     return config, plan.preceded_by(*planned_stages(request, settings, machine))
+
+
+def _ways_out(
+    geometry: Geometry, smaller: Geometry | None, config: ModelConfig, sizes: Mapping[str, NetworkSize]
+) -> Iterator[WayOut]:
+    """Yield what takes less memory, the least of a change first: a smaller video, then weights in int8."""
+    videos = [("", geometry)]
+    if smaller is not None and smaller.tokens < geometry.tokens:
+        videos.append((f"{smaller.size} x {smaller.num_frames} frames", smaller))
+        yield WayOut(videos[-1][0], smaller, sizes)
+    if sizes["transformer"].packed or config.embedded is not None:
+        return
+    int8 = network_sizes(config, WeightFormats.converted("int8"))
+    for words, video in videos:
+        also = f"{words} " if words else "the same "
+        yield WayOut(f"{also}with int8 weights (`wan-local convert SRC DST --format int8`)", video, int8)
 
 
 def _machine(device: torch.device, settings: Settings) -> Machine:

@@ -148,8 +148,13 @@ def _size_of(recipe: _Recipe, config: ModelConfig, weights: ModelFiles | WeightF
     unpacked = max(
         (p.numel() * (1 + (p.dtype == torch.uint8)) for p in module.parameters() if p.dtype in STORED_DTYPES), default=0
     )
-    nibbles = any(p.dtype == torch.uint8 for p in module.parameters())
-    size = NetworkSize(total, wide=wide, packed=packed, unpacked=unpacked, nibbles=nibbles)
+    stored = {parameter.dtype for parameter in module.parameters()} & set(STORED_DTYPES)
+    integers = (
+        bool(stored) and torch.float8_e4m3fn not in stored and not (isinstance(weights, ModelFiles) and weights.loras)
+    )
+    size = NetworkSize(
+        total, wide=wide, packed=packed, unpacked=unpacked, nibbles=torch.uint8 in stored, integers=integers
+    )
     if recipe.layers is None or not recipe.streams:
         return size
     blocks = tuple(_count(block) for block in cast(nn.ModuleList, module.get_submodule(recipe.layers)))

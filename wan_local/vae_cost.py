@@ -200,8 +200,10 @@ def _working(place: _Place, frames: int, *, compared: bool = False) -> int:
         return given + (frames * dim_in + (frames + 2 * _PAST) * dim_in) * area
     shortcut = frames * dim_out * area if dim_in != dim_out else 0
     old_in, old_out = (_PAST * dim_in, _PAST * dim_out) if compared else (0, 0)
-    first = (2 * frames + _PAST) * dim_in + max(_PAST * dim_in, old_in + frames * dim_out)
-    second = (3 * frames + _PAST) * dim_out + old_in + max(_PAST * dim_out, old_out + frames * dim_out)
+    # a frame's sum, of a chunk as well as in its place in it, and one tap's input frame and output
+    sums = frames + 1 if frames > 1 else 1
+    first = (2 * frames + _PAST) * dim_in + max(_PAST * dim_in, old_in + (sums + 1) * dim_out + dim_in)
+    second = (3 * frames + _PAST) * dim_out + old_in + max(_PAST * dim_out, old_out + (sums + 2) * dim_out)
     return given + shortcut + max(first, second) * area
 
 

@@ -13,7 +13,8 @@ from wan_local.weight_format import WeightFormat, WeightFormats
 
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
-    from wan_local.planner import Plan, StagePlan
+    from wan_local.planner import Machine, Plan, StagePlan
+    from wan_local.settings import Settings
 
 # the fields that memory depends on
 _PLANNED: tuple[str, ...] = (
@@ -48,21 +49,15 @@ def add(commands: Commands) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     from wan_local.expander import describe
-    from wan_local.planner import Machine
     from wan_local.preparation import plan_run
     from wan_local.request import Request
 
     given = vars(options)
     asked = {name: given[name] for name in _PLANNED if name in given}
     request = Request.from_arguments({"prompt": "", "start_image_url": "", "end_image_url": "", **asked})
-    machine = None
-    if "vram" in given:
-        machine = Machine("a card", given["vram"], given.get("ram", given["vram"]), compute_bytes=2)
-    elif "ram" in given:
-        machine = Machine("cpu", given["ram"], given["ram"], compute_bytes=4)
-    config, plan = plan_run(
-        settings_from(given), request, machine=machine, formats=_formats(given), card=given.get("card")
-    )
+    settings = settings_from(given)
+    machine = _machine(given, settings)
+    config, plan = plan_run(settings, request, machine=machine, formats=_formats(given), card=given.get("card"))
     if "json" in given:
         stages = [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in plan.stages]
         print(json.dumps({"model": config.name, "device": plan.device, "stages": stages}, indent=2))
@@ -72,10 +67,22 @@ def _plan(options: argparse.Namespace) -> int:
         print(_row(stage))
     print(_pace(plan, request.num_inference_steps))
     if request.enable_prompt_expansion:
-        print(f"Prompt expansion: {describe(settings_from(given))}")
+        print(f"Prompt expansion: {describe(settings)}")
     if config.download_gigabytes is not None:
         print(f"Weights: {config.repository}, about {config.download_gigabytes} GB to download.")
     return DONE
+
+
+def _machine(given: dict[str, Any], settings: Settings) -> Machine | None:
+    """Return the machine that is asked about, with this one's RAM unless told; None for this machine."""
+    from wan_local.device import free_ram_bytes
+    from wan_local.planner import Machine
+
+    if "vram" in given:
+        arithmetic = "w8a8" if settings.int8_arithmetic == "auto" else settings.int8_arithmetic  # as a card computes
+        ram = given["ram"] if "ram" in given else free_ram_bytes()
+        return Machine("a card", given["vram"], ram, compute_bytes=2, int8_arithmetic=arithmetic)
+    return Machine("cpu", given["ram"], given["ram"], compute_bytes=4) if "ram" in given else None
 
 
 def _pace(plan: Plan, steps: int) -> str:
