@@ -4,13 +4,14 @@ python -m bench.int8_block [--tokens 2048] [--layers 8] [--runs 3] [--threads 1]
 
 dim 1536, 12 heads of 128, ffn 8960, random weights. W8A8 pays where the CPU multiplies bytes (AVX512-VNNI): there the
 products go through torch._int_mm. Without it the same integers are float32 products, exact and no faster than float32;
-the row says which it was.
+the row says which it was. On a CPU with AMX, ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI shows one without.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,17 @@ def quantize_blocks(network: Transformer) -> None:
             weight = quantize_weight(linear.weight.data, "int8", rotated=True)
             held = {"weight": weight.data, "weight_scale": weight.scale}
             linear.hold(held, rotated=True, arithmetic="w8a8")
+
+
+def compute_in_bfloat16(network: Transformer) -> None:
+    """Let linears give bfloat16, and so attention take it; norms, scales and the residual stay float32."""
+    for linear in network.modules():
+        if isinstance(linear, Linear) and linear.bias is not None:
+            linear.bias.data = linear.bias.data.bfloat16()
+
+
+def _cast(context: ContextKV, dtype: torch.dtype) -> ContextKV:
+    return ContextKV(*(x.to(dtype) for x in (context.k, context.v, context.k_image, context.v_image)), None)
 
 
 def peer_blocks(network: Transformer, config: TransformerConfig, dtype: torch.dtype) -> list[Any]:
@@ -124,16 +136,18 @@ def main() -> None:
         name = f"diffusers {str(dtype).removeprefix('torch.')}"
         _report(name, _timed(name, peer_run, results, options.runs), row, results, hidden)
         del peers
-    for name, choice, quantized in (
-        ("wan_local float32", KernelChoice(), False),
-        ("wan_local W8A8", KernelChoice(fused=True), True),
+    for name, choice, prepare in (
+        ("wan_local float32", KernelChoice(), lambda network: None),
+        ("wan_local W8A8", KernelChoice(fused=True), quantize_blocks),
+        ("wan_local W8A8, bfloat16 between", KernelChoice(fused=True), compute_in_bfloat16),
     ):
-        if quantized:
-            quantize_blocks(network)
+        prepare(network)
+        compute = next(iter(network.blocks)).attn1.to_q.compute_dtype
+        seen_by = [_cast(context, compute) for context in contexts]
 
-        def run(choice: KernelChoice = choice) -> Tensor:
+        def run(choice: KernelChoice = choice, seen_by: list[ContextKV] = seen_by) -> Tensor:
             x = hidden.clone()
-            for block, seen in zip(network.blocks, contexts, strict=True):  # type: ignore[call-overload]
+            for block, seen in zip(network.blocks, seen_by, strict=True):  # type: ignore[call-overload]
                 if choice.fused:
                     from wan_local.models.fused_block import advance
 
@@ -171,6 +185,7 @@ def _report(
             "cosine_of_change": round(cosine, 6),
             **measured,
             "products": products,
+            "isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
             "world": describe(CPU),
         },
     )
