@@ -4,18 +4,23 @@ python -m bench.modelled [--write]        the table, and with --write into kerne
 
 One forward of the 14B transformer (one branch of guidance, 81 frames). Dense peaks are multiprocessors x boost clock x
 published rate; the shares of them below were published for such kernels (SageAttention's charts, cuBLAS) or assumed.
-`wan-local doctor` prints a line that replaces a row.
+`wan-local doctor` prints a line: kept in bench/results/doctor.jsonl, it adds a row from that card's measured rates.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bench.world import RESULTS
 from wan_local.geometry import Geometry, Size
 from wan_local.settings import load_model_config
 
+DOCTORS = RESULTS / "doctor.jsonl"
 README = Path(__file__).parents[1] / "kernels" / "README.md"
 BEGIN, END = "<!-- modelled: python -m bench.modelled --write -->", "<!-- end of modelled -->"
 SIZES = {"480p": Size(480, 832), "720p": Size(720, 1280)}
@@ -87,10 +92,31 @@ def table() -> str:
         "| card (modelled) | bf16, eager | fused | and int8 linears | and int8 attention |",
         "|---|---|---|---|---|",
     ]
-    for name, card in CARDS.items():
+    for name, card in {**CARDS, **cards_of_doctors(DOCTORS)}.items():
         both = zip(*(seconds(card, work_of(size)) for size in SIZES.values()), strict=True)
         lines.append(f"| {name} | " + " | ".join(f"{low:.1f} / {high:.0f} s" for low, high in both) + " |")
     return "\n".join(lines)
+
+
+def cards_of_doctors(file: Path) -> dict[str, CardRates]:
+    """Return cards by what `wan-local doctor` measured on them, one line a card, a later line of a card last."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return dict(map(_measured, map(json.loads, lines)))
+
+
+def _measured(line: dict[str, Any]) -> tuple[str, CardRates]:
+    """Return a card's name and its rates, which are reached and not peaks: the shares of peaks are taken out again."""
+
+    def rate(name: str) -> float:
+        return float(line["kernels"][name]["rate"].split()[0])
+
+    linears = [rate(name) for name in line["kernels"] if name.startswith("linear_int8")]
+    card = CardRates(
+        rate("torch bfloat16 product") / GEMM_SHARE, statistics.mean(linears) / INT8_SHARE,
+        rate("torch copy"), rate("torch attention"), rate("attention_int8, fp16 values"),
+    )  # fmt: skip
+    world = line["world"]
+    return f"{world['device']}, by its measured rates (triton {world['triton']})", card
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,3 +70,48 @@ def test_the_line_to_paste_is_json_with_its_world() -> None:
     told = json.loads(line)
     assert "\n" not in line and told["world"]["torch"] == torch.__version__
     assert told["kernels"]["quantize_rows"] == {"error": 0.2, "ms": 1.5, "rate": "900 GB/s", "share": 0.9}
+
+
+def test_a_kernel_that_does_not_run_is_named_with_its_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = [
+        KernelReport("torch copy", 0.0, 1.0, "900 GB/s", of_torch=True),
+        KernelReport("torch int8 product", float("nan"), problem="not supported", of_torch=True),
+        KernelReport("linear_int8", float("nan"), problem="PTXASError: no such instruction"),
+        KernelReport("quantize_rows", 0.1, 2.0, "800 GB/s", float("nan")),
+    ]
+    monkeypatch.setattr(doctor, "kernel_reports", lambda _: iter(reports))
+    assert main(["doctor", "--device", "cpu"]) == 1
+    told = capsys.readouterr()
+    assert "FAILED PTXASError: no such instruction" in told.out and "nan" not in told.out
+    assert "linear_int8" in told.err and "torch int8" not in told.err
+    kernels = json.loads(line_to_paste(CPU, reports))["kernels"]
+    assert kernels["linear_int8"]["error"] is None and kernels["quantize_rows"]["share"] is None
+
+
+def test_on_a_card_every_kernel_is_timed_against_a_ceiling_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(type="cuda")
+
+    def one() -> checks.Outputs:
+        return (torch.ones(1),)
+
+    def broken() -> checks.Outputs:
+        raise RuntimeError("no C compiler")
+
+    cases = [
+        checks.Case("moves", one, one, 2**30),
+        checks.Case("multiplies", one, one, 1, products=10**12),
+        checks.Case("breaks", broken, one, 1),
+    ]
+    monkeypatch.setattr(checks, "cases", lambda *_: iter(cases))
+    monkeypatch.setattr(doctor, "free_bytes", lambda _: 2**33)
+    monkeypatch.setattr(doctor, "median_seconds", lambda *_: 0.01)
+    ceilings = [KernelReport("torch copy", 0.0, of_torch=True, amount=2e11),
+                KernelReport("torch int8 product", 0.0, of_torch=True, amount=4e14)]  # fmt: skip
+    monkeypatch.setattr(doctor, "measure_ceilings", lambda _: iter(ceilings))
+    moves, multiplies, breaks = list(kernel_reports(card))[2:]
+    assert (moves.rate, round(moves.share, 3)) == ("107 GB/s", 0.537)
+    assert (multiplies.rate, multiplies.share) == ("200.0 TOPS", 0.5)
+    assert breaks.problem == "RuntimeError: no C compiler"
+    assert doctor._timed_size(card).tokens == 2**32 // 160_000

@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from wan_kernels import HAS_TRITON, TRITON_VERSION, checks, tuning
 from wan_kernels.hardware import save_tuned
 from wan_kernels.language import KERNEL_ERRORS
 from wan_local import __version__
-from wan_local.attention import BACKENDS, card_of, choose
+from wan_local.attention import BACKENDS, card_of, choose, sdpa
 from wan_local.device import driver_version, free_bytes
 from wan_local.errors import NotAvailable
 from wan_local.probe import problem_of, sources_hash
@@ -33,7 +33,9 @@ _RUN_SECONDS = 0.005  # of work that is shorter than a launch takes, several exe
 _MOST_IN_A_RUN = 50
 _COPY_BYTES = 2**29
 _BYTES_A_TOKEN = 160_000  # that the largest case holds while its inputs are made
-_PRODUCT = (8192, 5120, 5120)  # rows, outputs, inputs of the int8 product that is the ceiling
+_PRODUCT = (8192, 5120, 5120)  # rows, outputs, inputs of the products that are the ceilings
+_COPY, _INT8_PRODUCT = "torch copy", "torch int8 product"
+_BF16_PRODUCT, _ATTENTION = "torch bfloat16 product", "torch attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +49,11 @@ class BackendReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Ceilings:
-    """What this card reaches where nothing is in the way, measured: bytes and int8 multiply-adds a second."""
-
-    copy_bytes: float
-    products: float
-
-
-@dataclass(frozen=True, slots=True)
 class KernelReport:
     """One kernel: its error in units of what is allowed, and on a card its time and the share of its ceiling.
 
-    `problem`: what it failed with, if it gave no numbers at all; its error is NaN then.
+    `problem`: what it failed with, if it gave no numbers at all; its error is NaN then. `of_torch`: it is none of ours
+    but what they are measured against, and `amount` is its bytes or operations a second.
     """
 
     name: str
@@ -67,6 +62,8 @@ class KernelReport:
     rate: str = ""
     share: float | None = None
     problem: str = ""
+    of_torch: bool = False
+    amount: float = math.nan
 
 
 def backend_reports(device: torch.device, settings: Settings) -> list[BackendReport]:
@@ -94,12 +91,14 @@ def kernel_reports(device: torch.device) -> Iterator[KernelReport]:
         for case in checks.cases(device, checks.SMALL, torch.float32):
             yield KernelReport(case.name, checks.judge(case).error)
         return
-    ceilings = measure_ceilings(device)
+    ceilings = list(measure_ceilings(device))
+    yield from ceilings
+    rates = {report.name: report.amount for report in ceilings}
     of_checks, of_timing = checks.cases(device, checks.REAL), checks.cases(device, _timed_size(device))
     for case, timed in zip(of_checks, of_timing, strict=True):
         try:
             verdict = checks.judge(case)
-            yield _timed(timed, verdict.error, ceilings, device) if verdict.right else KernelReport(*astuple(verdict))
+            yield _timed(timed, verdict.error, rates, device) if verdict.right else KernelReport(*astuple(verdict))
         except KERNEL_ERRORS as error:
             yield KernelReport(case.name, math.nan, problem=f"{type(error).__name__}: {str(error).strip()[-300:]}")
 
@@ -110,28 +109,38 @@ def _timed_size(device: torch.device) -> checks.Size:
     return replace(checks.TIMED, tokens=max(checks.REAL.tokens, min(checks.TIMED.tokens, tokens)))
 
 
-def _timed(case: checks.Case, error: float, ceilings: Ceilings, device: torch.device) -> KernelReport:
+def _timed(case: checks.Case, error: float, ceilings: Mapping[str, float], device: torch.device) -> KernelReport:
     seconds = median_seconds(case.timed, device)
     if case.products:
-        rate = case.products / seconds
-        return KernelReport(case.name, error, seconds * 1e3, f"{2 * rate / 1e12:.1f} TOPS", rate / ceilings.products)
-    moved = case.moved_bytes / seconds
-    return KernelReport(case.name, error, seconds * 1e3, f"{moved / 1e9:.0f} GB/s", moved / ceilings.copy_bytes)
+        amount, ceiling = 2 * case.products / seconds, ceilings[_INT8_PRODUCT]
+        return KernelReport(case.name, error, seconds * 1e3, f"{amount / 1e12:.1f} TOPS", amount / ceiling)
+    amount = case.moved_bytes / seconds
+    return KernelReport(case.name, error, seconds * 1e3, f"{amount / 1e9:.0f} GB/s", amount / ceilings[_COPY])
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    """Measure a copy and torch's int8 product on a card; NaN for what cannot be measured."""
+def measure_ceilings(device: torch.device) -> Iterator[KernelReport]:
+    """Yield what torch reaches on a card: a copy, products of int8 and of bfloat16, and exact attention."""
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     rows, outputs, inputs = _PRODUCT
-    a = torch.ones((rows, inputs), dtype=torch.int8, device=device)
-    b = torch.ones((outputs, inputs), dtype=torch.int8, device=device)
-    copied = 2 * _COPY_BYTES / median_seconds(lambda: target.copy_(source), device)
-    try:
-        products = rows * outputs * inputs / median_seconds(lambda: torch._int_mm(a, b.t()), device)
-    except RuntimeError:  # a library that has no int8 product for this card
-        products = math.nan
-    return Ceilings(copied, products)
+    a, b = (torch.ones((n, inputs), dtype=torch.int8, device=device) for n in (rows, outputs))
+    x, w = (torch.ones((n, inputs), dtype=torch.bfloat16, device=device) for n in (rows, outputs))
+    tokens, heads = rows, inputs // _HEAD_DIM
+    q = torch.randn((1, tokens, heads, _HEAD_DIM), dtype=torch.bfloat16, device=device)
+    product = 2 * rows * outputs * inputs
+    for name, amount, unit, work in (
+        (_COPY, 2 * _COPY_BYTES, "GB/s", lambda: target.copy_(source)),
+        (_INT8_PRODUCT, product, "TOPS", lambda: torch._int_mm(a, b.t())),
+        (_BF16_PRODUCT, product, "TOPS", lambda: torch.nn.functional.linear(x, w)),
+        (_ATTENTION, 4 * tokens**2 * inputs, "TOPS", lambda: sdpa(q, q, q)),
+    ):
+        try:
+            seconds = median_seconds(work, device)
+        except RuntimeError as error:  # a library that has no such product for this card
+            yield KernelReport(name, math.nan, problem=str(error).strip()[-300:], of_torch=True)
+            continue
+        shown = f"{amount / seconds / 1e9:.0f} GB/s" if unit == "GB/s" else f"{amount / seconds / 1e12:.1f} TOPS"
+        yield KernelReport(name, 0.0, seconds * 1e3, shown, of_torch=True, amount=amount / seconds)
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, runs: int = _RUNS) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wan_kernels.hardware import row_launch
-from wan_kernels.language import jit, launchable, on_device_of, tl
+from wan_kernels.language import in_spans, jit, launchable, on_device_of, tl
 from wan_kernels.quantize_rows import check_rows, quantize_rows_reference, rotated, store_quantized
 
 
@@ -130,6 +130,10 @@ def gate_norm_modulate_quantize_triton(
     return q, q_scale
 
 
+def _of(span: slice, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return x[:, span], None if y is None else y[:, span]
+
+
 def _empty_quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
@@ -165,10 +169,12 @@ def _(
     eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    new, n = gate_norm_modulate_reference(x, y, gate, scale, shift, affine, eps)
-    if y is not None:
-        x.copy_(new)
-    return n.to(out_dtype)
+    out = torch.empty_like(x, dtype=out_dtype)
+    for span in in_spans(*x.shape[1:]):
+        new, out[:, span] = gate_norm_modulate_reference(*_of(span, x, y), gate, scale, shift, affine, eps)
+        if y is not None:
+            x[:, span] = new
+    return out
 
 
 @gate_norm_modulate_.register_fake
@@ -215,10 +221,13 @@ def _(
     eps: float,
     rotate: bool,
 ) -> tuple[Tensor, Tensor]:
-    new, n = gate_norm_modulate_reference(x, y, gate, scale, shift, affine, eps)
-    if y is not None:
-        x.copy_(new)
-    return quantize_rows_reference(n, rotate)
+    q, q_scale = _empty_quantized(x)
+    for span in in_spans(*x.shape[1:]):
+        new, n = gate_norm_modulate_reference(*_of(span, x, y), gate, scale, shift, affine, eps)
+        if y is not None:
+            x[:, span] = new
+        q[:, span], q_scale[:, span] = quantize_rows_reference(n, rotate)
+    return q, q_scale
 
 
 @gate_norm_modulate_quantize_.register_fake

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wan_kernels.hardware import row_launch
-from wan_kernels.language import jit, launchable, on_device_of, tl
+from wan_kernels.language import in_spans, jit, launchable, on_device_of, tl
 from wan_kernels.linear_int8 import tanh_gelu
 from wan_kernels.quantize_rows import check_rows, quantize_rows_reference, rotated, store_quantized
 
@@ -63,7 +63,11 @@ def gelu_quantize(h: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
 
 @gelu_quantize.register_kernel("cpu")
 def _(h: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
-    return gelu_quantize_reference(h, rotate)
+    q, scale = _empty(h)
+    rows = h.reshape(-1, h.shape[-1])
+    for span in in_spans(*rows.shape):
+        q.view(rows.shape)[span], scale.view(-1)[span] = gelu_quantize_reference(rows[span], rotate)
+    return q, scale
 
 
 @gelu_quantize.register_fake

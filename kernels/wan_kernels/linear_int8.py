@@ -14,12 +14,14 @@ Shape legend: M rows (tokens), N outputs, K inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from wan_kernels.hardware import TileLaunch, tile_launch
-from wan_kernels.language import ceil_div, jit, launchable, on_device_of, tl
+from wan_kernels.language import ceil_div, in_spans, jit, launchable, on_device_of, tl
 
 _EXACT_IN_FLOAT32 = 1024  # products of int8 whose sum stays below 2^24
 _LEAST_ROWS = 32  # cuBLAS multiplies more than 16 rows in int8
@@ -38,15 +40,26 @@ def linear_int8_reference(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return y [..., N] in `dtype`, or its tanh-GELU."""
-    rows = zip(a.flatten(0, -2).split(_ROWS_AT_A_TIME), a_scale.flatten().split(_ROWS_AT_A_TIME), strict=True)
-    outs = []
-    for a_MK, scale_M in rows:
-        y = matmul_int8(a_MK, w).to(dtype).mul_(scale_M.to(dtype).unsqueeze(1)).mul_(w_scale.to(dtype))
-        if bias is not None:
-            y += bias.to(dtype)
-        outs.append(F.gelu(y, approximate="tanh") if gelu else y)
+    outs = [_finished(sums, scale, w_scale, bias, gelu, dtype) for _, sums, scale in _sums(a, a_scale, w)]
     y = outs[0] if len(outs) == 1 else torch.cat(outs)
     return y.unflatten(0, a.shape[:-1]) if a.dim() > 2 else y
+
+
+def _sums(a: Tensor, a_scale: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield rows, their exact sums [rows, N], and their scales [rows], as many rows at a time as may be held."""
+    rows, scales = a.flatten(0, -2), a_scale.flatten()
+    for start in range(0, max(len(rows), 1), _ROWS_AT_A_TIME):
+        span = slice(start, start + _ROWS_AT_A_TIME)
+        yield span, matmul_int8(rows[span], w), scales[span]
+
+
+def _finished(
+    sums_MN: Tensor, scale_M: Tensor, w_scale: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype
+) -> Tensor:
+    """Return what follows the sums, [M, N] in `dtype`."""
+    y = torch.mul(sums_MN, scale_M.to(dtype).unsqueeze(1))
+    y = y.mul_(w_scale.to(dtype)) if bias is None else torch.addcmul(bias.to(dtype), y, w_scale.to(dtype))
+    return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def linear_int8_residual_reference(
@@ -234,7 +247,12 @@ def linear_int8(
 def _(
     a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, gelu: bool, out_dtype: torch.dtype
 ) -> Tensor:
-    return linear_int8_reference(a, a_scale, w, w_scale, bias, gelu).to(out_dtype)
+    out = _empty(a, w, out_dtype)
+    for rows, sums, scale in _sums(a, a_scale, w):
+        y = out.view(-1, len(w))[rows]
+        for span in in_spans(*sums.shape):
+            y[span] = _finished(sums[span], scale[span], w_scale, bias, gelu, torch.float32)
+    return out
 
 
 @linear_int8.register_fake
@@ -260,7 +278,12 @@ def linear_int8_residual_(
 def _(
     a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, x: Tensor, gate: Tensor | None
 ) -> None:
-    x.copy_(linear_int8_residual_reference(a, a_scale, w, w_scale, bias, x, gate))
+    for batch in range(len(x)):
+        for rows, sums, scale in _sums(a[batch], a_scale[batch], w):
+            held = x[batch, rows]
+            for span in in_spans(*sums.shape):
+                y = _finished(sums[span], scale[span], w_scale, bias, False, torch.float32)
+                held[span] = held[span] + (y if gate is None else y * gate[batch])
 
 
 @linear_int8_residual_.register_fake

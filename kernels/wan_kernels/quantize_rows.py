@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wan_kernels.hardware import row_launch
-from wan_kernels.language import jit, launchable, on_device_of, tl
+from wan_kernels.language import in_spans, jit, launchable, on_device_of, tl
 
 ROTATION_GROUP = 64
 INT8_MAX = 127.0
@@ -27,10 +27,8 @@ ROUND_TO_EVEN = 12_582_912.0  # 1.5 * 2^23: adding it leaves an integer, rounded
 def rotate_reference(x: Tensor) -> Tensor:
     """Return x R, group by group of 64 along the last axis; applied twice it gives x back."""
     assert x.shape[-1] % ROTATION_GROUP == 0, f"{x.shape[-1]} columns are not whole groups of {ROTATION_GROUP}"
-    groups: Tensor = x.unflatten(-1, (-1, 4, 4, 4))
-    for axis in (-3, -2, -1):
-        groups = groups.sum(dim=axis, keepdim=True) / 2 - groups
-    turned: Tensor = groups.flatten(-4)
+    small = torch.ones(4, 4, dtype=x.dtype, device=x.device) / 2 - torch.eye(4, dtype=x.dtype, device=x.device)
+    turned: Tensor = (x.unflatten(-1, (-1, ROTATION_GROUP)) @ torch.kron(torch.kron(small, small), small)).flatten(-2)
     return turned
 
 
@@ -39,8 +37,9 @@ def quantize_rows_reference(x: Tensor, rotate: bool, dtype: torch.dtype = torch.
     x = x.to(dtype)
     if rotate:
         x = rotate_reference(x)
-    scale = x.abs().amax(dim=-1).clamp(min=SMALLEST) / INT8_MAX
-    q = (x / scale.unsqueeze(-1)).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    largest = torch.maximum(x.amax(dim=-1), -x.amin(dim=-1))  # of |x|, without a tensor for it
+    scale = largest.clamp_(min=SMALLEST).div_(INT8_MAX)
+    q = torch.div(x, scale.unsqueeze(-1)).round_().to(torch.int8)  # within +-127 by the choice of the scale
     return q, scale.float()
 
 
@@ -119,7 +118,11 @@ def quantize_rows(x: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
 
 @quantize_rows.register_kernel("cpu")
 def _(x: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
-    return quantize_rows_reference(x, rotate)
+    q, scale = _empty(x)
+    rows = x.reshape(-1, x.shape[-1])
+    for span in in_spans(*rows.shape):
+        q.view(rows.shape)[span], scale.view(-1)[span] = quantize_rows_reference(rows[span], rotate)
+    return q, scale
 
 
 @quantize_rows.register_fake

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from wan_kernels.attention_int8 import KEY_BLOCK
 from wan_kernels.hardware import row_launch
-from wan_kernels.language import ceil_div, jit, launchable, on_device_of, tl
+from wan_kernels.language import ceil_div, in_spans, jit, launchable, on_device_of, tl
 from wan_kernels.quantize_rows import INT8_MAX, SMALLEST, check_rows, quantize_rows_reference, rounded_int8
 
 
@@ -258,7 +258,11 @@ def _(
     eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return rms_rope_reference(x, weight, cos, sin, heads, eps).to(out_dtype)
+    out = _empty(x, heads, out_dtype)
+    for span in in_spans(*x.shape[1:]):
+        tables = (None, None) if cos is None or sin is None else (cos[span], sin[span])
+        out[:, span] = rms_rope_reference(x[:, span], weight, *tables, heads, eps)
+    return out
 
 
 @rms_rope.register_fake

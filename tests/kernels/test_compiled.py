@@ -162,9 +162,10 @@ def test_products_run_on_tensor_cores_without_spilling(case: str, arch: int, mon
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", [min(ARCHITECTURES), max(ARCHITECTURES)])
 @pytest.mark.parametrize("case", list(ROWS))
-def test_rows_are_read_in_wide_loads_and_stay_in_registers(case: str) -> None:
-    code = compiled(ROWS[case], 86)
+def test_rows_are_read_in_wide_loads_and_stay_in_registers(case: str, arch: int) -> None:
+    code = compiled(ROWS[case], arch)
     assert code.shared <= SHARED_MEMORY_LIMIT
     assert code.count("(LDL|STL)") == 0, "it spills"
     if case != "decode int4":  # a byte holds two weights there, and scales are shared

@@ -43,7 +43,7 @@ def _doctor(options: argparse.Namespace) -> int:
     for report in kernel_reports(device):
         reports.append(report)
         print(_row(report))
-    wrong = [report.name for report in reports if not report.error <= 1]
+    wrong = [report.name for report in reports if not report.error <= 1 and not report.of_torch]
     if on_card:
         print("\nTo tell us what your card does, paste this line into an issue:")
         print(line_to_paste(device, reports))
@@ -57,6 +57,10 @@ def _row(report: KernelReport) -> str:
         return f"   {report.name:34} FAILED {report.problem}"
     verdict = "right" if report.error <= 1 else "WRONG"
     speed = ""
-    if report.milliseconds is not None and report.share is not None:
-        speed = f"  {report.milliseconds:8.3f} ms  {report.rate:>10}  {report.share:5.0%} of the ceiling"
+    if report.milliseconds is not None:
+        speed = f"  {report.milliseconds:8.3f} ms  {report.rate:>10}"
+    if report.share is not None and report.share == report.share:  # NaN: its ceiling could not be measured
+        speed += f"  {report.share:5.0%} of the ceiling"
+    if report.of_torch:
+        return f"   {report.name:34} the ceiling{speed}"
     return f"   {report.name:34} {verdict} ({report.error:.2g} of what is allowed){speed}"
