@@ -34,13 +34,15 @@ pytestmark = [
 
 
 class PlayableEngine(StubEngine):
-    """Makes a real, short video of the two images; "slow" takes as long as it is let."""
+    """Makes a real, short video of the two images; "slow" takes as long as it is let, "crash" fails."""
 
     def __call__(self, request: Request, ticket: Ticket) -> Iterator[Step | Result]:
         pictures = [
             np.asarray(load_image(getattr(request, field), field=field).resize((160, 96)), np.float32)
             for field in ("start_image_url", "end_image_url")
         ]
+        if request.prompt == "crash":
+            raise RuntimeError("CUDA out of memory")
         steps = 400 if request.prompt == "slow" else request.num_inference_steps
         for index in range(1, steps + 1):
             ticket.check()

@@ -110,6 +110,36 @@ def test_stream_gives_each_step_and_last_the_output(live: Live, body: dict[str, 
     assert live.http.post(f"{live.run}/stream", json={}).status_code == 422
 
 
+def test_a_stream_whose_run_fails_tells_the_error_and_breaks_off(
+    live: Live, engine: StubEngine, body: dict[str, Any]
+) -> None:
+    engine.fault = RuntimeError("CUDA out of memory")
+    lines: list[str] = []
+    with (
+        live.http.stream("POST", f"{live.run}/stream", json=body) as answer,
+        pytest.raises(httpx.RemoteProtocolError, match="incomplete"),
+    ):
+        lines.extend(answer.iter_lines())
+    assert lines[0] == "event: error"
+    told = json.loads(lines[1].removeprefix("data: "))
+    assert (told["status_code"], told["detail"][0]["type"]) == (500, "internal_server_error")
+
+
+def test_a_run_whose_client_waits_is_not_kept_for_a_later_server(
+    live: Live, engine: StubEngine, body: dict[str, Any]
+) -> None:
+    engine.hold()
+    waiting = threading.Thread(target=lambda: live.http.post(live.run, json=body))
+    waiting.start()
+    begun(engine)
+    requests = live.folder / "requests"
+    assert list(requests.iterdir()) == []
+    told = live.http.post(live.queue, json=body).json()
+    assert [told["request_id"] in path.name for path in requests.iterdir()] == [True]
+    engine.gate.set()
+    waiting.join()
+
+
 def test_a_stream_that_is_left_cancels_its_request(live: Live, engine: StubEngine, body: dict[str, Any]) -> None:
     engine.pause = 0.05
     with live.http.stream("POST", f"{live.run}/stream", json=body | {"num_inference_steps": 40}) as answer:

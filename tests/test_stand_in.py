@@ -33,7 +33,8 @@ def test_a_module_that_imports_fal_client_runs_unmodified_after_install(tmp_path
         "import third_party\n"
         "assert third_party.ask() == ['start_image_url', 'end_image_url'], third_party.ask()\n"
         "assert third_party.fal_client is wan_local and third_party.SyncClient is wan_local.SyncClient\n"
-        "assert third_party.fal_client.auth.MissingCredentialsError\n",
+        "assert third_party.fal_client.auth.MissingCredentialsError\n"
+        "assert third_party.fal_client.auth.fetch_credentials() == 'local'\n",
         tmp_path,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -45,7 +46,7 @@ def test_install_after_the_real_client_was_imported_is_refused(tmp_path: Path) -
     assert "fal_client was imported before wan_local.install()" in done.stderr
 
 
-def test_redirect_points_the_real_client_at_a_server_and_sends_it_no_key(tmp_path: Path) -> None:
+def test_redirect_points_the_real_client_at_a_server_and_sends_it_no_key_but_the_servers(tmp_path: Path) -> None:
     pytest.importorskip("fal_client")
     script = """
 import http.server, json, threading, os
@@ -70,6 +71,11 @@ assert fal_client.run("fal-ai/wan-flf2v", {}) ["seed"] == 1
 assert fal_client.upload(b"x", "image/png") == "u"
 assert seen == [("/run/fal-ai/wan-flf2v", "Key local"), ("/storage/auth/token?storage_type=fal-cdn-v3", "Key local"),
                 ("/files/upload", "Bearer t")], seen
+wan_local.redirect(f"http://127.0.0.1:{server.server_port}", key="sesame")
+import asyncio
+fal_client.SyncClient().run("fal-ai/wan-flf2v", {})
+asyncio.run(fal_client.AsyncClient().run("fal-ai/wan-flf2v", {}))
+assert seen[3:] == [("/run/fal-ai/wan-flf2v", "Key sesame")] * 2, seen
 """
     done = run(script, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

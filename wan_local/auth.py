@@ -35,3 +35,8 @@ def fetch_auth_credentials() -> AuthCredentials:
 async def fetch_auth_credentials_async() -> AuthCredentials:
     """Return what `fetch_auth_credentials` returns."""
     return fetch_auth_credentials()
+
+
+def fetch_credentials() -> str:
+    """Return the key alone, as fal_client's older helper does."""
+    return fetch_auth_credentials().token

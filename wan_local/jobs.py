@@ -128,13 +128,17 @@ class Queue:
         priority: Priority = "normal",
         start_timeout: float | None = None,
         webhook_url: str | None = None,
+        attached: bool = False,
     ) -> Job:
-        """Line up a request. Not begun within `start_timeout` seconds, it fails with StartTimeout."""
+        """Line up a request. Not begun within `start_timeout` seconds, it fails with StartTimeout.
+
+        `attached`: its caller waits on a connection that ends with this process, so no later process takes it up.
+        """
         job = Job(str(uuid.uuid4()), request, priority, start_timeout, webhook_url)
         with self._changed:
             if self._closed:
                 raise Cancelled("The queue is closed; no job is taken any more.")
-            if self._records is not None:
+            if self._records is not None and not attached:
                 self._records.accept(job)
             self._line_up(job)
         return job

@@ -89,16 +89,19 @@ class Service:
         priority: Priority = "normal",
         start_timeout: float | None = None,
         webhook_url: str | None = None,
+        attached: bool = False,
     ) -> Job:
         """Queue a request. A wrong one gives a job too: as on the hosted service, it is the result that says so.
 
-        `webhook_url` is sent the outcome, as the hosted service does, but not signed.
+        `webhook_url` is sent the outcome, as the hosted service does, but not signed. `attached`: see `Queue.submit`.
         """
         try:
             request = Request.from_arguments(arguments)
         except InvalidRequest as error:
             return self.queue.reject(error, webhook_url=webhook_url)
-        return self.queue.submit(request, priority=priority, start_timeout=start_timeout, webhook_url=webhook_url)
+        return self.queue.submit(
+            request, priority=priority, start_timeout=start_timeout, webhook_url=webhook_url, attached=attached
+        )
 
     def find(self, application: str, request_id: str) -> Job:
         check_application("/".join(owner_and_alias(application)), "")

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from wan_local.auth import fetch_auth_credentials, fetch_auth_credentials_async
+from wan_local.auth import AuthCredentials, fetch_auth_credentials
 from wan_local.errors import NotAvailable
 
 _ALIASES = {
@@ -31,24 +31,30 @@ def install() -> None:
     sys.modules.update(ours)
 
 
-def redirect(url: str) -> None:
+def redirect(url: str, *, key: str | None = None) -> None:
     """Point the real fal_client of this process at a wan_local server, such as http://127.0.0.1:8787.
 
-    Runs, queue and uploads go there, and no key leaves this process: a stand-in is sent unless a client was made with
-    one. Call it before the first request. Raises NotAvailable where fal_client is not installed, or is this package.
+    Runs, queue and uploads go there, and the hosted service's key stays here: `key` is what the server was started with
+    (--api-key), and without one a stand-in is sent, except by clients that were made with a key of their own. Call it
+    before the first request. Raises NotAvailable where fal_client is not installed, or is this package.
     """
     base = url.rstrip("/")
     if not base.startswith(("http://", "https://")):
         raise ValueError(f"{url!r} is no address of a server; it begins with http:// or https://")
     real = _real_client()
+    credentials = fetch_auth_credentials() if key is None else AuthCredentials("Key", key)
+
+    async def credentials_async() -> AuthCredentials:
+        return credentials
+
     targets = {
         "RUN_URL_FORMAT": f"{base}/run/",
         "QUEUE_URL_FORMAT": f"{base}/queue/",
         "REALTIME_URL_FORMAT": f"ws{base.removeprefix('http')}/run/",
         "REST_URL": base,
         "CDN_URL": base,
-        "fetch_auth_credentials": fetch_auth_credentials,
-        "fetch_auth_credentials_async": fetch_auth_credentials_async,
+        "fetch_auth_credentials": lambda: credentials,
+        "fetch_auth_credentials_async": credentials_async,
     }
     missing = sorted(name for name in targets if not hasattr(real, name))
     if missing:

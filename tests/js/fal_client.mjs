@@ -43,12 +43,22 @@ for (const mode of ["polling", "streaming"]) {
   assert.equal(seen.at(-1), "COMPLETED");
 }
 
-// stream: a local extension
+// the status as a stream of its own: each log once, the last status at its end
+const followed = await fal.queue.submit(app, { input });
+const updates = await fal.queue.streamStatus(app, { requestId: followed.request_id, logs: true });
+const told = [];
+for await (const update of updates) told.push(...(update.logs ?? []).map((log) => log.message));
+assert.deepEqual(told, ["step 1", "step 2", "step 3"]);
+assert.equal((await updates.done()).status, "COMPLETED");
+
+// stream: a local extension; one whose run fails is an error
 const stream = await fal.stream(app, { input });
 const events = [];
 for await (const event of stream) events.push(event);
 assert.deepEqual(events.map((event) => event.index), [1, 2, 3, undefined]);
 assert.equal((await stream.done()).seed, 7);
+const failing = await fal.stream(app, { input: { ...input, prompt: "crash" } });
+await assert.rejects(failing.done(), { name: "ApiError", status: 500 });
 
 // uploads: small, as an input, and in parts
 const small = await fal.storage.upload(blob);
@@ -75,6 +85,10 @@ await fal.queue.cancel(app, { requestId: slow.request_id });
 await fal.queue.subscribeToStatus(app, { requestId: slow.request_id });
 const cancelled = await fal.queue.result(app, { requestId: slow.request_id }).catch((error) => error);
 assert.equal(cancelled.status, 499);
+const leave = new AbortController();
+setTimeout(() => leave.abort(), 300);
+await assert.rejects(fal.run(app, { input: { ...input, prompt: "slow" }, abortSignal: leave.signal }), { name: "AbortError" });
+while ((await (await fetch(`${url}/health`)).json()).unfinished) await new Promise((done) => setTimeout(done, 20)); // cancelled
 const unknown = await fal.queue.status(app, { requestId: "nothing" }).catch((error) => error);
 assert.equal(unknown.status, 404);
 console.log("every claim holds");

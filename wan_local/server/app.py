@@ -5,24 +5,35 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from wan_local import __version__
 from wan_local.errors import InvalidRequest, OutputError
 from wan_local.failure import Failure, describe, unknown_application
-from wan_local.jobs import Job, Priority
+from wan_local.jobs import Job
 from wan_local.request import APPLICATION, Request
 from wan_local.server.files import ServedFiles, TooLarge
 from wan_local.server.guard import App, Guard
 from wan_local.server.images import unpack
-from wan_local.server.messages import Body, BodyTooLarge, base_url, event, failure_response, parse, read_body, refusal
+from wan_local.server.messages import (
+    Body,
+    BodyTooLarge,
+    Events,
+    StreamFailed,
+    Wanted,
+    base_url,
+    event,
+    failure_response,
+    parse,
+    read_body,
+    refusal,
+)
 from wan_local.server.openapi import document
 from wan_local.server.options import ServerOptions
 from wan_local.server.page import add_page
@@ -34,7 +45,6 @@ _ACCEPTED_AT_ONCE = 4  # whose images, up to a quarter of a GiB each, are decode
 _ALIVE_SECONDS = 15.0  # how often a silent stream shows that it is alive
 _QUEUE_TARGET = re.compile(r"(?P<application>.+?)/requests/(?P<id>[^/]+)(?P<tail>(/[a-z]+)*)/?")
 _NOT_FOUND = Failure(404, {"status": "NOT_FOUND"})
-_SSE = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def create_app(service: Service, files: ServedFiles, options: ServerOptions) -> App:
@@ -62,30 +72,6 @@ def _http_error(_: HttpRequest, error: Exception) -> Response:
     return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a submission asks of the queue: headers and query of its request."""
-
-    priority: Priority
-    start_timeout: float | None
-    webhook_url: str | None
-
-    @classmethod
-    def of(cls, request: HttpRequest) -> Wanted | Response:
-        """Read it, or return the refusal."""
-        priority = request.headers.get("x-fal-queue-priority", "normal").lower()
-        if priority not in ("normal", "low"):
-            return refusal(400, f"X-Fal-Queue-Priority is {priority[:50]!r}; it can be normal or low")
-        timeout = request.headers.get("x-fal-request-timeout")
-        seconds = None if timeout is None else _positive(timeout)
-        if timeout is not None and seconds is None:
-            return refusal(400, f"X-Fal-Request-Timeout is {timeout[:50]!r}; it is a number of seconds above 0")
-        webhook = request.query_params.get("fal_webhook")
-        if webhook is not None and not webhook.lower().startswith(("http://", "https://")):
-            return refusal(400, f"fal_webhook is {webhook[:100]!r}; it is an http(s) address")
-        return cls("low" if priority == "low" else "normal", seconds, webhook)
-
-
 class Endpoint:
     """The endpoint itself: its runs and its queue."""
 
@@ -100,12 +86,11 @@ class Endpoint:
         stream = target.rstrip("/") == f"{APPLICATION}/stream"
         if failure := unknown_application(APPLICATION if stream else target, ""):
             return failure_response(failure)
-        job = await self._submitted(request)
+        job = await self._submitted(request, attached=True)
         if isinstance(job, Response):
             return job
         if stream and not isinstance(job.error, InvalidRequest):
-            headers = {**_SSE, "x-fal-request-id": job.id}
-            return StreamingResponse(self._steps(job, request), media_type="text/event-stream", headers=headers)
+            return Events(self._steps(job, request), job.id)
         try:
             while not self._service.queue.wait(job, 0.0):
                 if await request.is_disconnected():
@@ -146,9 +131,7 @@ class Endpoint:
             code = 200 if envelope["status"] == "COMPLETED" else 202
             return JSONResponse(envelope, code, headers={"x-fal-request-id": job.id})
         if tail == "/status/stream":
-            headers = {**_SSE, "x-fal-request-id": job.id}
-            events = self._statuses(job, request, with_logs=with_logs)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return Events(self._statuses(job, request, with_logs=with_logs), job.id)
         if tail not in ("", "/response"):
             return refusal(404, f"Path {tail} not found")
         if not self._service.queue.wait(job, 0.0):
@@ -171,9 +154,9 @@ class Endpoint:
         queue = self._service.queue
         return JSONResponse({"status": "ok", "version": __version__, "unfinished": queue.unfinished})
 
-    async def _submitted(self, request: HttpRequest) -> Job | Response:
+    async def _submitted(self, request: HttpRequest, *, attached: bool = False) -> Job | Response:
         """Return the job that the request's body asks for, or the refusal."""
-        wanted = Wanted.of(request)
+        wanted = Wanted.of(request, attached=attached)
         if isinstance(wanted, Response):
             return wanted
         content = await read_body(request, self._options.max_body_bytes)
@@ -192,6 +175,7 @@ class Endpoint:
             priority=wanted.priority,
             start_timeout=wanted.start_timeout,
             webhook_url=wanted.webhook_url,
+            attached=wanted.attached,
         )
 
     def _find(self, target: str) -> tuple[Job, str] | Response:
@@ -263,7 +247,10 @@ class Endpoint:
             silent += _LOOK_SECONDS
 
     async def _steps(self, job: Job, request: HttpRequest) -> AsyncIterator[str]:
-        """Yield each step and last the output, or the error; a client that leaves cancels its request."""
+        """Yield each step and last the output; a client that leaves cancels its request.
+
+        After an error the stream breaks off, since clients take the last event of one that ends for the output.
+        """
         seen, silent = 0, 0.0
         try:
             while True:
@@ -283,6 +270,7 @@ class Endpoint:
             else:
                 failure = describe(job.error)
                 yield event({**failure.body, "status_code": failure.status_code}, "error")
+                raise StreamFailed
         finally:
             self._service.queue.cancel(job)
 
@@ -291,11 +279,3 @@ def _validated(body: Body) -> Request:
     if body.error is not None:
         raise body.error
     return Request.from_arguments(body.arguments)
-
-
-def _positive(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if 0 < number < float("inf") else None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
+from starlette.types import Send
 
 from wan_local.errors import InvalidRequest
 from wan_local.failure import Failure
+from wan_local.jobs import Priority
 from wan_local.request import as_json
 
 
@@ -26,6 +29,49 @@ class Body:
 
     arguments: Any = None
     error: InvalidRequest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a submission asks of the queue: headers and query of its request; `attached`: its client waits for it."""
+
+    priority: Priority
+    start_timeout: float | None
+    webhook_url: str | None
+    attached: bool
+
+    @classmethod
+    def of(cls, request: HttpRequest, *, attached: bool) -> Wanted | Response:
+        """Read it, or return the refusal."""
+        priority = request.headers.get("x-fal-queue-priority", "normal").lower()
+        if priority not in ("normal", "low"):
+            return refusal(400, f"X-Fal-Queue-Priority is {priority[:50]!r}; it can be normal or low")
+        timeout = request.headers.get("x-fal-request-timeout")
+        seconds = None if timeout is None else _positive(timeout)
+        if timeout is not None and seconds is None:
+            return refusal(400, f"X-Fal-Request-Timeout is {timeout[:50]!r}; it is a number of seconds above 0")
+        webhook = request.query_params.get("fal_webhook")
+        if webhook is not None and not webhook.lower().startswith(("http://", "https://")):
+            return refusal(400, f"fal_webhook is {webhook[:100]!r}; it is an http(s) address")
+        return cls("low" if priority == "low" else "normal", seconds, webhook, attached)
+
+
+class StreamFailed(Exception):
+    """A stream of events must not end as if nothing were wrong."""
+
+
+class Events(StreamingResponse):
+    """Server-sent events about one request. After StreamFailed the connection is cut instead of ended, which every
+    client notices.
+    """
+
+    def __init__(self, events: AsyncIterator[str], request_id: str) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no", "x-fal-request-id": request_id}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+
+    async def stream_response(self, send: Send) -> None:
+        with suppress(StreamFailed):
+            await super().stream_response(send)
 
 
 def failure_response(failure: Failure, request_id: str | None = None) -> Response:
@@ -89,3 +135,11 @@ def event(data: dict[str, Any], name: str | None = None) -> str:
 def _invalid(type_: str, loc: list[str | int], msg: str, value: object, **ctx: str) -> InvalidRequest:
     entry: dict[str, Any] = {"type": type_, "loc": loc, "msg": msg, "input": as_json(value)}
     return InvalidRequest([{**entry, "ctx": ctx} if ctx else entry])
+
+
+def _positive(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 0 < number < float("inf") else None
