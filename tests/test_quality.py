@@ -100,12 +100,14 @@ def test_a_study_goes_on_where_it_stopped(pan: metrics.Frames, tmp_path: Path, m
     monkeypatch.setattr(FakeStudy, "made", 0)
     study = FakeStudy(load_settings(model="tiny"), {}, tmp_path)
     clips, variants = [make_clip(pan), make_clip(pan, "b")], [Variant(EXACT), Variant("add 1"), Variant("add 3")]
-    running = study.run(clips, variants, [Cell()], [1, 2])
+    running = study.run(protocol.units(clips, [Cell()], [1, 2]), variants)
     first = [next(running) for _ in range(4)]
     running.close()
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('{"variant": "cut o')  # a stop in the middle of a line
-    rest = list(FakeStudy(load_settings(model="tiny"), {}, tmp_path).run(clips, variants, [Cell()], [1, 2]))
+    rest = list(
+        FakeStudy(load_settings(model="tiny"), {}, tmp_path).run(protocol.units(clips, [Cell()], [1, 2]), variants)
+    )
     keys = [protocol.key_of(row) for row in first + rest]
     assert len(keys) == len(set(keys)) == 12
     assert {protocol.key_of(row) for row in study.rows()} == set(keys)
@@ -118,7 +120,7 @@ def test_a_study_goes_on_where_it_stopped(pan: metrics.Frames, tmp_path: Path, m
 def test_the_page_has_a_table_pictures_and_readable_csv(pan: metrics.Frames, tmp_path: Path) -> None:
     study = FakeStudy(load_settings(model="tiny"), {}, tmp_path / "work")
     variants = [Variant(EXACT), Variant("add 1"), Variant("add 3")]
-    assert len(list(study.run([make_clip(pan)], variants, [Cell(), Cell(20, 3.0)], [1]))) == 6
+    assert len(list(study.run(protocol.units([make_clip(pan)], [Cell(), Cell(20, 3.0)], [1]), variants))) == 6
     write_page(study, tmp_path / "page", "A title", "Words.")
     text = (tmp_path / "page" / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# A title") and "## 30 steps, shift 5" in text and "## 20 steps, shift 3" in text

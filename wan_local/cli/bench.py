@@ -45,7 +45,7 @@ def _quality(options: argparse.Namespace) -> int:
                 f"bench quality needs {module}, which is not installed: pip install 'wan_local[quality]'"
             )
     from wan_local.quality.own_model import read_pairs, variants
-    from wan_local.quality.protocol import EXACT, Cell, Study, Variant
+    from wan_local.quality.protocol import EXACT, Cell, Study, Variant, units
 
     arguments = {"resolution": options.resolution, "guide_scale": options.guide_scale}
     study = Study(settings_from(vars(options)), arguments, options.output / "runs")
@@ -53,7 +53,7 @@ def _quality(options: argparse.Namespace) -> int:
     compared = [Variant(EXACT), *variants(study.folder, cell.num_inference_steps)]
     clips = read_pairs(options.pairs)
     total, done = len(clips) * len(compared) * len(options.seeds), len(study.rows())
-    for row in study.run(clips, compared, [cell], options.seeds):
+    for row in study.run(units(clips, [cell], options.seeds), compared):
         done += 1
         say(f"{done}/{total} {row['clip']}, seed {row['seed']}, {row['variant']}: {row['calls']} calls, "
             f"{row['seconds']:.1f} s, {row['psnr_to_exact']:.1f} dB to the exact run")  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,14 +25,17 @@ from wan_local.decode import decode_frames
 from wan_local.image import fit
 from wan_local.models.vae import Vae
 from wan_local.pipeline import Embeds, sample
+from wan_local.planner import StagePlan
 from wan_local.preparation import Job, prepare
 from wan_local.preview import to_uint8
 from wan_local.quality import metrics
 from wan_local.quality.metrics import Frames
+from wan_local.quality.shelf import Shelf
 from wan_local.report import Report
 from wan_local.request import Request
 from wan_local.settings import Settings
-from wan_local.stage import stage
+from wan_local.stage import Network, stage
+from wan_local.workspace import Workspace
 
 EXACT = "none"
 _STRIP_FRAMES, _STRIP_WIDTH = 9, 176
@@ -96,12 +100,45 @@ class Made:
     seconds: float
 
 
-class Study:
-    """A protocol: clips, seeds and the request that all runs share, measured with one base model."""
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one exact run is for: all variants are compared with it. shown: they leave strips for the contact sheets."""
 
-    def __init__(self, settings: Settings, arguments: Mapping[str, Any], folder: Path) -> None:
+    cell: Cell
+    clip: Clip
+    seed: int
+    shown: bool = False
+
+
+def units(clips: Iterable[Clip], cells: Sequence[Cell], seeds: Sequence[int], *, shown: int = 3) -> Iterator[Unit]:
+    """Return every unit, the first cell's first; the first clips of the first cell and seed are shown."""
+    kept = list(clips)
+    for cell in cells:
+        for number, clip in enumerate(kept):
+            for seed in seeds:
+                yield Unit(cell, clip, seed, cell == cells[0] and seed == seeds[0] and number < shown)
+
+
+class Study:
+    """A protocol: the request that all runs share, measured with one base model.
+
+    edit: changes every planned run before its variant does. shelf: keeps networks between runs; each run loads its own
+    and frees it unless given.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        arguments: Mapping[str, Any],
+        folder: Path,
+        *,
+        edit: Callable[[Job], Job] = lambda job: job,
+        shelf: Shelf | None = None,
+    ) -> None:
         self.settings, self.arguments, self.folder = settings, dict(arguments), folder
+        self._edit, self._shelf = edit, shelf
         self._rows_file = folder / "rows.jsonl"
+        self._encoded: tuple[str, Encoded] | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def rows(self) -> list[metrics.Row]:
@@ -114,44 +151,48 @@ class Study:
                 rows.append(json.loads(line))
         return rows
 
+    def sort(self, key: Callable[[metrics.Row], Any]) -> None:
+        """Put the rows in an order that does not depend on who measured what when."""
+        lines = [json.dumps(row) + "\n" for row in sorted(self.rows(), key=key)]
+        part = self._rows_file.with_suffix(".part")
+        part.write_text("".join(lines), encoding="utf-8")
+        part.replace(self._rows_file)
+
     def run(
-        self, clips: Iterable[Clip], variants: Sequence[Variant], cells: Sequence[Cell], seeds: Sequence[int]
+        self, wanted: Iterable[Unit], variants: Sequence[Variant], *, deadline: float = math.inf
     ) -> Iterator[metrics.Row]:
-        """Measure everything that is not measured yet, clip by clip; yield and keep each row."""
+        """Measure everything that is not measured yet, unit by unit; yield and keep each row.
+
+        deadline: of `time.monotonic`, after which no run is begun.
+        """
         done = {key_of(row) for row in self.rows()}
         self._end_cut_line()
-        for clip in clips:
-            wanted = [
-                (cell, seed, variant)
-                for cell in cells
-                for seed in seeds
-                for variant in variants
-                if (variant.label, cell.name, clip.name, seed) not in done
-            ]
-            if wanted:
-                yield from self._run_clip(clip, wanted, (cells[0], seeds[0]))
+        for unit in wanted:
+            missing = [v for v in variants if (v.label, unit.cell.name, unit.clip.name, unit.seed) not in done]
+            if missing and time.monotonic() < deadline:
+                yield from self._run_unit(unit, missing, deadline)
 
-    def _run_clip(
-        self, clip: Clip, wanted: Sequence[tuple[Cell, int, Variant]], shown: tuple[Cell, int]
-    ) -> Iterator[metrics.Row]:
-        """shown: the runs that leave a strip of frames for the contact sheets."""
-        encoded = self.encode(clip)
-        exact: dict[tuple[Cell, int], tuple[Made, dict[str, float]]] = {}
-        for cell, seed, variant in wanted:
-            if (cell, seed) not in exact:
-                made = self.make(clip, encoded, Variant(EXACT), cell, seed)
-                exact[cell, seed] = made, metrics.describe(made.frames, encoded.ends)
-            made = exact[cell, seed][0]
+    def _run_unit(self, unit: Unit, variants: Sequence[Variant], deadline: float) -> Iterator[metrics.Row]:
+        clip = unit.clip
+        if self._encoded is None or self._encoded[0] != clip.name:
+            self._encoded = clip.name, self.encode(clip)
+        encoded = self._encoded[1]
+        exact = self.make(clip, encoded, Variant(EXACT), unit.cell, unit.seed)
+        exact_figures = metrics.describe(exact.frames, encoded.ends)
+        for variant in variants:
+            if time.monotonic() >= deadline:
+                return
+            made = exact
             if variant.label != EXACT:
-                made = self.make(clip, encoded, variant, cell, seed)
+                made = self.make(clip, encoded, variant, unit.cell, unit.seed)
             row = {
                 "variant": variant.label,
-                "cell": cell.name,
+                "cell": unit.cell.name,
                 "clip": clip.name,
-                "seed": seed,
-                **measured(made, *exact[cell, seed], encoded, clip),
+                "seed": unit.seed,
+                **measured(made, exact, exact_figures, encoded, clip),
             }
-            if (cell, seed) == shown:
+            if unit.shown:
                 save_strip(made.frames, self.strip(clip.name, variant.label))
             with self._rows_file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
@@ -164,7 +205,7 @@ class Study:
 
     def strip(self, clip: str, variant: str) -> Path:
         """Return where a run's strip of frames is kept."""
-        return self.folder / "strips" / f"{_file_name(clip)}--{_file_name(variant)}.png"
+        return self.folder / "strips" / f"{_file_name(clip)}--{_file_name(variant)}.jpg"
 
     def job(self, clip: Clip, variant: Variant, cell: Cell, seed: int) -> Job:
         """Return a variant's run, checked and planned."""
@@ -180,7 +221,8 @@ class Study:
             **variant.request,
         }
         settings = replace(self.settings, **variant.settings)
-        return variant.edit(prepare(Request.from_arguments(arguments), settings, self.folder / "unused.mp4"))
+        job = prepare(Request.from_arguments(arguments), settings, self.folder / "unused.mp4")
+        return variant.edit(self._edit(job))
 
     def make(self, clip: Clip, encoded: Encoded, variant: Variant, cell: Cell, seed: int) -> Made:
         """Run one variant on one clip to its frames."""
@@ -188,7 +230,7 @@ class Study:
         embeds = encoded.embeds
         if job.request.guide_scale == 1:
             embeds = Embeds(embeds.prompt, None, embeds.images)
-        running = sample(job, job.workspace(Report(job.device)), embeds, encoded.condition)
+        running = sample(job, self._space(job), embeds, encoded.condition)
         started = time.perf_counter()
         while True:
             try:
@@ -197,25 +239,37 @@ class Study:
                 state = end.value
                 break
         seconds = time.perf_counter() - started
-        with stage("vae", job.files, job.device, job.dtype) as vae:
+        with self._open("vae", job) as vae:
             frames = np.concatenate([decoded.frames for decoded in decode_frames(vae, state.latents, job.geometry)])
         return Made(frames, state.calls, seconds)
+
+    def _space(self, job: Job) -> Workspace:
+        space = job.workspace(Report(job.device))
+        return space if self._shelf is None else self._shelf.furnish(space)
+
+    @contextlib.contextmanager
+    def _open(self, network: Network, job: Job, plan: StagePlan | None = None) -> Iterator[Any]:
+        if self._shelf is not None:
+            yield self._shelf.network(network, job.files, job.device, job.dtype, plan)
+            return
+        with stage(network, job.files, job.device, job.dtype, plan=plan) as module:
+            yield module
 
     def encode(self, clip: Clip) -> Encoded:
         """Encode a clip's prompts and images by the base model."""
         job = self.job(clip, Variant(EXACT), Cell(), seed=0)
-        placed, config = (job.files, job.device, job.dtype), job.files.config
+        config = job.files.config
         length, tokenizer = config.transformer.text_tokens, load_tokenizer(job.files.folder / "tokenizer")
-        with stage("text_encoder", *placed, plan=job.plan.stage("text")) as encoder:
+        with self._open("text_encoder", job, job.plan.stage("text")) as encoder:
             prompts = [
                 embed_prompt(encoder, tokenize(tokenizer, text, limit=length), length=length)
                 for text in (job.request.prompt, job.request.negative_prompt)
             ]
-        with stage("image_encoder", *placed) as encoder:
+        with self._open("image_encoder", job) as encoder:
             images = embed_images(encoder, job.images, config.image_encoder)
         size = job.geometry.size
         ends = (np.asarray(fit(clip.start, size)), np.asarray(fit(clip.end, size)))
-        with stage("vae", *placed) as vae:
+        with self._open("vae", job) as vae:
             condition = encode_condition(vae, job.images, job.geometry.generated_frames)
             first, last = (_through(vae, image.to(condition)) for image in job.images)
         ceiling = (metrics.psnr(first, ends[0]), metrics.psnr(last, ends[1]))
@@ -228,7 +282,7 @@ def save_strip(frames: Frames, path: Path) -> None:
     picture = Image.fromarray(np.concatenate(list(chosen), axis=1))
     picture.thumbnail((_STRIP_FRAMES * _STRIP_WIDTH, _STRIP_FRAMES * _STRIP_WIDTH))
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    picture.save(path, quality=90)
 
 
 def _file_name(label: str) -> str:
