@@ -39,10 +39,12 @@ from wan_local.attention import Function, KernelChoice
 from wan_local.convert import Conversion, convert
 from wan_local.preparation import Job
 from wan_local.preview import to_uint8
+from wan_local.quality.making import Maker
 from wan_local.quality.metrics import Row
 from wan_local.quality.page import write_page
-from wan_local.quality.protocol import EXACT, Cell, Clip, Study, Unit, Variant
+from wan_local.quality.protocol import Study
 from wan_local.quality.shelf import Shelf
+from wan_local.quality.subject import EXACT, Cell, Clip, Unit, Variant
 from wan_local.settings import AttentionName, load_settings
 from wan_local.sources import open_source
 from wan_local.weight_format import Int8Arithmetic, WeightFormat, WeightFormats
@@ -204,6 +206,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--variants", nargs="+", help="only these labels")
     made.add_argument("--device", default="cpu")
     made.add_argument("--processes", type=int, default=1)
+    made.add_argument("--at-once", type=int, default=1, help="runs of a process that go as one batch: for a card")
     made.add_argument("--seconds", type=float, help="begin no run after so long; what was measured is kept")
     made.add_argument("--page", type=Path, help="write the page from all rows there are and stop")
     made.add_argument("--share", help=argparse.SUPPRESS)  # which of the units, INDEX/COUNT
@@ -218,8 +221,11 @@ def main() -> None:
         options.until = time.time() + options.seconds
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     arguments = {"resolution": "480p", "aspect_ratio": "16:9", "guide_scale": 5}
-    settings = load_settings(model="tiny", device=options.device, attention="sdpa", kernels="off")
-    study = Study(settings, arguments, options.work, edit=in_float32, shelf=Shelf())
+    settings = load_settings(
+        model="tiny", device=options.device, attention="sdpa", kernels="off", cache_dir=options.work / "encodings"
+    )
+    maker = Maker(settings, arguments, options.work, edit=in_float32, shelf=Shelf())
+    study = Study(maker, options.work, at_once=options.at_once)
     if options.page:
         world = ", ".join(f"{name} {value}" for name, value in describe(torch.device("cpu")).items() if value)
         write_page(study, options.page, "What each approximation costs", f"{WORDS}\nWorld: {world}.")

@@ -44,11 +44,14 @@ def _quality(options: argparse.Namespace) -> int:
             raise NotAvailable(
                 f"bench quality needs {module}, which is not installed: pip install 'wan_local[quality]'"
             )
+    from wan_local.quality.making import Maker
     from wan_local.quality.own_model import read_pairs, variants
-    from wan_local.quality.protocol import EXACT, Cell, Study, Variant, units
+    from wan_local.quality.protocol import Study
+    from wan_local.quality.subject import EXACT, Cell, Variant, units
 
     arguments = {"resolution": options.resolution, "guide_scale": options.guide_scale}
-    study = Study(settings_from(vars(options)), arguments, options.output / "runs")
+    folder = options.output / "runs"
+    study = Study(Maker(settings_from(vars(options)), arguments, folder), folder)
     cell = Cell(options.num_inference_steps, options.shift)
     compared = [Variant(EXACT), *variants(study.folder, cell.num_inference_steps)]
     clips = read_pairs(options.pairs)

@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from wan_local.quality.metrics import Row
-from wan_local.quality.protocol import EXACT, Study
+from wan_local.quality.protocol import Study
+from wan_local.quality.subject import EXACT
 from wan_local.quality.verdict import Summary, summarize
 
 _COLUMNS = (  # figure, its head, digits
