@@ -22,11 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from bench.decision import section
 from bench.tiny_model.photos import held_out_photos
 from bench.tiny_model.render import clip
 from bench.tiny_model.train import DEFAULT_FOLDER as TINY_FOLDER
@@ -51,15 +53,18 @@ from wan_local.weight_format import Int8Arithmetic, WeightFormat, WeightFormats
 
 UNSEEN_SEED = 9 * 10**6
 WIDTH, HEIGHT, FRAMES = 112, 64, 81
+WORLD = "world.txt"
 SHOWN = 3  # clips whose frames are on the contact sheets
 CENTRE = Cell(30, 5.0)
 CELLS = (CENTRE, *(Cell(n, shift) for n in (20, 30, 40) for shift in (3.0, 5.0, 10.0) if (n, shift) != (30, 5.0)))
 TAUS = (0.03, 0.05, 0.1)
 WORDS = """\
-Made by `python -m bench.quality` on the embedded tiny model: unseen clips at 112x64, 81 frames, guide_scale 5, fp32 on
-a CPU. Another seed is the yardstick: what is nearer to the exact run than that changes less than chance does. PSNR to
-the truth is a floor and no ranking: fewer steps draw a mean, which blurs and scores more. How these figures carry over
-to the 14B model is not known; `wan-local bench quality` measures it on your weights.
+Made by `python -m bench.quality` on the embedded tiny model: unseen clips at 112x64, 81 frames, guide_scale 5, float32
+but where a variant says otherwise. int8 attention is by the kernels' references: its rounding, not its speed. Another
+seed is the yardstick: what is nearer to the exact run than that changes less than chance does. PSNR to the truth is a
+floor and no ranking: fewer steps draw a mean, which blurs and scores more. Seconds are of denoising, where several runs
+share the device; calls are what a large model's time goes by. How these figures carry over to the 14B model is not
+known; `wan-local bench quality` measures it on your weights.
 """
 
 
@@ -155,7 +160,7 @@ def variants(work: Path) -> list[Variant]:
         path.write_text(f'[regular]\npolicy = "reuse"\n[reuse]\nmax_reused = {row}\n', encoding="utf-8")
         reuse.append(Variant(f"reuse, {row} in a row", {"acceleration": "regular"}, {"acceleration_file": path}))
     static = Variant("static plan", {"acceleration": "regular"}, {"acceleration_policy": "static"})
-    even = [Variant(f"{steps} even steps", {"num_inference_steps": steps}) for steps in (15, 19)]
+    even = [Variant(f"{steps} even steps", {"num_inference_steps": steps}) for steps in (15, 19, 24)]
     return [
         Variant(EXACT),
         *merging,
@@ -170,6 +175,11 @@ def variants(work: Path) -> list[Variant]:
 
 def fill(options: argparse.Namespace, study: Study) -> None:
     """Measure this process's share."""
+    if options.processes > 1:
+        cv2.setNumThreads(1)
+    if options.share.startswith("0/"):
+        world = ", ".join(f"{name} {value}" for name, value in describe(torch.device(options.device)).items() if value)
+        (options.work / WORLD).write_text(f"{world}, {options.at_once} runs at once", encoding="utf-8")
     compared = [v for v in variants(options.work) if options.variants is None or v.label in options.variants]
     deadline = math.inf if options.seconds is None else options.until - time.time() + time.monotonic()
     for row in study.run(wanted(options), compared, deadline=deadline):
@@ -227,8 +237,8 @@ def main() -> None:
     maker = Maker(settings, arguments, options.work, edit=in_float32, shelf=Shelf())
     study = Study(maker, options.work, at_once=options.at_once)
     if options.page:
-        world = ", ".join(f"{name} {value}" for name, value in describe(torch.device("cpu")).items() if value)
-        write_page(study, options.page, "What each approximation costs", f"{WORDS}\nWorld: {world}.")
+        words = f"{WORDS}\nMeasured on: {(options.work / WORLD).read_text(encoding='utf-8')}."
+        write_page(study, options.page, "What each approximation costs", words, verdict=section)
         return
     if options.share is None and options.processes > 1:
         failed = fill_together(options, sys.argv[1:])

@@ -77,7 +77,7 @@ def _write(study: Study, output: Path) -> None:
         thresholds.write_text(chosen.as_toml(), encoding="utf-8")
         words = (
             f"By these figures `regular` should be: {chosen.label}. "
-            f"`WAN_LOCAL_ACCELERATION_FILE={thresholds.name}` makes it so."
+            f"`WAN_LOCAL_ACCELERATION_FILE={thresholds.absolute()}` makes it so."
         )
     title = "What leaving out steps costs with this model"
     write_page(study, output, title, words)
