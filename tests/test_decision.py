@@ -12,7 +12,7 @@ def summary(
     variant: str, calls: float, psnr: float, *, worst: float = 35, last: float = 0, sharp: float = 1
 ) -> Summary:
     means = {"calls": calls, "psnr_to_exact": psnr, "last_psnr_change": last, "sharpness_ratio": sharp}
-    return Summary(name, "30 steps, shift 5", 72, means, worst)
+    return Summary(variant, "30 steps, shift 5", 72, means, worst)
 
 
 EXACT = summary("none", 30, 99)
