@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from wan_local.attention import sdpa
-from wan_local.models.transformer import ContextKV, fold_padding
+from wan_local.models.transformer import ContextKV, Modulation, fold_padding
 from wan_local.quality import metrics
 from wan_local.quality.making import Maker
 from wan_local.quality.shelf import Shelf
