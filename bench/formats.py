@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from bench.quality import clips
+from bench.quality import UNSEEN_SEED, unseen
 from bench.random_model import TINY
 from bench.world import append_row, describe
 from wan_local.convert import Conversion, convert
+from wan_local.quality.making import Maker
 from wan_local.quality.metrics import Row
-from wan_local.quality.protocol import EXACT, Cell, Study, Variant
+from wan_local.quality.protocol import Study
+from wan_local.quality.subject import EXACT, Cell, Variant, units
 from wan_local.settings import load_settings
 from wan_local.sources import open_source
 from wan_local.weight_format import WeightFormat, WeightFormats
@@ -74,9 +76,10 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     variants = make_stores(options.work)
     arguments = {"resolution": "480p", "aspect_ratio": "16:9", "guide_scale": 5}
-    study = Study(load_settings(model="tiny", device="cpu"), arguments, options.work)
+    study = Study(Maker(load_settings(model="tiny", device="cpu"), arguments, options.work), options.work)
     rows = []
-    for row in study.run(clips(options.clips), variants, [Cell(options.steps, 5.0)], range(1, options.seeds + 1)):
+    chosen = [unseen(UNSEEN_SEED + number) for number in range(options.clips)]
+    for row in study.run(units(chosen, [Cell(options.steps, 5.0)], range(1, options.seeds + 1)), variants):
         print(row["clip"], row["seed"], row["variant"], f"{row['psnr_to_exact']:.2f} dB", flush=True)
     rows = [row for row in study.rows() if row["cell"] == Cell(options.steps, 5.0).name]
     print("| transformer's format | PSNR, mean | worst | last frame |\n|---|---|---|---|")

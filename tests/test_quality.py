@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from wan_local import cli
 from wan_local.cli import terminal
 from wan_local.errors import InvalidRequest
 from wan_local.quality import metrics, own_model, protocol, verdict
+from wan_local.quality.making import Encoded, Made, Maker
 from wan_local.quality.page import write_page
-from wan_local.quality.protocol import EXACT, Cell, Clip, Encoded, Made, Study, Variant
+from wan_local.quality.protocol import Study
+from wan_local.quality.subject import EXACT, Cell, Clip, Unit, Variant, units
 from wan_local.settings import load_acceleration_config, load_settings
 
 RNG = np.random.default_rng(7)
@@ -75,20 +77,22 @@ def test_a_jump_at_the_end_a_flicker_and_a_blur_are_seen(pan: metrics.Frames) ->
     assert metrics.sharpness(blurred) < 0.3 * metrics.sharpness(pan)
 
 
-class FakeStudy(Study):
+class FakeMaker(Maker):
     """Counts its runs; a variant changes the picture by as many levels as its label says."""
-
-    made = 0
 
     def encode(self, clip: Clip) -> Encoded:
         ends = (np.asarray(clip.start), np.asarray(clip.end))
         return Encoded(None, None, ends, (40.0, 40.0))  # type: ignore[arg-type]
 
-    def make(self, clip: Clip, encoded: Encoded, variant: Variant, cell: Cell, seed: int) -> Made:
-        FakeStudy.made += 1
-        assert clip.truth is not None
+    def make(self, units: Sequence[Unit], encoded: Sequence[Encoded], variant: Variant) -> list[Made]:
         level = 0 if variant.label == EXACT else int(variant.label.split()[-1])
-        return Made(noisy(clip.truth, 4) + np.uint8(level), 30 - level, 1.0)
+        truths = [unit.clip.truth for unit in units if unit.clip.truth is not None]
+        assert len(truths) == len(encoded) == len(units)
+        return [Made(noisy(truth, 4) + np.uint8(level), 30 - level, 1.0) for truth in truths]
+
+
+def fake_study(folder: Path, *, at_once: int = 1) -> Study:
+    return Study(FakeMaker(load_settings(model="tiny"), {}, folder), folder, at_once=at_once)
 
 
 def make_clip(frames: metrics.Frames, name: str = "a") -> Clip:
@@ -96,16 +100,15 @@ def make_clip(frames: metrics.Frames, name: str = "a") -> Clip:
     return Clip(name, Image.fromarray(dark[0]), Image.fromarray(dark[-1]), "p", dark)
 
 
-def test_a_study_goes_on_where_it_stopped(pan: metrics.Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeStudy, "made", 0)
-    study = FakeStudy(load_settings(model="tiny"), {}, tmp_path)
+def test_a_study_goes_on_where_it_stopped(pan: metrics.Frames, tmp_path: Path) -> None:
+    study = fake_study(tmp_path)
     clips, variants = [make_clip(pan), make_clip(pan, "b")], [Variant(EXACT), Variant("add 1"), Variant("add 3")]
-    running = study.run(clips, variants, [Cell()], [1, 2])
+    running = study.run(units(clips, [Cell()], [1, 2]), variants)
     first = [next(running) for _ in range(4)]
     running.close()
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('{"variant": "cut o')  # a stop in the middle of a line
-    rest = list(FakeStudy(load_settings(model="tiny"), {}, tmp_path).run(clips, variants, [Cell()], [1, 2]))
+    rest = list(fake_study(tmp_path).run(units(clips, [Cell()], [1, 2]), variants))
     keys = [protocol.key_of(row) for row in first + rest]
     assert len(keys) == len(set(keys)) == 12
     assert {protocol.key_of(row) for row in study.rows()} == set(keys)
@@ -116,9 +119,9 @@ def test_a_study_goes_on_where_it_stopped(pan: metrics.Frames, tmp_path: Path, m
 
 
 def test_the_page_has_a_table_pictures_and_readable_csv(pan: metrics.Frames, tmp_path: Path) -> None:
-    study = FakeStudy(load_settings(model="tiny"), {}, tmp_path / "work")
+    study = fake_study(tmp_path / "work")
     variants = [Variant(EXACT), Variant("add 1"), Variant("add 3")]
-    assert len(list(study.run([make_clip(pan)], variants, [Cell(), Cell(20, 3.0)], [1]))) == 6
+    assert len(list(study.run(units([make_clip(pan)], [Cell(), Cell(20, 3.0)], [1]), variants))) == 6
     write_page(study, tmp_path / "page", "A title", "Words.")
     text = (tmp_path / "page" / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# A title") and "## 30 steps, shift 5" in text and "## 20 steps, shift 3" in text

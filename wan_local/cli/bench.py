@@ -44,16 +44,19 @@ def _quality(options: argparse.Namespace) -> int:
             raise NotAvailable(
                 f"bench quality needs {module}, which is not installed: pip install 'wan_local[quality]'"
             )
+    from wan_local.quality.making import Maker
     from wan_local.quality.own_model import read_pairs, variants
-    from wan_local.quality.protocol import EXACT, Cell, Study, Variant
+    from wan_local.quality.protocol import Study
+    from wan_local.quality.subject import EXACT, Cell, Variant, units
 
     arguments = {"resolution": options.resolution, "guide_scale": options.guide_scale}
-    study = Study(settings_from(vars(options)), arguments, options.output / "runs")
+    folder = options.output / "runs"
+    study = Study(Maker(settings_from(vars(options)), arguments, folder), folder)
     cell = Cell(options.num_inference_steps, options.shift)
     compared = [Variant(EXACT), *variants(study.folder, cell.num_inference_steps)]
     clips = read_pairs(options.pairs)
     total, done = len(clips) * len(compared) * len(options.seeds), len(study.rows())
-    for row in study.run(clips, compared, [cell], options.seeds):
+    for row in study.run(units(clips, [cell], options.seeds), compared):
         done += 1
         say(f"{done}/{total} {row['clip']}, seed {row['seed']}, {row['variant']}: {row['calls']} calls, "
             f"{row['seconds']:.1f} s, {row['psnr_to_exact']:.1f} dB to the exact run")  # fmt: skip
@@ -74,7 +77,7 @@ def _write(study: Study, output: Path) -> None:
         thresholds.write_text(chosen.as_toml(), encoding="utf-8")
         words = (
             f"By these figures `regular` should be: {chosen.label}. "
-            f"`WAN_LOCAL_ACCELERATION_FILE={thresholds.name}` makes it so."
+            f"`WAN_LOCAL_ACCELERATION_FILE={thresholds.absolute()}` makes it so."
         )
     title = "What leaving out steps costs with this model"
     write_page(study, output, title, words)

@@ -10,7 +10,7 @@ from typing import Any
 
 from wan_local.errors import InvalidRequest
 from wan_local.image import load_image
-from wan_local.quality.protocol import Clip, Variant
+from wan_local.quality.subject import Clip, Variant
 from wan_local.quality.verdict import Summary, best
 
 FIRST, LAST = "_first", "_last"

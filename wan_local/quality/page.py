@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from wan_local.quality.metrics import Row
-from wan_local.quality.protocol import EXACT, Study
+from wan_local.quality.protocol import Study
+from wan_local.quality.subject import EXACT
 from wan_local.quality.verdict import Summary, summarize
 
 _COLUMNS = (  # figure, its head, digits
@@ -40,8 +41,18 @@ luma (0..255).
 """
 
 
-def write_page(study: Study, folder: Path, title: str, words: str) -> None:
-    """Write README.md, rows.csv, summary.csv and the pictures of a study into `folder`."""
+def write_page(
+    study: Study,
+    folder: Path,
+    title: str,
+    words: str,
+    *,
+    verdict: Callable[[Sequence[Summary]], str] = lambda _: "",
+) -> None:
+    """Write README.md, rows.csv, summary.csv and the pictures of a study into `folder`.
+
+    verdict: Markdown about a cell's figures, put below its table.
+    """
     rows = study.rows()
     summaries = summarize(rows)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,8 +62,9 @@ def write_page(study: Study, folder: Path, title: str, words: str) -> None:
     sheets = contact_sheets(study, rows, folder)
     parts = [f"# {title}\n", words.strip() + "\n", _LEGEND]
     for cell in dict.fromkeys(summary.cell for summary in summaries):
-        parts += [f"## {cell}\n", table([summary for summary in summaries if summary.cell == cell])]
-    parts += [f"![{path.stem}]({path.name})\n" for path in plots]
+        members = [summary for summary in summaries if summary.cell == cell]
+        parts += [f"## {cell}\n", table(members), verdict(members)]
+        parts += [f"![{path.stem}]({path.name})\n" for path in plots if path.name == plot_name(cell)]
     if sheets:
         parts.append("## Frames\n\nThe same clip, seed and steps; nine frames from first to last.\n")
         parts += [f"![{path.stem}]({path.name})\n" for path in sheets]
@@ -116,10 +128,14 @@ def plot(summaries: Sequence[Summary], folder: Path) -> list[Path]:
         axes.set_title(cell)
         axes.margins(x=0.15)
         axes.grid(alpha=0.3)
-        path = folder / f"psnr_{cell.replace(' ', '_').replace(',', '')}.png"
+        path = folder / plot_name(cell)
         figure.savefig(path, dpi=110)
         paths.append(path)
     return paths
+
+
+def plot_name(cell: str) -> str:
+    return f"psnr_{cell.replace(' ', '_').replace(',', '')}.png"
 
 
 def contact_sheets(study: Study, rows: Sequence[Row], folder: Path, *, clips: int = 3) -> list[Path]:
@@ -139,7 +155,7 @@ def contact_sheets(study: Study, rows: Sequence[Row], folder: Path, *, clips: in
             draw.text((3, top + 1), name, fill="black")
             sheet.paste(picture, (0, top + line))
             top += picture.height + line
-        path = folder / f"frames_{clip.replace(' ', '_')}.png"
-        sheet.save(path, optimize=True)
+        path = folder / f"frames_{clip.replace(' ', '_')}.jpg"
+        sheet.save(path, quality=85)
         paths.append(path)
     return paths

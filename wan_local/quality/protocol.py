@@ -1,106 +1,43 @@
-"""Runs clips with and without a change and measures the difference; every row is kept as it comes.
-
-A `Clip` is two images and a prompt, with the true video where there is one. A `Variant` is a change of the request or
-of the settings. A `Cell` is a number of steps and a shift. Prompts, images and condition are encoded once for each
-clip, by the base model: a variant changes what happens between noise and latents, and nothing else.
-"""
+"""Measures every variant of a run against the exact one; every row is kept as it comes."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from wan_local.conditioning import embed_images, embed_prompt, encode_condition, load_tokenizer, tokenize
-from wan_local.decode import decode_frames
-from wan_local.image import fit
-from wan_local.models.vae import Vae
-from wan_local.pipeline import Embeds, sample
-from wan_local.preparation import Job, prepare
-from wan_local.preview import to_uint8
 from wan_local.quality import metrics
+from wan_local.quality.making import Encoded, Made, Maker
 from wan_local.quality.metrics import Frames
-from wan_local.report import Report
-from wan_local.request import Request
-from wan_local.settings import Settings
-from wan_local.stage import stage
+from wan_local.quality.subject import EXACT, Clip, Unit, Variant
 
-EXACT = "none"
 _STRIP_FRAMES, _STRIP_WIDTH = 9, 176
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
-    """Two images and a prompt; truth: the video they are the ends of, at the size and length that is made, or None."""
+class _Exact:
+    """A unit's exact run, with what the clip was encoded to and the figures of its frames alone."""
 
-    name: str
-    start: Image.Image
-    end: Image.Image
-    prompt: str
-    truth: Frames | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A change to measure. request and settings are laid over the base's; `seed_offset` is added to the seed.
-
-    edit: changes the planned run, where neither says it.
-    """
-
-    label: str
-    request: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    seed_offset: int = 0
-    edit: Callable[[Job], Job] = lambda job: job
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """Where the variants are compared. A variant's own number of steps goes before the cell's."""
-
-    num_inference_steps: int = 30
-    shift: float = 5.0
-
-    @property
-    def name(self) -> str:
-        return f"{self.num_inference_steps} steps, shift {self.shift:g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """What is the same for all runs of a clip: embeddings, condition, and the video's fitted ends with their ceiling.
-
-    ceiling: PSNR of the first and the last image after the VAE alone, each encoded and decoded as a still.
-    """
-
-    embeds: Embeds
-    condition: Tensor
-    ends: tuple[Frames, Frames]
-    ceiling: tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """One run up to its frames; seconds of the denoising alone."""
-
-    frames: Frames
-    calls: int
-    seconds: float
+    encoded: Encoded
+    made: Made
+    figures: Mapping[str, float]
 
 
 class Study:
-    """A protocol: clips, seeds and the request that all runs share, measured with one base model."""
+    """Rows and strips in a folder, of runs that a maker makes, `at_once` units together."""
 
-    def __init__(self, settings: Settings, arguments: Mapping[str, Any], folder: Path) -> None:
-        self.settings, self.arguments, self.folder = settings, dict(arguments), folder
+    def __init__(self, maker: Maker, folder: Path, *, at_once: int = 1) -> None:
+        self.folder = folder
+        self._maker, self._at_once = maker, at_once
         self._rows_file = folder / "rows.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -114,45 +51,51 @@ class Study:
                 rows.append(json.loads(line))
         return rows
 
+    def sort(self, key: Callable[[metrics.Row], Any]) -> None:
+        """Put the rows in an order that does not depend on who measured what when."""
+        lines = [json.dumps(row) + "\n" for row in sorted(self.rows(), key=key)]
+        part = self._rows_file.with_suffix(".part")
+        part.write_text("".join(lines), encoding="utf-8")
+        part.replace(self._rows_file)
+
     def run(
-        self, clips: Iterable[Clip], variants: Sequence[Variant], cells: Sequence[Cell], seeds: Sequence[int]
+        self, wanted: Iterable[Unit], variants: Sequence[Variant], *, deadline: float = math.inf
     ) -> Iterator[metrics.Row]:
-        """Measure everything that is not measured yet, clip by clip; yield and keep each row."""
+        """Measure everything that is not measured yet, unit by unit; yield and keep each row.
+
+        deadline: of `time.monotonic`, after which no run is begun.
+        """
         done = {key_of(row) for row in self.rows()}
         self._end_cut_line()
-        for clip in clips:
-            wanted = [
-                (cell, seed, variant)
-                for cell in cells
-                for seed in seeds
-                for variant in variants
-                if (variant.label, cell.name, clip.name, seed) not in done
-            ]
-            if wanted:
-                yield from self._run_clip(clip, wanted, (cells[0], seeds[0]))
+        left = (unit for unit in wanted if any((variant.label, *unit.key) not in done for variant in variants))
+        while units := list(itertools.islice(left, self._at_once)):
+            if time.monotonic() >= deadline:
+                return
+            references = {unit.key: reference for unit, reference in zip(units, self._exact(units), strict=True)}
+            for variant in variants:
+                if time.monotonic() >= deadline:
+                    return
+                missing = [unit for unit in units if (variant.label, *unit.key) not in done]
+                yield from self._measure(missing, variant, [references[unit.key] for unit in missing])
 
-    def _run_clip(
-        self, clip: Clip, wanted: Sequence[tuple[Cell, int, Variant]], shown: tuple[Cell, int]
-    ) -> Iterator[metrics.Row]:
-        """shown: the runs that leave a strip of frames for the contact sheets."""
-        encoded = self.encode(clip)
-        exact: dict[tuple[Cell, int], tuple[Made, dict[str, float]]] = {}
-        for cell, seed, variant in wanted:
-            if (cell, seed) not in exact:
-                made = self.make(clip, encoded, Variant(EXACT), cell, seed)
-                exact[cell, seed] = made, metrics.describe(made.frames, encoded.ends)
-            made = exact[cell, seed][0]
-            if variant.label != EXACT:
-                made = self.make(clip, encoded, variant, cell, seed)
-            row = {
-                "variant": variant.label,
-                "cell": cell.name,
-                "clip": clip.name,
-                "seed": seed,
-                **measured(made, *exact[cell, seed], encoded, clip),
-            }
-            if (cell, seed) == shown:
-                save_strip(made.frames, self.strip(clip.name, variant.label))
+    def _exact(self, units: Sequence[Unit]) -> list[_Exact]:
+        by_clip = {unit.clip.name: unit.clip for unit in units}
+        encoded = {name: self._maker.encode(clip) for name, clip in by_clip.items()}
+        of = [encoded[unit.clip.name] for unit in units]
+        made = self._maker.make(units, of, Variant(EXACT))
+        return [_Exact(one, each, metrics.describe(each.frames, one.ends)) for one, each in zip(of, made, strict=True)]
+
+    def _measure(self, units: Sequence[Unit], variant: Variant, references: Sequence[_Exact]) -> Iterator[metrics.Row]:
+        if not units:
+            return
+        made = [reference.made for reference in references]
+        if variant.label != EXACT:
+            made = self._maker.make(units, [reference.encoded for reference in references], variant)
+        for unit, one, reference in zip(units, made, references, strict=True):
+            words = {"variant": variant.label, "cell": unit.cell.name, "clip": unit.clip.name, "seed": unit.seed}
+            row = {**words, **measured(one, reference, unit.clip)}
+            if unit.shown:
+                save_strip(one.frames, self.strip(unit.clip.name, variant.label))
             with self._rows_file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
             yield row
@@ -164,62 +107,7 @@ class Study:
 
     def strip(self, clip: str, variant: str) -> Path:
         """Return where a run's strip of frames is kept."""
-        return self.folder / "strips" / f"{_file_name(clip)}--{_file_name(variant)}.png"
-
-    def job(self, clip: Clip, variant: Variant, cell: Cell, seed: int) -> Job:
-        """Return a variant's run, checked and planned."""
-        arguments = {
-            "prompt": clip.prompt,
-            "start_image_url": clip.start,
-            "end_image_url": clip.end,
-            "num_inference_steps": cell.num_inference_steps,
-            "shift": cell.shift,
-            "acceleration": "none",
-            **self.arguments,
-            "seed": seed + variant.seed_offset,
-            **variant.request,
-        }
-        settings = replace(self.settings, **variant.settings)
-        return variant.edit(prepare(Request.from_arguments(arguments), settings, self.folder / "unused.mp4"))
-
-    def make(self, clip: Clip, encoded: Encoded, variant: Variant, cell: Cell, seed: int) -> Made:
-        """Run one variant on one clip to its frames."""
-        job = self.job(clip, variant, cell, seed)
-        embeds = encoded.embeds
-        if job.request.guide_scale == 1:
-            embeds = Embeds(embeds.prompt, None, embeds.images)
-        running = sample(job, job.workspace(Report(job.device)), embeds, encoded.condition)
-        started = time.perf_counter()
-        while True:
-            try:
-                next(running)
-            except StopIteration as end:
-                state = end.value
-                break
-        seconds = time.perf_counter() - started
-        with stage("vae", job.files, job.device, job.dtype) as vae:
-            frames = np.concatenate([decoded.frames for decoded in decode_frames(vae, state.latents, job.geometry)])
-        return Made(frames, state.calls, seconds)
-
-    def encode(self, clip: Clip) -> Encoded:
-        """Encode a clip's prompts and images by the base model."""
-        job = self.job(clip, Variant(EXACT), Cell(), seed=0)
-        placed, config = (job.files, job.device, job.dtype), job.files.config
-        length, tokenizer = config.transformer.text_tokens, load_tokenizer(job.files.folder / "tokenizer")
-        with stage("text_encoder", *placed, plan=job.plan.stage("text")) as encoder:
-            prompts = [
-                embed_prompt(encoder, tokenize(tokenizer, text, limit=length), length=length)
-                for text in (job.request.prompt, job.request.negative_prompt)
-            ]
-        with stage("image_encoder", *placed) as encoder:
-            images = embed_images(encoder, job.images, config.image_encoder)
-        size = job.geometry.size
-        ends = (np.asarray(fit(clip.start, size)), np.asarray(fit(clip.end, size)))
-        with stage("vae", *placed) as vae:
-            condition = encode_condition(vae, job.images, job.geometry.generated_frames)
-            first, last = (_through(vae, image.to(condition)) for image in job.images)
-        ceiling = (metrics.psnr(first, ends[0]), metrics.psnr(last, ends[1]))
-        return Encoded(Embeds(prompts[0], prompts[1], images), condition, ends, ceiling)
+        return self.folder / "strips" / f"{_file_name(clip)}--{_file_name(variant)}.jpg"
 
 
 def save_strip(frames: Frames, path: Path) -> None:
@@ -228,7 +116,7 @@ def save_strip(frames: Frames, path: Path) -> None:
     picture = Image.fromarray(np.concatenate(list(chosen), axis=1))
     picture.thumbnail((_STRIP_FRAMES * _STRIP_WIDTH, _STRIP_FRAMES * _STRIP_WIDTH))
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    picture.save(path, quality=90)
 
 
 def _file_name(label: str) -> str:
@@ -239,17 +127,9 @@ def key_of(row: metrics.Row) -> tuple[str, str, str, int]:
     return row["variant"], row["cell"], row["clip"], row["seed"]
 
 
-def _through(vae: Vae, image_3HW: Tensor) -> Frames:
-    """Return an image after the VAE's encoder and decoder, uint8 [height, width, 3]."""
-    [decoded_B3THW] = vae.decode(vae.encode([image_3HW[None, :, None]]))
-    frame: Frames = to_uint8(decoded_B3THW[0])[0]
-    return frame
-
-
-def measured(
-    made: Made, exact: Made, exact_figures: Mapping[str, float], encoded: Encoded, clip: Clip
-) -> dict[str, float]:
+def measured(made: Made, reference: _Exact, clip: Clip) -> dict[str, float]:
     """Return a row's figures: alone, beside the exact run's, and to the truth where there is one."""
+    exact, exact_figures, encoded = reference.made, reference.figures, reference.encoded
     figures = exact_figures if made is exact else metrics.describe(made.frames, encoded.ends)
     row = {
         "calls": made.calls,

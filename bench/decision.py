@@ -1,0 +1,122 @@
+"""Which way to leave out steps `regular` should be: every candidate against a bar, and against others at equal calls.
+
+A candidate passes where it saves enough calls, stays near the exact run in the mean and in its worst clip, keeps the
+last frame and the sharpness, and is nearer than even steps and than every other policy that makes as many calls. Of
+those that pass, the one nearest to the exact run wins. Even steps are compared at a candidate's own number of calls, by
+a line between the numbers of steps that were measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wan_local.quality.subject import EXACT
+from wan_local.quality.verdict import Summary
+
+FEWER, MEAN, WORST, LAST, SHARPNESS = 1.5, 40.0, 30.0, 0.3, 0.02
+AS_MANY = 0.75  # calls by which two ways may differ and still count as equal
+EVEN = "even steps"
+POLICIES = ("merge", "static", "reuse")
+_EQUAL = 0.05  # dB that count as no difference
+_BAR = f"""\
+The bar: {FEWER:g}x fewer calls, {MEAN:g} dB to the exact run in the mean and {WORST:g} dB in the worst clip, last frame
+within {LAST:g} dB, sharpness within {SHARPNESS:.0%}, nearer to the exact run than even steps at as many calls, and no
+farther than the best other policy at as many calls.
+"""
+
+
+def policy_of(label: str) -> str | None:
+    """Return which policy a variant of the exact weights is, if any."""
+    known = {"regular, tau": "merge", "static plan": "static", "reuse,": "reuse"}
+    return next((policy for start, policy in known.items() if label.startswith(start)), None)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to leave out steps: its figures, and the nearest to the exact run that others are at as many calls.
+
+    even: of even steps, None where none were measured on both sides. rival: the best other policy, with its label.
+    """
+
+    summary: Summary
+    fewer: float
+    even: float | None
+    rival: tuple[str, float] | None
+
+    @property
+    def policy(self) -> str | None:
+        return policy_of(self.summary.variant)
+
+    def failings(self) -> list[str]:
+        """Return in words what of the bar it does not reach."""
+        means, psnr = self.summary.means, self.summary.means["psnr_to_exact"]
+        tests = {
+            f"only {self.fewer:.2f}x fewer calls": self.fewer >= FEWER,
+            f"mean below {MEAN:g} dB": psnr >= MEAN,
+            f"worst clip below {WORST:g} dB": self.summary.worst_psnr_to_exact >= WORST,
+            f"last frame off by over {LAST:g} dB": abs(means["last_psnr_change"]) <= LAST,
+            f"sharpness off by over {SHARPNESS:.0%}": abs(means["sharpness_ratio"] - 1) <= SHARPNESS,
+            "no nearer than even steps": self.even is None or psnr > self.even,
+            f"{self.rival[0] if self.rival else 'another'} is nearer": self.rival is None
+            or psnr >= self.rival[1] - _EQUAL,
+        }
+        return [words for words, passed in tests.items() if not passed]
+
+
+def candidates(summaries: Sequence[Summary]) -> list[Candidate]:
+    """Return the candidates of one cell."""
+    exact = next(summary for summary in summaries if summary.variant == EXACT)
+    even = sorted((s.means["calls"], s.means["psnr_to_exact"]) for s in summaries if s.variant.endswith(EVEN))
+    policies = [summary for summary in summaries if policy_of(summary.variant)]
+    made = []
+    for summary in policies:
+        calls = summary.means["calls"]
+        others = [
+            (other.variant, other.means["psnr_to_exact"])
+            for other in policies
+            if policy_of(other.variant) != policy_of(summary.variant) and other.means["calls"] <= calls + AS_MANY
+        ]
+        rival = max(others, key=lambda other: other[1], default=None)
+        made.append(Candidate(summary, exact.means["calls"] / calls, between(even, calls), rival))
+    return made
+
+
+def between(points: Sequence[tuple[float, float]], calls: float) -> float | None:
+    """Return the value at `calls` on the line through sorted points, or None beyond them."""
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if left <= calls <= right:
+            return low + (high - low) * (calls - left) / (right - left)
+    return None
+
+
+def winner(found: Sequence[Candidate]) -> Candidate | None:
+    """Return the one nearest to the exact run of those that reach the bar; of equally near ones that of fewer calls."""
+    passing = [candidate for candidate in found if not candidate.failings()]
+    if not passing:
+        return None
+    nearest = max(candidate.summary.means["psnr_to_exact"] for candidate in passing)
+    level = [one for one in passing if one.summary.means["psnr_to_exact"] >= nearest - _EQUAL]
+    return min(level, key=lambda one: one.summary.means["calls"])
+
+
+def section(summaries: Sequence[Summary]) -> str:
+    """Return the comparison of one cell in Markdown, with what it says."""
+    found = candidates(summaries)
+    heads = ("candidate", "fewer calls", "mean", "worst clip", "last frame", "sharpness", "even steps", "best other")
+    lines = [_BAR, f"| {' | '.join(heads)} | bar |", "|" + "---|" * (len(heads) + 1)]
+    for one in found:
+        means = one.summary.means
+        even = "" if one.even is None else f"{one.even:.1f} dB"
+        rival = "" if one.rival is None else f"{one.rival[1]:.1f} dB ({one.rival[0]})"
+        lines.append(
+            f"| {one.summary.variant} | {one.fewer:.2f}x | {means['psnr_to_exact']:.1f} dB | "
+            f"{one.summary.worst_psnr_to_exact:.1f} dB | {means['last_psnr_change']:+.2f} dB | "
+            f"{means['sharpness_ratio']:.3f} | {even} | {rival} | {'; '.join(one.failings()) or 'reached'} |"
+        )
+    best = winner(found)
+    words = (
+        "No candidate reaches the bar." if best is None else f"By these figures `regular` is: {best.summary.variant}."
+    )
+    return "\n".join([*lines, "", f"**{words}**", ""])
