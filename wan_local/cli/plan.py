@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from wan_local.expander import describe
+    from wan_local import expander, safety
     from wan_local.planner import Machine
     from wan_local.preparation import plan_run
     from wan_local.request import Request
@@ -71,8 +71,10 @@ def _plan(options: argparse.Namespace) -> int:
     for stage in plan.stages:
         print(_row(stage))
     print(_pace(plan, request.num_inference_steps))
+    if request.enable_safety_checker:
+        print(f"Safety checker: {safety.describe(settings_from(given))}")
     if request.enable_prompt_expansion:
-        print(f"Prompt expansion: {describe(settings_from(given))}")
+        print(f"Prompt expansion: {expander.describe(settings_from(given))}")
     if config.download_gigabytes is not None:
         print(f"Weights: {config.repository}, about {config.download_gigabytes} GB to download.")
     return DONE
