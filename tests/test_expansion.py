@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,17 @@ from PIL import Image
 
 from tests.stamps import stamp_request, stamp_settings
 from tests.tiny_qwen import blind_model, mark, seeing_model
-from wan_local import expansion, pipeline, switches
+from wan_local import expander, expansion, pipeline, switches
 from wan_local.client import SyncClient
-from wan_local.errors import Cancelled, DoesNotFit, InvalidRequest, ModelNotFound, WrongModel
+from wan_local.errors import (
+    Cancelled,
+    CorruptModel,
+    DoesNotFit,
+    InvalidRequest,
+    ModelNotFound,
+    NotAvailable,
+    WrongModel,
+)
 from wan_local.expander import (
     Expander,
     choose_model,
@@ -27,7 +38,7 @@ from wan_local.expander import (
     open_expander,
     plan_expansion,
 )
-from wan_local.expansion import clean, expand, refusal_of
+from wan_local.expansion import ask, clean, expand, refusal_of
 from wan_local.models.language_model import answer_tokens, read_chat, sample_token
 from wan_local.pipeline import Pipeline, generate
 from wan_local.planner import GIB, Machine, NetworkSize, StagePlan
@@ -246,7 +257,7 @@ def test_cancelling_ends_within_a_layer_and_frees_the_model(seeing: Expander) ->
     def run() -> None:
         with expander_stage(seeing, CPU, torch.float32, WHOLE, check=check) as model:
             held.append(model)
-            list(expand(model, seeing, PROMPT, pictures(), seed=0, check=check))
+            list(expand(model, ask(seeing, PROMPT, pictures()), seed=0, check=check))
 
     with pytest.raises(Cancelled):
         run()
@@ -256,7 +267,7 @@ def test_cancelling_ends_within_a_layer_and_frees_the_model(seeing: Expander) ->
 def test_writing_that_takes_too_long_is_stopped(seeing: Expander, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expansion, "load_expansion_config", lambda: replace(CONFIG, max_seconds=0.0))
     with expander_stage(seeing, CPU, torch.float32, WHOLE) as model:
-        writing = expand(model, seeing, PROMPT, pictures(), seed=0)
+        writing = expand(model, ask(seeing, PROMPT, pictures()), seed=0)
         with pytest.raises(StopIteration) as end:
             next(writing)
     assert end.value.value.prompt == PROMPT and "longer than 0.0 s" in end.value.value.reason
@@ -446,6 +457,70 @@ def test_a_run_that_is_gone_on_with_asks_no_model_again(
     assert result.report["expanded_prompt"] == GOOD
 
 
+def test_a_run_that_has_its_prompt_can_be_gone_on_with_where_the_model_is_gone(
+    settings: Settings, seeing: Expander, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(GOOD, monkeypatch, seeing)
+    running = Pipeline(settings).generate(stamp_request(enable_prompt_expansion=True), run_id="bird")
+    next(event for event in running if isinstance(event, Step) and event.stage == "denoise")
+    running.close()
+    gone = replace(settings, expansion_model=str(settings.models_dir / "gone"))
+    result = [*Pipeline(gone).resume("bird")][-1]
+    assert isinstance(result, Result) and result.report["expanded_prompt"] == GOOD
+    assert "expansion" not in result.report["planned_peak_bytes"]
+
+
+def test_numbers_that_are_none_leave_the_prompt_as_it_is(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As damaged weights give them, or an overflow in half precision."""
+    monkeypatch.setattr("wan_local.expander._Weights.__getitem__", not_a_number(expander._Weights.__getitem__))
+    running = Pipeline(settings).generate(stamp_request(enable_prompt_expansion=True))
+    kept = next(event for event in running if isinstance(event, Step) and event.message.startswith("prompt kept"))
+    running.close()
+    assert "not finite" in kept.message and "damaged" in kept.message
+
+
+def not_a_number(read: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda weights, name: torch.full_like(read(weights, name), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "lacks tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("<html>"), "tokenizer.json cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'), "tokenizer.json cannot be read"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "lacks preprocessor_config.json"),
+        (lambda folder: (folder / "preprocessor_config.json").write_text("{"), "preprocessor_config.json cannot be"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json cannot be read"),
+        (lambda folder: change_config(folder, text_config={"hidden_size": "x"}), "config.json cannot be read"),
+        (lambda folder: change_config(folder, image_token_id=7), "token 7 stands for a picture"),
+        (lambda folder: change_config(folder, text_config={"vocab_size": 100}), "of two models"),
+    ],
+)
+def test_a_damaged_file_beside_the_weights_is_told_before_a_weight_is_read(
+    seeing: Expander, tmp_path: Path, damage: Callable[[Path], object], told: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(seeing.folder, folder)
+    damage(folder)
+    with pytest.raises((CorruptModel, WrongModel), match=told):
+        ask(open_expander(folder), PROMPT, pictures())
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    if "text_config" in values:
+        values["text_config"] = {**config["text_config"], **values["text_config"]}
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def test_an_old_transformers_is_told_before_any_work(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(NotAvailable, match=r"transformers 5\.23 or newer"):
+        generate(stamp_request(enable_prompt_expansion=True), settings=settings)
+    assert describe(settings).startswith("not available: ")
+
+
 def test_where_memory_runs_out_the_prompt_stays_as_it_is(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
@@ -514,7 +589,7 @@ def test_a_text_model_expands_without_the_pictures(blind: Expander, monkeypatch:
         asked: list[Any] = []
 
         def run() -> Iterator[int]:
-            asked.append((yield from expand(model, blind, PROMPT, pictures(), seed=0)))
+            asked.append((yield from expand(model, ask(blind, PROMPT, pictures()), seed=0)))
 
         list(run())
     assert asked[0].prompt == GOOD and asked[0].reason is None

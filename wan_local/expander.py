@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from wan_local.errors import CorruptModel, DoesNotFit, ModelNotFound, WrongModel
+from wan_local.errors import CorruptModel, DoesNotFit, ModelNotFound, NotAvailable, WrongModel
 from wan_local.header import TensorInfo
-from wan_local.models.language_model import BLIND, LAYERS, SEEING, build_language_model
+from wan_local.models.language_model import BLIND, LAYERS, SEEING, build_language_model, require_language_models
 from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks
 from wan_local.planner import GIB, Machine, NetworkSize, StagePlan, spread, streamed_if_needed, usable_bytes
 from wan_local.request import Check, unchecked
@@ -54,8 +54,9 @@ class Expander:
 def find_expanders(settings: Settings) -> list[Expander]:
     """Return the model that the settings name, else every known one that is here, the preferred one first.
 
-    Raises ModelNotFound with what to download and how; WrongModel, CorruptModel.
+    Raises ModelNotFound with what to download and how; NotAvailable, WrongModel, CorruptModel.
     """
+    require_language_models()
     config = load_expansion_config()
     if settings.expansion_model is not None:
         folder = Path(settings.expansion_model).expanduser()
@@ -82,12 +83,20 @@ def open_expander(folder: Path) -> Expander:
             f"{folder} holds a model of type {kind!r}; prompt expansion knows {SEEING!r} (Qwen3-VL, sees both images) "
             f"and {BLIND!r} (Qwen3, text only)."
         )
+    _require_files(folder, kind)
     tensors = read_part(folder)
     path = f"{LAYERS[kind]}."
     numbers = {name: math.prod(info.shape) for name, info in tensors.items()}
     layers = {name.removeprefix(path).split(".")[0] for name in numbers if name.startswith(path)}
     block = sum(count for name, count in numbers.items() if name.startswith(f"{path}0."))
     return Expander(folder, kind, tensors, NetworkSize(sum(numbers.values()), block, len(layers)))
+
+
+def _require_files(folder: Path, kind: str) -> None:
+    """Raise CorruptModel where one of the small files that are read beside the weights is missing."""
+    needed = ("tokenizer.json", *(("preprocessor_config.json",) if kind == SEEING else ()))
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise CorruptModel(f"{folder} lacks {' and '.join(missing)}. Download the model again, with all of its files.")
 
 
 def how_to_get(config: ExpansionConfig, settings: Settings) -> str:
@@ -106,7 +115,7 @@ def describe(settings: Settings) -> str:
     """Return one line on whether prompt expansion can be used here, and with what; nothing but headers is read."""
     try:
         found = find_expanders(settings)
-    except (ModelNotFound, WrongModel, CorruptModel) as error:
+    except (ModelNotFound, NotAvailable, WrongModel, CorruptModel) as error:
         return f"not available: {error}"
     return ", ".join(
         f"{model.name} ({model.size.total / 1e9:.1f} billion parameters, "

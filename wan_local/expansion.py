@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wan_local.expander import Expander
-from wan_local.models.language_model import answer_tokens, end_tokens, load_chat_tokenizer, read_chat
+from wan_local.models.language_model import Chat, answer_tokens, end_tokens, load_chat_tokenizer, read_chat
 from wan_local.request import Check, unchecked
 from wan_local.settings import load_expansion_config
 from wan_local.switch_config import ExpansionConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import PreTrainedTokenizerBase
 
 _REPORT_TOKENS = 8  # a sign of progress each time so many are written
 _PREFACE = re.compile(
@@ -56,33 +57,50 @@ class Expansion:
         return told if self.reason is None else {**told, "reason": self.reason}
 
 
-def expand(
-    model: Any, expander: Expander, prompt: str, pictures: Sequence[Image], *, seed: int, check: Check = unchecked
-) -> Generator[int, None, Expansion]:
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt as an expander reads it, and what its answer is read with: `ends` are the tokens that end it."""
+
+    prompt: str
+    model: str
+    chat: Chat
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+
+
+def ask(expander: Expander, prompt: str, pictures: Sequence[Image]) -> Question:
+    """Return the question about `prompt`; none of the weights is read.
+
+    pictures: start and end image, left out for a model that sees none. Raises CorruptModel, WrongModel.
+    """
+    config, folder = load_expansion_config(), expander.folder
+    system = config.with_pictures if expander.sees_pictures else config.without_pictures
+    chat = read_chat(folder, system, prompt, pictures if expander.sees_pictures else (), config)
+    tokenizer = load_chat_tokenizer(folder)
+    return Question(prompt, expander.name, chat, tokenizer, end_tokens(folder, tokenizer))
+
+
+def expand(model: Any, question: Question, *, seed: int, check: Check = unchecked) -> Generator[int, None, Expansion]:
     """Yield the number of tokens written now and then, and return the expansion. A seed gives the same one again.
 
-    pictures: start and end image, left out for a model that sees none. check: called before each token.
+    check: called before each token.
     """
-    config = load_expansion_config()
-    tokenizer = load_chat_tokenizer(expander.folder)
-    parameter = next(model.parameters())
-    system = config.with_pictures if expander.sees_pictures else config.without_pictures
-    chat = read_chat(expander.folder, system, prompt, pictures if expander.sees_pictures else (), config)
-    chat = chat.to(parameter.device, parameter.dtype)
-    ends, deadline = end_tokens(expander.folder, tokenizer), time.monotonic() + config.max_seconds
+    config, parameter = load_expansion_config(), next(model.parameters())
+    chat = question.chat.to(parameter.device, parameter.dtype)
+    deadline = time.monotonic() + config.max_seconds
     written: list[int] = []
     late = False
-    for token in answer_tokens(model, chat, config, seed=seed, ends=ends, check=check):
+    for token in answer_tokens(model, chat, config, seed=seed, ends=question.ends, check=check):
         written.append(token)
         if len(written) % _REPORT_TOKENS == 0:
             yield len(written)
         late = time.monotonic() > deadline
         if late:
             break
-    text = str(tokenizer.decode(written, skip_special_tokens=True))
+    text = str(question.tokenizer.decode(written, skip_special_tokens=True))
     answer = clean(text, ended=not late and len(written) < config.max_new_tokens)
-    reason = f"it took longer than {config.max_seconds} s" if late else refusal_of(answer, prompt, config)
-    return Expansion(prompt if reason else answer, expander.name, answer, len(written), reason)
+    reason = f"it took longer than {config.max_seconds} s" if late else refusal_of(answer, question.prompt, config)
+    return Expansion(question.prompt if reason else answer, question.model, answer, len(written), reason)
 
 
 def clean(text: str, *, ended: bool = True) -> str:

@@ -128,12 +128,14 @@ class Pipeline:
             files, device = find_model(self.settings), resolve_device(self.settings.device)
             check_model(folder.about, files)
             where = None if output is None else Path(output).expanduser().absolute()
-            job = planned(read_order(folder.folder, folder.about, output=where), self.settings, files, device)
             report = Report(device)
+            answers = Answers(folder.folder, report.note)
+            order = read_order(folder.folder, folder.about, output=where)
+            job = planned(order, self.settings, files, device, answered=answers.expansion() is not None)
             job = replace(job, plan=as_begun(job.plan, folder.about, report.note))
             for text in changes_since(folder.about, device):
                 report.note(text)
-            result = yield from _make(job, report, Answers(folder.folder, report.note), check)
+            result = yield from _make(job, report, answers, check)
         yield result
 
     @contextmanager

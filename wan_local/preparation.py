@@ -115,13 +115,15 @@ def planned(
     *,
     smaller: Geometry | None = None,
     switches: Switches | None = None,
+    answered: bool = False,
 ) -> Job:
-    """Return the job of an order. Raises DoesNotFit, naming `smaller` where that would, OutputError, and what
-    `prepare_switches` raises.
+    """Return the job of an order. answered: its prompt was expanded before.
+
+    Raises DoesNotFit, naming `smaller` where that would, OutputError, and what `prepare_switches` raises.
     """
     geometry, config, machine = order.geometry, files.config, _machine(device, settings)
     if switches is None:
-        switches = prepare_switches(order.request, settings, machine)
+        switches = prepare_switches(order.request, settings, machine, answered=answered)
     chosen = choose_kernels(settings, device, config)
     wide = settings.precision == "reference"
     machine = replace(machine, kernels=LoopKernels(chosen.fused, attention=chosen.attention, wide_residual=wide))

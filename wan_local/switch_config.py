@@ -15,6 +15,7 @@ class SafetyConfig:
     unsafe_labels: tuple[str, ...]
     blocked: tuple[str, ...]
     suggestive: tuple[str, ...]
+    harmless: tuple[str, ...]
     minors: tuple[str, ...]
 
 

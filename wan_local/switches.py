@@ -17,8 +17,9 @@ from torch import Tensor
 from wan_local.answers import Answers
 from wan_local.decode import Decoded
 from wan_local.device import compute_dtype
+from wan_local.errors import NumericalError
 from wan_local.expander import Expander, choose_model, expander_stage, find_expanders, known_sizes, sizes_of
-from wan_local.expansion import Expansion, expand
+from wan_local.expansion import Expansion, ask, expand
 from wan_local.planner import Machine, StagePlan
 from wan_local.preview import to_uint8
 from wan_local.report import Report
@@ -31,7 +32,7 @@ _CPU_ITEM_BYTES = compute_dtype(torch.device("cpu")).itemsize
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """What is switched on, and the stages that it adds before all others."""
+    """What is switched on, and the stages that it adds before all others. `expander`: None where none is to write."""
 
     request: Request
     settings: Settings
@@ -39,15 +40,16 @@ class Switches:
     expander: Expander | None = None
 
 
-def prepare_switches(request: Request, settings: Settings, machine: Machine) -> Switches:
+def prepare_switches(request: Request, settings: Settings, machine: Machine, *, answered: bool = False) -> Switches:
     """Check what the switches need before anything is read. machine: where the run will be.
 
+    answered: the prompt was expanded before the run was stopped, so that no language model is needed again.
     Raises InvalidRequest for a flagged prompt, NotAvailable, ModelNotFound, WrongModel, CorruptModel, DoesNotFit.
     """
     check_prompt(request.prompt, load_safety_config(), enabled=request.enable_safety_checker)
     if request.enable_safety_checker:
         require_checker(settings)
-    if not request.enable_prompt_expansion:
+    if answered or not request.enable_prompt_expansion:
         return Switches(request, settings, tuple(_safety_stages(request)))
     expander, plan = choose_model(sizes_of(find_expanders(settings)), _machines(machine))
     return Switches(request, settings, (*_safety_stages(request), plan), expander)
@@ -115,13 +117,14 @@ def expanded_prompt(
     was written is flagged.
     """
     request, expander = switches.request, switches.expander
-    if expander is None:
+    if not request.enable_prompt_expansion:
         return request.prompt
     with report.stage("expansion"):
         kept = answers.expansion() if answers else None
         if kept is not None:
             expansion = Expansion(**kept)
         else:
+            assert expander is not None, "the run was to have an expanded prompt, and has none"
             expansion = yield from _written(switches, expander, images, report, seed=seed, check=check)
         check_prompt(expansion.prompt, load_safety_config(), enabled=request.enable_safety_checker)
     if answers and kept is None:
@@ -145,18 +148,24 @@ def _written(
     seed: int,
     check: Check,
 ) -> Generator[Step, None, Expansion]:
-    """Load the language model, let it write, and free it. Where memory runs out, the prompt stays as it is."""
+    """Load the language model, let it write, and free it.
+
+    Where memory runs out, or the model's numbers are none, the prompt stays as it is.
+    """
     plan = next(stage for stage in switches.stages if stage.name == "expansion")
     device = report.device if plan.device is None else torch.device(plan.device)
     prompt, limit = switches.request.prompt, load_expansion_config().max_new_tokens
     pictures = [Image.fromarray(to_uint8(image.unsqueeze(1))[0]) for image in images]
+    question = ask(expander, prompt, pictures)
     try:
         with expander_stage(expander, device, compute_dtype(device), plan, check=check) as model:
             yield report.step(0, limit, f"{expander.name} reads the prompt{_where(plan, device)}")
-            writing = expand(model, expander, prompt, pictures, seed=seed, check=check)
+            writing = expand(model, question, seed=seed, check=check)
             return (yield from _told(writing, report, limit))
     except torch.OutOfMemoryError:
         return Expansion(prompt, expander.name, "", 0, f"{device} had less free memory than planned")
+    except NumericalError as error:
+        return Expansion(prompt, expander.name, "", 0, f"{error}: its weights may be damaged")
 
 
 def _told(writing: Generator[int, None, Expansion], report: Report, limit: int) -> Generator[Step, None, Expansion]:

@@ -260,8 +260,8 @@ def _(
 ) -> Tensor:
     out = _empty(x, heads, out_dtype)
     for span in in_spans(*x.shape[1:]):
-        tables = (None, None) if cos is None or sin is None else (cos[span], sin[span])
-        out[:, span] = rms_rope_reference(x[:, span], weight, *tables, heads, eps)
+        cos_here, sin_here = (cos[span], sin[span]) if cos is not None and sin is not None else (None, None)
+        out[:, span] = rms_rope_reference(x[:, span], weight, cos_here, sin_here, heads, eps)
     return out
 
 

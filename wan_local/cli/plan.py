@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from wan_local.expander import describe
+    from wan_local import expander, safety
     from wan_local.preparation import plan_run
     from wan_local.request import Request
 
@@ -66,8 +66,10 @@ def _plan(options: argparse.Namespace) -> int:
     for stage in plan.stages:
         print(_row(stage))
     print(_pace(plan, request.num_inference_steps))
+    if request.enable_safety_checker:
+        print(f"Safety checker: {safety.describe(settings)}")
     if request.enable_prompt_expansion:
-        print(f"Prompt expansion: {describe(settings)}")
+        print(f"Prompt expansion: {expander.describe(settings)}")
     if config.download_gigabytes is not None:
         print(f"Weights: {config.repository}, about {config.download_gigabytes} GB to download.")
     return DONE
