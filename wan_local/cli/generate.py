@@ -31,7 +31,13 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     """Add the command with its flags."""
     parser = commands.add_parser(
-        "generate", help="make a video from two images and a prompt", argument_default=argparse.SUPPRESS
+        "generate",
+        help="make a video from two images and a prompt",
+        description="Make a video that begins with one image and ends with another. The weights are those that "
+        "`wan-local download` fetched, unless --model names others.",
+        epilog="Without weights, try it so: wan-local generate --model tiny --resolution 480p "
+        '--start-image first.png --end-image last.png --prompt "a bird takes off" --output bird.mp4',
+        argument_default=argparse.SUPPRESS,
     )
     parser.set_defaults(run=_generate)
     add_request_flags(parser.add_argument_group("the video (as the endpoint names it)"))
@@ -43,7 +49,7 @@ def add(commands: Commands) -> None:
     local.add_argument(
         "--profile", metavar="distill4", help="sample as distilled weights want it: four steps, no guidance"
     )
-    add_output_flags(local)
+    add_output_flags(local, default="a new name in the folder outputs, or in WAN_LOCAL_OUTPUT_DIR")
     local.add_argument(
         "--save-state",
         action=argparse.BooleanOptionalAction,
@@ -51,8 +57,8 @@ def add(commands: Commands) -> None:
     )
 
 
-def add_output_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output", type=Path, metavar="FILE.mp4", help="where the video goes")
+def add_output_flags(group: argparse._ArgumentGroup, *, default: str) -> None:
+    group.add_argument("--output", type=Path, metavar="FILE.mp4", help=f"where the video goes (default: {default})")
     group.add_argument("--preview", type=Path, metavar="DIR", help="write a small picture there after each step")
     group.add_argument("--json", action="store_true", help="print the result as one JSON object")
 

@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     add_place_flags(local)
     add_lora_flag(local)
     add_memory_flags(local)
-    add_output_flags(local)
+    add_output_flags(local, default="where it was to go")
 
 
 def _resume(options: argparse.Namespace) -> int:
