@@ -40,12 +40,13 @@ def _decode_int4_kernel(  # type: ignore[no-untyped-def]
     pairs = tl.arange(0, BLOCK // 2)
     packed = tl.load(packed_ptr + row * (K // 2) + pairs, mask=pairs < K // 2, other=0)
     q = tl.interleave((packed & 15).to(tl.float32), (packed >> 4).to(tl.float32))
-    columns = tl.arange(0, BLOCK)
-    groups, there = row * (K // 64) + columns // 64, columns < K
-    w = q * tl.load(scale_ptr + groups, mask=there, other=0.0).to(tl.float32)
-    w -= tl.load(shift_ptr + groups, mask=there, other=0.0).to(tl.float32)
+    groups = tl.arange(0, BLOCK // 64)
+    scale = tl.load(scale_ptr + row * (K // 64) + groups, mask=groups < K // 64, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + row * (K // 64) + groups, mask=groups < K // 64, other=0.0).to(tl.float32)
+    w = tl.reshape(tl.reshape(q, (BLOCK // 64, 64)) * scale[:, None] - shift[:, None], (BLOCK,))
     if row_scale_ptr is None:
-        tl.store(out_ptr + row * K + columns, w.to(out_ptr.dtype.element_ty), mask=there)
+        columns = tl.arange(0, BLOCK)
+        tl.store(out_ptr + row * K + columns, w.to(out_ptr.dtype.element_ty), mask=columns < K)
     else:
         store_quantized(w, out_ptr, row_scale_ptr, row, K, BLOCK)
 

@@ -60,11 +60,21 @@ def rounded_int8(x):  # type: ignore[no-untyped-def]
 
 
 @jit
+def scale_of(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return max(max |x|, 1e-12) / 127 over an axis, or over all for None; NaN where there is one.
+
+    Without its sign a float32 orders as its bits do, with infinity and then NaN at the end: a maximum of floats would
+    step over NaN, and integers need no shuffles within a warp. 730643660 are the bits of 1e-12.
+    """
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis)
+    return tl.maximum(bits, 730643660).to(tl.float32, bitcast=True) / 127.0
+
+
+@jit
 def store_quantized(x, q_ptr, scale_ptr, row, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Quantize a row of float32, zero beyond D, and store it: q_ptr [M, D] int8, scale_ptr [M] float32."""
     columns = tl.arange(0, BLOCK)
-    # x * 0 is NaN where x is NaN or infinite: the maximum alone would step over a NaN
-    scale = tl.maximum(tl.max(tl.abs(x)), 1e-12) / 127.0 + tl.sum(x * 0.0)
+    scale = scale_of(x, None)
     tl.store(q_ptr + row * D + columns, rounded_int8(x * (1.0 / scale)), mask=columns < D)
     tl.store(scale_ptr + row, scale)
 

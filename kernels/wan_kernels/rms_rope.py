@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from wan_kernels.attention_int8 import KEY_BLOCK
 from wan_kernels.hardware import row_launch
 from wan_kernels.language import ceil_div, in_spans, jit, launchable, on_device_of, tl
-from wan_kernels.quantize_rows import INT8_MAX, SMALLEST, check_rows, quantize_rows_reference, rounded_int8
+from wan_kernels.quantize_rows import INT8_MAX, SMALLEST, check_rows, quantize_rows_reference, rounded_int8, scale_of
 
 
 def rms_rope_reference(
@@ -87,7 +87,7 @@ def _rms_rope_kernel(  # type: ignore[no-untyped-def]
         offsets = row * D + head[:, None] * HEAD_DIM + channel[None, :]
         tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=there)
     else:
-        scale = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-12) / 127.0 + tl.sum(x * 0.0, axis=1)
+        scale = scale_of(x, 1)
         rows = (batch * heads + head) * L + token
         q = rounded_int8(x * (1.0 / scale)[:, None])
         tl.store(out_ptr + rows[:, None] * HEAD_DIM + channel[None, :], q, mask=there)
@@ -135,7 +135,7 @@ def _keys_kernel(  # type: ignore[no-untyped-def]
     batch_head = batch * heads + head
     x -= tl.load(centre_ptr + batch_head * HEAD_DIM + channel)[None, :]
     x = tl.where(there[:, None], x, 0.0)
-    scale = tl.maximum(tl.max(tl.abs(x)), 1e-12) / 127.0 + tl.sum(x * 0.0)
+    scale = scale_of(x, None)
     out_offsets = (batch_head * L + tokens[:, None]) * HEAD_DIM + channel[None, :]
     tl.store(out_ptr + out_offsets, rounded_int8(x * (1.0 / scale)), mask=there[:, None])
     tl.store(out_scale_ptr + batch_head * tl.cdiv(L, KEYS) + block, scale)
