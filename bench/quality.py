@@ -243,7 +243,7 @@ def main() -> None:
     maker = Maker(settings, arguments, options.work, edit=in_float32, shelf=Shelf())
     study = Study(maker, options.work, at_once=options.at_once)
     if options.page:
-        words = f"{WORDS}\nMeasured on: {(options.work / WORLD).read_text(encoding='utf-8')}."
+        words = f"{WORDS}\nMeasured on: {(options.work / WORLD).read_text(encoding='utf-8').strip()}."
         write_page(study, options.page, "What each approximation costs", words, verdict=section)
         return
     if options.share is None and options.processes > 1:
