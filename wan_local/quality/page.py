@@ -124,7 +124,10 @@ def plot(summaries: Sequence[Summary], folder: Path) -> list[Path]:
             colour, left = f"C{number % 10}", calls == most
             axes.plot([calls, calls], [summary.worst_psnr_to_exact, mean], color=colour, linewidth=1)
             axes.plot([calls], [mean], "o", color=colour)
-            place = {"xytext": (-7 if left else 7, lifts[summary.variant]), "ha": "right" if left else "left"}
+            place: dict[str, Any] = {
+                "xytext": (-7 if left else 7, lifts[summary.variant]),
+                "ha": "right" if left else "left",
+            }
             axes.annotate(
                 summary.variant,
                 (calls, mean),
