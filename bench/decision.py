@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from wan_local.quality.subject import EXACT
 from wan_local.quality.verdict import Summary
+from wan_local.settings import load_acceleration_config
 
 FEWER, MEAN, WORST, LAST, SHARPNESS = 1.5, 40.0, 30.0, 0.3, 0.02
 AS_MANY = 0.75  # calls by which two ways may differ and still count as equal
@@ -92,13 +93,17 @@ def between(points: Sequence[tuple[float, float]], calls: float) -> float | None
 
 
 def winner(found: Sequence[Candidate]) -> Candidate | None:
-    """Return the one nearest to the exact run of those that reach the bar; of equally near ones that of fewer calls."""
+    """Return the one nearest to the exact run of those that reach the bar.
+
+    Of equally near ones it is the one of fewer calls, and of as many the one that is `regular` already.
+    """
     passing = [candidate for candidate in found if not candidate.failings()]
     if not passing:
         return None
     nearest = max(candidate.summary.means["psnr_to_exact"] for candidate in passing)
     level = [one for one in passing if one.summary.means["psnr_to_exact"] >= nearest - _EQUAL]
-    return min(level, key=lambda one: one.summary.means["calls"])
+    now = f"regular, tau {load_acceleration_config().merge.tau:g}"
+    return min(level, key=lambda one: (round(one.summary.means["calls"], 1), one.summary.variant != now))
 
 
 def section(summaries: Sequence[Summary]) -> str:

@@ -147,17 +147,23 @@ def formats(work: Path) -> list[Variant]:
     ]
 
 
+def thresholds(path: Path, text: str) -> Path:
+    """Return a file of thresholds; one that is there is left alone, since other processes read it."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
 def variants(work: Path) -> list[Variant]:
     """Return everything that is compared, the exact run first."""
     merging = []
     for tau in TAUS:
-        path = work / f"tau_{tau:g}.toml"
-        path.write_text(f"[merge]\ntau = {tau}\n", encoding="utf-8")
+        path = thresholds(work / f"tau_{tau:g}.toml", f"[merge]\ntau = {tau}\n")
         merging.append(Variant(f"regular, tau {tau:g}", {"acceleration": "regular"}, {"acceleration_file": path}))
     reuse = []
     for row in (1, 2):  # one in a row takes about as many calls as merging does
-        path = work / f"reuse_{row}.toml"
-        path.write_text(f'[regular]\npolicy = "reuse"\n[reuse]\nmax_reused = {row}\n', encoding="utf-8")
+        text = f'[regular]\npolicy = "reuse"\n[reuse]\nmax_reused = {row}\n'
+        path = thresholds(work / f"reuse_{row}.toml", text)
         reuse.append(Variant(f"reuse, {row} in a row", {"acceleration": "regular"}, {"acceleration_file": path}))
     static = Variant("static plan", {"acceleration": "regular"}, {"acceleration_policy": "static"})
     even = [Variant(f"{steps} even steps", {"num_inference_steps": steps}) for steps in (15, 19, 24)]
@@ -237,7 +243,7 @@ def main() -> None:
     maker = Maker(settings, arguments, options.work, edit=in_float32, shelf=Shelf())
     study = Study(maker, options.work, at_once=options.at_once)
     if options.page:
-        words = f"{WORDS}\nMeasured on: {(options.work / WORLD).read_text(encoding='utf-8')}."
+        words = f"{WORDS}\nMeasured on: {(options.work / WORLD).read_text(encoding='utf-8').strip()}."
         write_page(study, options.page, "What each approximation costs", words, verdict=section)
         return
     if options.share is None and options.processes > 1:

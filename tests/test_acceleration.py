@@ -80,6 +80,37 @@ def test_a_larger_tau_never_needs_more_calls() -> None:
     assert calls == sorted(calls, reverse=True)
 
 
+def test_the_error_grows_with_tau() -> None:
+    exact, _ = sample(EveryStep())
+    errors, calls = [], []
+    for tau in (0.0, 0.03, 0.05, 0.1, 0.3):
+        merged, count = sample(StepMerging(replace(CONFIG, tau=tau), 30))
+        errors.append(float((merged - exact).square().mean().sqrt()))
+        calls.append(count)
+    assert errors[0] == 0 and errors == sorted(errors)
+    assert len(set(calls)) >= 3, "the thresholds must differ in what they merge"
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(12, 60), st.floats(1, 16), st.lists(st.floats(0, 2), min_size=60, max_size=60))
+def test_the_policy_keeps_its_limits_whatever_it_measures(steps: int, shift: float, rates: list[float]) -> None:
+    policy, sigmas = StepMerging(CONFIG, steps), Scheduler(steps, shift).sigmas
+    grid, index, v = sigmas.tolist(), 0, torch.ones(1, 1, 2, 1, 1)
+    while index < len(sigmas) - 1:
+        if index:
+            v = v * (1 + rates[index] * float(sigmas[index - 1] - sigmas[index]))
+        count = policy.points_to_merge(Called(v, v, v), sigmas, index)
+        assert count <= CONFIG.max_merged
+        if count:
+            assert float(sigmas[index] - sigmas[index + 1 + count]) <= CONFIG.max_gap + 1e-6
+            assert rates[index] * float(sigmas[index] - sigmas[index + count]) < CONFIG.tau * 1.01
+        sigmas = torch.cat((sigmas[: index + 1], sigmas[index + 1 + count :]))
+        index += 1
+    warm = max(CONFIG.warm_min, math.ceil(CONFIG.warm_fraction * steps))
+    assert sigmas[:warm].tolist() == grid[:warm] and sigmas[-CONFIG.tail - 1 :].tolist() == grid[-CONFIG.tail - 1 :]
+    assert [grid.index(sigma) for sigma in sigmas.tolist()] == sorted(set(range(steps + 1)) - set(policy.merged))
+
+
 @settings(max_examples=500, deadline=None)
 @given(st.integers(12, 60), st.floats(1, 16), st.lists(st.floats(0, 5), min_size=60, max_size=60))
 def test_warm_up_tail_row_and_gap_limits_hold(steps: int, shift: float, rhos: list[float]) -> None:
@@ -106,6 +137,19 @@ def test_a_first_or_last_frame_that_still_moves_vetoes(frame: int) -> None:
     now[:, :, frame] += 0.5
     assert velocity_change(now, before, 0.02) == pytest.approx(0.5 / 0.02)
     assert calm == pytest.approx(0.001 / 0.02, rel=1e-2)
+
+
+@pytest.mark.parametrize(("moving", "merges"), [(None, True), (2, True), (0, False), (-1, False)])
+def test_an_end_frame_that_still_moves_keeps_every_step_and_one_in_between_does_not(
+    moving: int | None, merges: bool
+) -> None:
+    policy, sigmas = StepMerging(CONFIG, 30), Scheduler(30, 5.0).sigmas
+    for index in range(12):
+        v = torch.ones(1, 2, 21, 4, 4) * (1 + 0.001 * index)
+        if moving is not None:
+            v[:, :, moving] *= 1 + 0.1 * index  # a twentieth of the frames: the mean of all hardly sees it
+        count = policy.points_to_merge(Called(v, v, v), sigmas, index)
+    assert (count > 0) == merges
 
 
 def test_nan_stops_merging_for_the_rest_of_the_run() -> None:

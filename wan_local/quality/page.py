@@ -31,6 +31,7 @@ _COLUMNS = (  # figure, its head, digits
     ("flicker", "flicker", 3),
     ("warp_error_ratio", "warp error", 3),
 )
+_PLOT_POINTS, _LABEL_POINTS, _LABEL_CALLS = 350, 10, 3.0  # height of a plot's axes, of a label, and a label's width
 _LEGEND = """\
 PSNR in dB over all frames; "worst clip" is the lowest mean over a clip's seeds. "exact" is the same request with every
 step and the base model's weights, same seed. "first/last below VAE": how far the first and last frame are below what
@@ -114,15 +115,28 @@ def plot(summaries: Sequence[Summary], folder: Path) -> list[Path]:
         members = [summary for summary in summaries if summary.cell == cell and summary.variant != EXACT]
         if not members:
             continue
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(9, 6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
+        lifts, most = _lifts(members), max(summary.means["calls"] for summary in members)
         for number, summary in enumerate(members):
             calls, mean = summary.means["calls"], summary.means["psnr_to_exact"]
-            colour = f"C{number % 10}"
+            colour, left = f"C{number % 10}", calls == most
             axes.plot([calls, calls], [summary.worst_psnr_to_exact, mean], color=colour, linewidth=1)
             axes.plot([calls], [mean], "o", color=colour)
-            axes.annotate(summary.variant, (calls, mean), xytext=(6, 3), textcoords="offset points", fontsize=8)
+            place: dict[str, Any] = {
+                "xytext": (-7 if left else 7, lifts[summary.variant]),
+                "ha": "right" if left else "left",
+            }
+            axes.annotate(
+                summary.variant,
+                (calls, mean),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=colour,
+                **place,
+            )
         axes.set_xlabel("model calls")
         axes.set_ylabel("PSNR to the exact run, dB (line: down to the worst clip)")
         axes.set_title(cell)
@@ -132,6 +146,21 @@ def plot(summaries: Sequence[Summary], folder: Path) -> list[Path]:
         figure.savefig(path, dpi=110)
         paths.append(path)
     return paths
+
+
+def _lifts(members: Sequence[Summary]) -> dict[str, float]:
+    """Return how many points each label goes up, so that labels of about as many calls do not lie on each other."""
+    values = [value for m in members for value in (m.worst_psnr_to_exact, m.means["psnr_to_exact"])]
+    points_per_db = _PLOT_POINTS / max(max(values) - min(values), 1e-3)
+    lifts: dict[str, float] = {}
+    placed: list[tuple[float, float]] = []  # calls and height of the labels so far, from the lowest up
+    for member in sorted(members, key=lambda m: m.means["psnr_to_exact"]):
+        calls, height = member.means["calls"], member.means["psnr_to_exact"] * points_per_db
+        beside = [top for other, top in placed if abs(other - calls) < _LABEL_CALLS]
+        label = max([height, *(top + _LABEL_POINTS for top in beside)])
+        placed.append((calls, label))
+        lifts[member.variant] = label - height
+    return lifts
 
 
 def plot_name(cell: str) -> str:
