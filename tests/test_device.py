@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,7 +8,17 @@ import pytest
 import torch
 
 from wan_local import device
-from wan_local.device import capped, compute_dtype, free_bytes, free_ram_bytes, peak_bytes, reset_peak, resolve_device
+from wan_local.device import (
+    capped,
+    compute_dtype,
+    free_bytes,
+    free_ram_bytes,
+    held_bytes,
+    peak_bytes,
+    reset_peak,
+    resolve_device,
+    trim_ram,
+)
 from wan_local.errors import NotAvailable
 
 CPU = torch.device("cpu")
@@ -97,6 +108,19 @@ def test_peak_counts_what_was_held_and_given_back() -> None:
     del block
     after = peak_bytes(CPU)
     assert after is not None and after - before > 150 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_in_small_pieces_goes_back_to_the_system() -> None:
+    """Pieces below the size from which the C library maps memory anew; every other one is freed."""
+    blocks = [torch.ones(2**16, dtype=torch.uint8) for _ in range(3000)]
+    full = held_bytes(CPU)
+    if full is None:
+        pytest.skip("this system does not tell what a process holds")
+    del blocks[::2]
+    trim_ram()
+    left = held_bytes(CPU)
+    assert left is not None and full - left > 60 * 2**20
 
 
 def test_a_cap_holds_torch_to_its_share_of_the_card_and_gives_back_what_was_set_before(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,8 +121,6 @@ def _cgroup_free_bytes(folder: Path) -> float:
 
 
 def _windows_free_bytes() -> int:
-    import ctypes
-
     class MemoryStatus(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
             (name, ctypes.c_ulonglong)
@@ -146,6 +146,19 @@ def _read_integer(file: Path) -> int | None:
         return None
     text = file.read_text().strip()
     return int(text) if text.isdigit() else None
+
+
+def trim_ram() -> None:
+    """Let the C library give freed memory back to the system, where it is one that keeps it (glibc)."""
+    if sys.platform == "linux":
+        trim = getattr(_c_library(), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
 RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
 W8A8_TOKENS = 2048  # whose sums of integers are held at a time
 _DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**22, 2**26  # bytes of the rows of a weight that are float32 at a time
+LIBRARY_BYTES = 2**26  # workspaces of cuBLAS and its like; an H200 held 20 MB in a stage that needs little else
 SLOTS = 2  # of the ring that streamed blocks pass through
 
 
@@ -174,7 +175,7 @@ def plan_within(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, Net
     def encoding(name: str, network: str, held: int) -> StagePlan:
         size = sizes[network]
         quantized = machine.int8_arithmetic if size.packed else None
-        held += _quantized_bytes(size, config, machine)
+        held += _quantized_bytes(size, config, machine) + _library_bytes(machine)
         return StagePlan(name, size.weight_bytes(compute), held, int8_arithmetic=quantized)
 
     text = encoding("text", "text_encoder", text_bytes(config, compute))
@@ -261,7 +262,7 @@ def _denoising(geometry: Geometry, config: ModelConfig, size: NetworkSize, machi
         stage = StagePlan(
             "denoise",
             size.weight_bytes(compute),
-            contexts + looping,
+            contexts + looping + _library_bytes(machine),
             int8_arithmetic=machine.int8_arithmetic if size.packed else None,
             together=way.together,
             parked=way.parked,
@@ -280,7 +281,7 @@ def _tiled(
     """Return the VAE's stage with the tiles that cost least of those that fit; with the smallest where none fits."""
     plans = []
     for tiling in tilings(geometry, config.vae, half):
-        held = vae_bytes(half, geometry, config.vae, tiling)
+        held = vae_bytes(half, geometry, config.vae, tiling) + _library_bytes(machine)
         kept = kept_bytes(half, geometry, config.vae, tiling)
         on_cpu = machine.device == "cpu"
         plan = StagePlan(
@@ -323,6 +324,10 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine) ->
         ram_bytes=in_ram,
         streamed_bytes=sum(waiting),
     )
+
+
+def _library_bytes(machine: Machine) -> int:
+    return 0 if machine.device == "cpu" else LIBRARY_BYTES
 
 
 def _quantized_bytes(size: NetworkSize, config: ModelConfig, machine: Machine) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wan_local.block_reader import BlockReader
 from wan_local.checkpoint import ModelFiles, PartTensors
+from wan_local.device import trim_ram
 from wan_local.errors import WrongModel
 from wan_local.key_map import Part, canonical
 from wan_local.lora_branch import AdaptedTensors, adapt
@@ -96,6 +97,7 @@ def stage(
     plan: which of its blocks stay on the device and where the others wait; all stay unless given.
     check: called before each tensor that is read and before each block that runs.
     """
+    trim_ram()  # what the stage before has left: keys and values are a gigabyte in pieces of some megabytes
     module = _on_meta(network, files.config)
     with freed_after(module, device):
         _load(module, network, files, _Place(_RECIPES[network].part, device, dtype, check), plan)
@@ -116,10 +118,11 @@ def freed_after(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def collect(device: torch.device) -> None:
-    """Give memory that nothing refers to back to the device."""
+    """Give memory that nothing refers to back to the device, and what the C library keeps of it to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    trim_ram()
 
 
 def network_sizes(config: ModelConfig, weights: ModelFiles | WeightFormats = PLAIN) -> dict[str, NetworkSize]:
