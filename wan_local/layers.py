@@ -162,8 +162,8 @@ def conv3d_by_frames(
 ) -> Tensor:
     """Return the 3-D convolution, not padded in time, as the sum of a 2-D one for each frame of the kernel.
 
-    Done in one, a card's library unfolds its input: on an H200 (torch 2.11) it took 1.3 GiB on top of a tile whose
-    features are 0.06 GiB. What this takes is a frame of the input and one of the output.
+    Done in one, an H200 (torch 2.11) took 1.3 GiB on top of a tile whose features are 0.06 GiB: about what an unfolded
+    input is. What this takes is a frame of the input and one of the output.
     """
     assert padding[0] == 0 and x_BCTHW.shape[2] >= weight.shape[2], (padding, x_BCTHW.shape, weight.shape)
     starts = range(0, x_BCTHW.shape[2] - weight.shape[2] + 1, stride[0])
