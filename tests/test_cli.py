@@ -256,3 +256,26 @@ def test_plan_refuses_what_does_not_fit_and_names_what_does(capsys: pytest.Captu
     assert "832x480 x 81 frames would fit" in capsys.readouterr().err
     assert cli.main(["plan", "--num-frames", "7", "--vram", "10", "--ram", "32"]) == terminal.WRONG_REQUEST
     assert "--num-frames" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipe of that kind there")
+def test_output_that_nobody_reads_ends_without_a_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "wan_local", "plan", "--model", "tiny", "--device", "cpu"]
+    done = subprocess.run(command, check=False, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (terminal.UNREAD, "")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal on Windows")
+def test_a_closed_terminal_ends_a_command_as_kill_does_unless_told_to_ignore_it() -> None:
+    with cli._stopped_by_signals(), pytest.raises(SystemExit) as ended:
+        signal.raise_signal(signal.SIGHUP)
+    assert ended.value.code == 129
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli._stopped_by_signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

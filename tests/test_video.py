@@ -19,6 +19,8 @@ from wan_local.errors import NotAvailable, OutputError
 from wan_local.geometry import Geometry, Size
 from wan_local.video import Frames, VideoWriter, check_output, largest_bytes, read_video, write_video
 
+NAMES_ARE_BYTES = pytest.mark.skipif(sys.platform == "win32", reason="names are UTF-16 there")
+
 SIZE = Size(height=64, width=112)
 BARS = [(255, 255, 255), (255, 255, 0), (0, 255, 255), (0, 255, 0), (255, 0, 255), (255, 0, 0), (0, 0, 255)]
 
@@ -260,6 +262,12 @@ def test_preflight_refuses_what_is_no_mp4_file(tmp_path: Path) -> None:
 def test_preflight_refuses_too_long_a_name(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="name is too long"):
         check_output(tmp_path / ("x" * 250 + ".mp4"), 0)  # the sidecar's name is the longer one
+
+
+@pytest.mark.parametrize("name", ["a\0b.mp4", pytest.param("a\ud800b.mp4", marks=NAMES_ARE_BYTES)])
+def test_a_name_that_no_file_can_have_is_refused_before_the_run(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OutputError, match="no name that a file can have"):
+        check_output(tmp_path / name, 0)
 
 
 def test_longest_name_that_passes_the_preflight_is_written(tmp_path: Path) -> None:

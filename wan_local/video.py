@@ -66,6 +66,8 @@ def check_output(path: Path, needed_bytes: int) -> None:
     """Raise OutputError now, not after the run, if `path` could not be written: folder, name, rights, free space."""
     path = path.absolute()
     folder = path.parent
+    if not _is_name(path):
+        raise OutputError(f"The output {path.name!a} is no name that a file can have here. Choose another output.")
     if path.suffix.lower() != ".mp4":
         raise OutputError(f"The output {path.name!r} must end in .mp4: that is the only format that is written.")
     if not folder.is_dir():
@@ -86,6 +88,14 @@ def check_output(path: Path, needed_bytes: int) -> None:
         raise NotAvailable(
             f"This build of PyAV has no {ENCODER}, so no mp4. Reinstall it from its wheel: pip install av"
         )
+
+
+def _is_name(path: Path) -> bool:
+    """Tell whether the system can hold the path: `Path.exists` says of one that it cannot hold only that it is not."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def largest_bytes(geometry: Geometry) -> int:

@@ -2,13 +2,16 @@
 
 One module a command: its `add` draws the flags and sets `run`, which takes the options and returns the exit code.
 Every field of a request is a flag, made from the schema itself. The result goes to stdout, all else to stderr.
-Exit codes: 0 done, 1 the run failed, 2 the request or a setting is wrong, 130 stopped by Ctrl-C, 143 terminated.
+Exit codes: 0 done, 1 the run failed, 2 the request or a setting is wrong, 130 stopped by Ctrl-C, 141 nobody reads what
+is printed any more, 143 terminated, 129 its terminal was closed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -31,7 +34,7 @@ from wan_local.cli import (
     tune,
 )
 from wan_local.cli.flags import flag, given
-from wan_local.cli.terminal import FAILED, INTERRUPTED, TERMINATED, WRONG_REQUEST, say
+from wan_local.cli.terminal import FAILED, INTERRUPTED, UNREAD, WRONG_REQUEST, say
 from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
 
 _COMMANDS = (
@@ -56,8 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     run = cast(Callable[[argparse.Namespace], int], options.run)
     try:
-        with _stopped_by_sigterm():
-            return run(options)
+        with _stopped_by_signals():
+            code = run(options)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:
+        _let_go_of_output()
+        return UNREAD
     except (KeyboardInterrupt, Cancelled):
         say("Stopped. No part of a video was left behind.")
         return INTERRUPTED
@@ -84,14 +92,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Let `kill` and `timeout` end the run as Ctrl-C does, so that no half-written file stays behind."""
+def _stopped_by_signals() -> Iterator[None]:
+    """Let `kill`, `timeout` and a closed terminal end the run as Ctrl-C does, so that no half-written file stays."""
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(TERMINATED)
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # SIGHUP: the terminal was closed
+    previous = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    heard = [name for name in names if previous[name] != signal.SIG_IGN]  # nohup ignores it, and is to be obeyed
+    for name in heard:
+        signal.signal(getattr(signal, name), stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for name in heard:
+            signal.signal(getattr(signal, name), previous[name])
+
+
+def _let_go_of_output() -> None:
+    """Point what nobody reads any more at nothing, so that the interpreter's last flush does not fail on it."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nothing, stream.fileno())

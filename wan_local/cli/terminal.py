@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wan_local.request import Step
 
-DONE, FAILED, WRONG_REQUEST, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+DONE, FAILED, WRONG_REQUEST, INTERRUPTED, UNREAD, TERMINATED = 0, 1, 2, 130, 141, 143
 
 
 def say(text: str) -> None:
