@@ -151,8 +151,8 @@ def test_one_sure_frame_or_two_likely_ones_flag_the_video(unsafe: dict[int, floa
         check.see(numbered(81))
     assert last[-1] == flagged_at
     (entry,) = caught.value.detail
-    assert entry["loc"] == ["body"] and entry["type"] == "content_policy_violation"
-    assert entry["url"].endswith("content_policy_violation") and entry["input"]["prompt"]
+    assert entry["loc"] == ["body", "prompt"] and entry["type"] == "content_policy_violation"
+    assert entry["url"].endswith("content_policy_violation") and entry["input"] == stamp_request().prompt
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -0.1, 1.1])
@@ -349,7 +349,7 @@ def test_a_flagged_frame_leaves_no_file(settings: Settings, monkeypatch: pytest.
     monkeypatch.setattr(switches, "load_checker", lambda _: fake(lambda _: next(scores)))
     with pytest.raises(InvalidRequest) as caught:
         generate(stamp_request(num_frames=num_frames, enable_safety_checker=True), settings=settings)
-    assert caught.value.detail[0]["loc"] == ["body"]
+    assert caught.value.detail[0]["loc"] == ["body", "prompt"]
     assert next(scores, None) is None
     assert left_over(settings.output_dir) == []
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from wan_local.errors import CorruptModel, InvalidRequest, ModelNotFound, NotAvailable, NumericalError, WrongModel
 from wan_local.planner import StagePlan
-from wan_local.request import Request, as_json
+from wan_local.request import Request
 from wan_local.settings import Settings, load_safety_config, turn_off_onnx_telemetry
 from wan_local.switch_config import SafetyConfig
 from wan_local.weight_files import read_part
@@ -129,7 +129,7 @@ class FrameCheck:
         self.scores: dict[int, float] = {}
 
     def see(self, frames_NHW3: Picture) -> None:
-        """Take the next frames. Raises InvalidRequest at ["body"] as soon as the video is flagged."""
+        """Take the next frames. Raises InvalidRequest at the prompt as soon as the video is flagged."""
         for frame in frames_NHW3:
             if self._seen in self._wanted:
                 self.scores[self._seen] = round(self._checker.score(frame), 4)
@@ -158,10 +158,8 @@ def _flagged_field(field: str, value: str | None, why: str) -> InvalidRequest:
 
 
 def _flagged_video(request: Request, why: str) -> InvalidRequest:
-    """Build the error for the video itself, which no single field is to blame for: no file was kept."""
-    entry = InvalidRequest.field("", FLAGGED, f"{_MESSAGE} ({why}; no video was kept)", value=None).detail[0]
-    body = {name: as_json(getattr(request, name)) for name in type(request).model_fields}
-    return InvalidRequest([{**entry, "loc": ["body"], "input": body}])
+    """Build the error for the video itself, which the endpoint lays at the prompt: no file was kept."""
+    return _flagged_field("prompt", request.prompt, f"{why}; no video was kept")
 
 
 def require_checker(settings: Settings) -> None:
