@@ -49,12 +49,9 @@ def test_flat_colours_come_back_within_three_levels(tmp_path: Path) -> None:
 
 def test_the_same_frames_are_the_same_bytes_each_time(tmp_path: Path) -> None:
     """x264's own choice of instructions fails this at this size on processors with AVX-512."""
-    spots, size = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(float), (SIZE.width, SIZE.height)
-    brightness = np.linspace(0.3, 1, 81)
-    pictures = (
-        Image.fromarray((spots * glow).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC) for glow in brightness
-    )
-    frames = np.stack([np.asarray(picture) for picture in pictures])
+    spots = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(float)
+    glowing = [Image.fromarray((spots * glow).astype(np.uint8)) for glow in np.linspace(0.3, 1, 81)]
+    frames = np.stack([np.asarray(x.resize((SIZE.width, SIZE.height), Image.Resampling.BICUBIC)) for x in glowing])
     assert len({write(tmp_path / "again.mp4", frames).read_bytes() for _ in range(12)}) == 1
 
 

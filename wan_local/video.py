@@ -39,7 +39,7 @@ CRF = (
 )
 ENCODER = "libx264"
 PRESET = "medium"
-# x264's shortcuts for AVX-512 give other bytes from run to run (seen at 112x64 and 176x96), and each kind of processor others
+# x264's code for AVX-512 gives other bytes from run to run (seen at 112x64 and 176x96)
 _SAME_EVERYWHERE = "cpu-independent=1"
 KEYFRAME_SECONDS = 2  # how far apart keyframes are at most, so that players can seek
 _BYTES_PER_PIXEL = 0.25  # what CRF 16 needs for pictures full of fine noise; usual ones take a tenth of it
