@@ -36,6 +36,7 @@ from bench.gpu_step import int8_step, int8_step_720p, int8_step_compiled
 from bench.gpu_streaming import streaming
 from bench.gpu_vae import vae
 from bench.gpu_whole_run import whole_run
+from bench.peer import peer_on_meta, with_weights
 from bench.world import RESULTS, measure
 from tests import parity
 from wan_local.denoise import Guided
@@ -103,26 +104,14 @@ def tiny(bench: Bench) -> None:
 
 def transformer(bench: Bench) -> None:
     """One guided prediction of a whole transformer, ours and diffusers', on the same random weights."""
-    from diffusers import WanTransformer3DModel
-
     config = bench.config.transformer
     with torch.device("meta"):
         once, ours = ContextEmbedder(config), Transformer(config)
-        peer = WanTransformer3DModel(
-            num_attention_heads=config.num_attention_heads, attention_head_dim=config.attention_head_dim,
-            in_channels=config.in_channels, out_channels=config.out_channels, text_dim=config.text_dim,
-            freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers, image_dim=config.image_dim,
-            added_kv_proj_dim=config.dim, pos_embed_seq_len=config.image_tokens,
-        )  # fmt: skip
+    peer = peer_on_meta(config)
     state = random_state(peer, bench)
     once.load_state_dict({name: tensor for name, tensor in state.items() if in_context(name)}, assign=True)
     ours.load_state_dict({name: tensor for name, tensor in state.items() if not in_context(name)}, assign=True)
-    kept = peer._keep_in_fp32_modules
-    peer_state = {k: v.float() if any(part in k for part in kept) else v.to(bench.dtype) for k, v in state.items()}
-    peer.load_state_dict(peer_state, assign=True)
-    peer.rope.to_empty(device=bench.device)
-    peer.rope.__init__(config.attention_head_dim, config.patch_size, 1024)  # its tables are no parameters
-    peer.rope.to(bench.device)
+    with_weights(peer, state, bench.dtype, bench.device, config)
     for size in SIZES[bench.size]:
         _one_size_of_transformer(bench, (once.eval(), ours.eval()), peer.eval(), Geometry(size, 81))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.gpu_stage import SIZES, Bench, in_turn, random_state
 from bench.gpu_streaming import example_block, loop_step, network_of, shallow
+from bench.peer import peer_on_meta, with_weights
 from wan_local.geometry import Geometry
 from wan_local.offload import StreamedBlocks
 from wan_local.settings import TransformerConfig
@@ -77,24 +78,8 @@ def _theirs(bench: Bench, geometry: Geometry, way: _Way) -> None:
 
 
 def _peer(bench: Bench, config: TransformerConfig, way: _Way) -> Any:
-    from diffusers import WanTransformer3DModel
-
-    with torch.device("meta"):
-        peer = WanTransformer3DModel(
-            num_attention_heads=config.num_attention_heads, attention_head_dim=config.attention_head_dim,
-            in_channels=config.in_channels, out_channels=config.out_channels, text_dim=config.text_dim,
-            freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers, image_dim=config.image_dim,
-            added_kv_proj_dim=config.dim, pos_embed_seq_len=config.image_tokens,
-        )  # fmt: skip
-    kept = peer._keep_in_fp32_modules
-    state = {
-        name: tensor.to(_CPU, torch.float32 if any(part in name for part in kept) else bench.dtype)
-        for name, tensor in random_state(peer, bench).items()
-    }
-    peer.load_state_dict(state, assign=True)
-    peer.rope.to_empty(device=_CPU)
-    peer.rope.__init__(config.attention_head_dim, config.patch_size, 1024)  # its tables are no parameters
-    peer.eval().requires_grad_(False)
+    peer = peer_on_meta(config)
+    with_weights(peer, random_state(peer, bench), bench.dtype, _CPU, config)
     on_card = bench.device.type == "cuda"
     if way.storage is not None:
         peer.enable_layerwise_casting(storage_dtype=way.storage, compute_dtype=bench.dtype)

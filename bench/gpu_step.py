@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu_stage import SIZES, Bench, CheckFailed, random_state
+from bench.peer import peer_on_meta, with_weights
 from bench.world import Measured, measure
 from wan_kernels.language import KERNEL_ERRORS
 from wan_local.attention import PLAIN_KERNELS, KernelChoice
@@ -111,23 +112,9 @@ class _Steps:
         self._measure(name, lambda: guided.predict(self.latents, _TIMESTEP)[0], warm)
 
     def _peer(self, *, compiled: bool) -> tuple[Callable[[], Tensor], Callable[[], object]]:
-        from diffusers import WanTransformer3DModel
-
         config, bench = self.bench.config.transformer, self.bench
-        with torch.device("meta"):
-            peer = WanTransformer3DModel(
-                num_attention_heads=config.num_attention_heads, attention_head_dim=config.attention_head_dim,
-                in_channels=config.in_channels, out_channels=config.out_channels, text_dim=config.text_dim,
-                freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
-                image_dim=config.image_dim, added_kv_proj_dim=config.dim, pos_embed_seq_len=config.image_tokens,
-            )  # fmt: skip
         state = {**self.ours.state_dict(), **{k: v for k, v in self.once.state_dict().items() if in_context(k)}}
-        kept = peer._keep_in_fp32_modules
-        cast = {k: v.float() if any(part in k for part in kept) else v.to(bench.dtype) for k, v in state.items()}
-        peer.load_state_dict(cast, assign=True)
-        peer.rope.to_empty(device=bench.device)
-        peer.rope.__init__(config.attention_head_dim, config.patch_size, 1024)  # its tables are no parameters
-        peer.rope.to(bench.device)
+        peer = with_weights(peer_on_meta(config), state, bench.dtype, bench.device, config)
         if compiled:
             peer.compile_repeated_blocks(fullgraph=True)
         inputs = torch.cat((self.latents, self.condition), dim=1).to(bench.dtype)
