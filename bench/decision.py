@@ -2,8 +2,8 @@
 
 A candidate passes where it saves enough calls, stays near the exact run in the mean and in its worst clip, keeps the
 last frame and the sharpness, and is nearer than even steps and than every other policy that makes as many calls. Of
-those that pass, the one nearest to the exact run wins. Even steps are compared at a candidate's own number of calls, by
-a line between the numbers of steps that were measured.
+those that pass, the one nearest to the exact run wins; within a decibel, the one of fewer calls. Even steps are compared
+at a candidate's own number of calls, by a line between the numbers of steps that were measured.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ AS_MANY = 0.75  # calls by which two ways may differ and still count as equal
 EVEN = "even steps"
 POLICIES = ("merge", "static", "reuse")
 _EQUAL = 0.05  # dB that count as no difference
+_AS_NEAR = 1.0  # dB between means that don't decide: a clip's own differ by several
 _BAR = f"""\
 The bar: {FEWER:g}x fewer calls, {MEAN:g} dB to the exact run in the mean and {WORST:g} dB in the worst clip, last frame
 within {LAST:g} dB, sharpness within {SHARPNESS:.0%}, nearer to the exact run than even steps at as many calls, and no
-farther than the best other policy at as many calls.
+farther than the best other policy at as many calls. Of those that reach it the nearest wins; within {_AS_NEAR:g} dB, the
+one of fewer calls.
 """
 
 
@@ -95,13 +97,13 @@ def between(points: Sequence[tuple[float, float]], calls: float) -> float | None
 def winner(found: Sequence[Candidate]) -> Candidate | None:
     """Return the one nearest to the exact run of those that reach the bar.
 
-    Of equally near ones it is the one of fewer calls, and of as many the one that is `regular` already.
+    Of those within a dB of it, it is the one of fewer calls, and of as many the one that is `regular` already.
     """
     passing = [candidate for candidate in found if not candidate.failings()]
     if not passing:
         return None
     nearest = max(candidate.summary.means["psnr_to_exact"] for candidate in passing)
-    level = [one for one in passing if one.summary.means["psnr_to_exact"] >= nearest - _EQUAL]
+    level = [one for one in passing if one.summary.means["psnr_to_exact"] >= nearest - _AS_NEAR]
     now = f"regular, tau {load_acceleration_config().merge.tau:g}"
     return min(level, key=lambda one: (round(one.summary.means["calls"], 1), one.summary.variant != now))
 
