@@ -2,8 +2,8 @@
 
 A candidate passes where it saves enough calls, stays near the exact run in the mean and in its worst clip, keeps the
 last frame and the sharpness, and is nearer than even steps and than every other policy that makes as many calls. Of
-those that pass, the one nearest to the exact run wins; within a decibel, the one of fewer calls. Even steps are compared
-at a candidate's own number of calls, by a line between the numbers of steps that were measured.
+those that pass, the one nearest to the exact run wins; within a decibel, the one of fewer calls. Even steps are
+compared at a candidate's own number of calls, by a line between the numbers of steps that were measured.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _AS_NEAR = 1.0  # dB between means that don't decide: a clip's own differ by sev
 _BAR = f"""\
 The bar: {FEWER:g}x fewer calls, {MEAN:g} dB to the exact run in the mean and {WORST:g} dB in the worst clip, last frame
 within {LAST:g} dB, sharpness within {SHARPNESS:.0%}, nearer to the exact run than even steps at as many calls, and no
-farther than the best other policy at as many calls. Of those that reach it the nearest wins; within {_AS_NEAR:g} dB, the
-one of fewer calls.
+farther than the best other policy at as many calls. Of those that reach it the nearest wins; within {_AS_NEAR:g} dB,
+the one of fewer calls.
 """
 
 
