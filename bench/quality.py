@@ -63,7 +63,8 @@ Made by `python -m bench.quality` on the embedded tiny model: unseen clips at 11
 but where a variant says otherwise. int8 attention is by the kernels' references: its rounding, not its speed. Another
 seed is the yardstick: what is nearer to the exact run than that changes less than chance does. PSNR to the truth is a
 floor and no ranking: fewer steps draw a mean, which blurs and scores more. Seconds are of denoising, where several runs
-share the device; calls are what a large model's time goes by. How these figures carry over to the 14B model is not
+share the device; calls are what a large model's time goes by. "runs" says of how many clips and seeds a row is: fewer
+away from 30 steps and shift 5. How these figures carry over to the 14B model is not
 known; `wan-local bench quality` measures it on your weights.
 """
 
