@@ -188,7 +188,7 @@ def fill(options: argparse.Namespace, study: Study) -> None:
         world = ", ".join(f"{name} {value}" for name, value in describe(torch.device(options.device)).items() if value)
         (options.work / WORLD).write_text(f"{world}, {options.at_once} runs at once", encoding="utf-8")
     compared = [v for v in variants(options.work) if options.variants is None or v.label in options.variants]
-    deadline = math.inf if options.seconds is None else options.until - time.time() + time.monotonic()
+    deadline = math.inf if options.until is None else options.until - time.time() + time.monotonic()
     for row in study.run(wanted(options), compared, deadline=deadline):
         words = (row["clip"], row["seed"], row["cell"], row["variant"], row["calls"], row["seconds"])
         print(*words, row["psnr_to_exact"], flush=True)
@@ -197,7 +197,8 @@ def fill(options: argparse.Namespace, study: Study) -> None:
 def fill_together(options: argparse.Namespace, arguments: list[str]) -> int:
     """Share the work among processes; return how many of them failed."""
     variants(options.work)  # makes the stores, once
-    command = [sys.executable, "-m", "bench.quality", *arguments, "--until", str(options.until), "--share"]
+    deadline = [] if options.until is None else ["--until", str(options.until)]
+    command = [sys.executable, "-m", "bench.quality", *arguments, *deadline, "--share"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen([*command, f"{index}/{options.processes}"], env=environment)

@@ -150,10 +150,16 @@ def test_the_verdict_takes_the_fewest_calls_of_what_is_acceptable() -> None:
 
 
 def test_every_candidate_is_a_file_of_thresholds_that_the_settings_read(tmp_path: Path) -> None:
-    for variant in own_model.variants(tmp_path, 30)[: len(own_model.candidates())]:
+    for variant in own_model.variants(tmp_path, 30, 5)[: len(own_model.candidates())]:
         load_acceleration_config(load_settings(**variant.settings))
     chosen = own_model.recommended([summary("reuse, threshold 0.1", 16, 40), summary("static plan", 20, 60)])
     assert chosen is not None and tomllib.loads(chosen.as_toml())["reuse"] == {"threshold": 0.1}
+
+
+def test_guidance_other_models_and_a_seed_are_compared_too(tmp_path: Path) -> None:
+    labels = [variant.label for variant in own_model.variants(tmp_path, 20, 5, [Path("flf2v-int4")])]
+    assert labels[-4:] == ["10 even steps", "guide_scale 1", "model flf2v-int4", "another seed"]
+    assert "guide_scale 1" not in [variant.label for variant in own_model.variants(tmp_path, 20, 1)]
 
 
 def write_pair(folder: Path, name: str) -> None:
@@ -181,12 +187,17 @@ def test_bench_quality_runs_the_real_model_and_writes_page_and_thresholds(
     pairs.mkdir()
     write_pair(pairs, "noise")
     few: Mapping[str, Any] = {"acceleration": "regular"}
-    monkeypatch.setattr(own_model, "variants", lambda folder, steps: [Variant("static plan", few)])
-    flags = ["--model", "tiny", "--device", "cpu", "--num-inference-steps", "12", "--guide-scale", "1"]
+    monkeypatch.setattr(own_model, "variants", lambda *_: [Variant("static plan", few)])
+    flags = ["--model", "tiny", "--device", "cpu", "--num-inference-steps", "12", "8", "--guide-scale", "1"]
     assert cli.main(["bench", "quality", "--pairs", str(pairs), "--output", str(output), *flags]) == terminal.DONE
     rows = [json.loads(line) for line in (output / "runs" / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["variant"] for row in rows] == [EXACT, "static plan"]
-    assert rows[0]["calls"] == 12 > rows[1]["calls"] and 30 < rows[1]["psnr_to_exact"] < 99
-    assert capsys.readouterr().out.strip() == str(output / "README.md")
+    compared = [EXACT, "attention int8", "attention int8_pv", "static plan"]
+    assert [row["variant"] for row in rows] == 2 * compared
+    assert rows[0]["calls"] == 12 > rows[3]["calls"] and 30 < rows[3]["psnr_to_exact"] < 99
+    assert rows[4]["calls"] == 8 and rows[4]["cell"] == "8 steps, shift 5"
+    assert all(40 < row["psnr_to_exact"] < 99 for row in rows if row["variant"].startswith("attention"))
+    said = capsys.readouterr()
+    assert said.out.strip() == str(output / "README.md")
+    assert "attention sage is left out: attention='sage' was asked for, but" in said.err
     assert "static plan" in (output / "README.md").read_text(encoding="utf-8")
     assert load_acceleration_config(load_settings(acceleration_file=output / "acceleration.toml")).policy == "static"

@@ -24,7 +24,6 @@ from bench.tiny_model.photos import Photo
 from bench.tiny_model.render import clip
 
 TIME_STRIDE = 4
-ENCODE_BATCH = {"cpu": 2, "cuda": 8}
 SMALL_AREA = 112 * 64
 LARGE_AREA = 176 * 96
 ASPECTS = 9
@@ -77,18 +76,24 @@ def make_shard(
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     xs, ys, images, captions = [], [], [], []
-    # never one clip alone: torch would take a far slower convolution for it
-    for chunk in torch.tensor(seeds).split(ENCODE_BATCH[vae.device.type]):
+    for chunk in torch.tensor(seeds).split(_at_once(vae)):
         times = torch.linspace(0, 1, shape.frames, device=vae.device)
         drawn = [clip(seed, photos, shape.width, shape.height, times) for seed in chunk.tolist()]
-        frames = quantize(torch.stack([pixels for pixels, _ in drawn]))
+        frames = quantize(torch.stack([pixels for pixels, _ in drawn])).to(vae.dtype)
         captions += [text for _, text in drawn]
         first, last = frames[:, :, 0], frames[:, :, -1]
-        xs.append(((whole.encode(vae, frames).cpu() - mean) / std).half())
-        ys.append(((whole.encode_ends(vae, first, last, shape.frames).cpu() - mean) / std).half())
-        both = encoders.encode_images(torch.cat((first, last)).cpu()).half()
+        xs.append(((whole.encode(vae, frames).float().cpu() - mean) / std).half())
+        ys.append(((whole.encode_ends(vae, first, last, shape.frames).float().cpu() - mean) / std).half())
+        both = encoders.encode_images(torch.cat((first, last)).float().cpu()).half()
         images.append(both.unflatten(0, (2, len(chunk))).transpose(0, 1))
     return Shard(torch.cat(xs), torch.cat(ys), torch.cat(images), captions)
+
+
+def _at_once(vae: AutoencoderKLWan) -> int:
+    """Return how many clips to encode together: in float32 a CPU takes a far slower convolution for one alone."""
+    if vae.device.type != "cpu":
+        return 8
+    return 2 if vae.dtype == torch.float32 else 1
 
 
 def save_shard(shard: Shard, path: Path) -> None:

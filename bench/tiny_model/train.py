@@ -78,7 +78,7 @@ def main() -> None:
 def cache_being_filled(args: argparse.Namespace) -> Iterator[None]:
     """Let other processes fill the cache, on the device too, for as long as this one trains."""
     command = [sys.executable, "-m", "bench.tiny_model.train", "--only", "cache", "--threads", "1"]
-    command += ["--work", str(args.work), "--device", args.device, "--rounds", str(args.rounds)]
+    command += ["--work", str(args.work), "--device", args.device, "--dtype", args.dtype, "--rounds", str(args.rounds)]
     command += ["--base", str(args.base)] if args.base else []
     children = [
         subprocess.Popen([*command, "--log", str(args.work / f"cache_{index}.log")], stdout=subprocess.DEVNULL)
@@ -161,12 +161,12 @@ def load_vae(work: Path) -> AutoencoderKLWan:
 
 def fill_cache(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
     """Encode validation and training clips."""
-    vae, device = load_vae(args.work).to(args.device), torch.device(args.device)
+    device = torch.device(args.device)
+    vae = load_vae(args.work).to(device, getattr(torch, args.dtype))
     source = cache.Source(vae, encoders, on_device(held_out_photos(), device), VALIDATION_SEED)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        cache.fill(source, args.work / "validation", cache.validation_plan(), log)
-        source = dataclasses.replace(source, photos=on_device(training_photos(), device), first_seed=CACHE_SEED)
-        cache.fill(source, args.work / "latents", cache.training_plan(args.rounds), log)
+    cache.fill(source, args.work / "validation", cache.validation_plan(), log)
+    source = dataclasses.replace(source, photos=on_device(training_photos(), device), first_seed=CACHE_SEED)
+    cache.fill(source, args.work / "latents", cache.training_plan(args.rounds), log)
 
 
 def write(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:

@@ -102,8 +102,8 @@ class ShortCrossAttention:
 
     def __init__(self) -> None:
         self.bias: Tensor | None = None
-        self.starved: list[Tensor] | None = None
-        """When a list: each block adds how far, in nats, the text's share of attention is below `LEAST_TEXT_SHARE`."""
+        self.starved: Tensor | None = None
+        """When a number: each block adds by how many nats the text's share of attention is below `LEAST_TEXT_SHARE`."""
 
     def __call__(
         self,
@@ -126,7 +126,7 @@ class ShortCrossAttention:
             logits = logits + self.bias.to(query)
         if self.starved is not None:
             share = logits[..., :-1].logsumexp(-1) - logits.logsumexp(-1)
-            self.starved.append(F.relu(math.log(LEAST_TEXT_SHARE) - share).mean())
+            self.starved = self.starved + F.relu(math.log(LEAST_TEXT_SHARE) - share).mean()
         result = result + logits.softmax(-1) @ _heads(attn, attn.to_v(text))
         return attn.to_out[0](result.transpose(1, 2).flatten(2))
 
@@ -161,6 +161,26 @@ def choose_frames(model: WanTransformer3DModel) -> FramesRope:
     """Install the rotary embedding that can leave frames out, and return it."""
     model.rope = FramesRope(model.rope)
     return model.rope
+
+
+class HalfLinear(nn.Linear):
+    """A projection computed in bfloat16 between float32 activations.
+
+    CPUs with bfloat16 dot products do these 2.6 times faster; the backward pass of attention they do slower than in
+    float32, which is why autocast does not help there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the projection in float32."""
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return F.linear(x.bfloat16(), self.weight.bfloat16(), bias).float()
+
+
+def halve_projections(model: WanTransformer3DModel) -> None:
+    """Let the blocks' projections compute in bfloat16; weights stay in float32."""
+    for module in model.blocks.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = HalfLinear
 
 
 def shorten_text(model: WanTransformer3DModel) -> ShortCrossAttention:

@@ -1,4 +1,4 @@
-"""`wan-local bench quality`: what leaving out steps saves and costs with your weights and your images."""
+"""`wan-local bench quality`: what each approximation saves and costs with your weights and your images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
     quality = kinds.add_parser(
         "quality",
-        help="compare ways to leave out steps with the run that takes every one; writes a page and thresholds",
+        help="compare approximations with the run that takes every step; writes a page and thresholds",
         argument_default=argparse.SUPPRESS,
     )
     quality.set_defaults(run=_quality)
@@ -32,10 +32,14 @@ def add(commands: Commands) -> None:
     )
     quality.add_argument("--output", type=Path, required=True, metavar="DIR", help="where page and thresholds go")
     quality.add_argument("--resolution", default="480p", choices=("480p", "720p"))
-    quality.add_argument("--num-inference-steps", type=int, default=30, metavar="N")
-    quality.add_argument("--shift", type=float, default=5.0, metavar="N")
+    steps = "the first is what the thresholds are chosen by; so with --shift"
+    quality.add_argument("--num-inference-steps", type=int, nargs="+", default=[30], metavar="N", help=steps)
+    quality.add_argument("--shift", type=float, nargs="+", default=[5.0], metavar="N")
     quality.add_argument("--guide-scale", type=float, default=5.0, metavar="N")
     quality.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
+    quality.add_argument(
+        "--compare-model", type=Path, nargs="+", default=[], metavar="PATH", help="the same weights in other formats"
+    )
 
 
 def _quality(options: argparse.Namespace) -> int:
@@ -45,31 +49,39 @@ def _quality(options: argparse.Namespace) -> int:
                 f"bench quality needs {module}, which is not installed: pip install 'wan_local[quality]'"
             )
     from wan_local.quality.making import Maker
-    from wan_local.quality.own_model import read_pairs, variants
+    from wan_local.quality.own_model import attentions, read_pairs, variants
     from wan_local.quality.protocol import Study
     from wan_local.quality.subject import EXACT, Cell, Variant, units
 
     arguments = {"resolution": options.resolution, "guide_scale": options.guide_scale}
     folder = options.output / "runs"
-    study = Study(Maker(settings_from(vars(options)), arguments, folder), folder)
-    cell = Cell(options.num_inference_steps, options.shift)
-    compared = [Variant(EXACT), *variants(study.folder, cell.num_inference_steps)]
-    clips = read_pairs(options.pairs)
-    total, done = len(clips) * len(compared) * len(options.seeds), len(study.rows())
-    for row in study.run(units(clips, [cell], options.seeds), compared):
-        done += 1
-        say(f"{done}/{total} {row['clip']}, seed {row['seed']}, {row['variant']}: {row['calls']} calls, "
-            f"{row['seconds']:.1f} s, {row['psnr_to_exact']:.1f} dB to the exact run")  # fmt: skip
-    _write(study, options.output)
+    maker = Maker(settings_from(vars(options)), arguments, folder)
+    study, clips = Study(maker, folder), read_pairs(options.pairs)
+    cells = [Cell(steps, shift) for steps in options.num_inference_steps for shift in options.shift]
+    [probe, *_] = units(clips, cells, options.seeds)
+    alike = [Variant(EXACT), *attentions(lambda variant: maker.job(probe, variant), say)]
+    compared = {
+        cell: [*alike, *variants(study.folder, cell.num_inference_steps, options.guide_scale, options.compare_model)]
+        for cell in cells
+    }
+    total = len(clips) * len(options.seeds) * sum(map(len, compared.values()))
+    done = len(study.rows())
+    for unit in units(clips, cells, options.seeds):
+        for row in study.run([unit], compared[unit.cell]):
+            done += 1
+            say(f"{done}/{total} {row['cell']}, {row['clip']}, seed {row['seed']}, {row['variant']}: {row['calls']} "
+                f"calls, {row['seconds']:.1f} s, {row['psnr_to_exact']:.1f} dB to the exact run")  # fmt: skip
+    _write(study, options.output, cells[0].name)
     return DONE
 
 
-def _write(study: Study, output: Path) -> None:
+def _write(study: Study, output: Path, cell: str) -> None:
+    """Write the page of all cells, and the thresholds that the figures of `cell` speak for."""
     from wan_local.quality.own_model import recommended
     from wan_local.quality.page import write_page
     from wan_local.quality.verdict import summarize
 
-    chosen = recommended(summarize(study.rows()))
+    chosen = recommended([summary for summary in summarize(study.rows()) if summary.cell == cell])
     if chosen is None:
         words = "None of the ways to leave out steps was near enough to the exact run: use acceleration none."
     else:
@@ -79,7 +91,7 @@ def _write(study: Study, output: Path) -> None:
             f"By these figures `regular` should be: {chosen.label}. "
             f"`WAN_LOCAL_ACCELERATION_FILE={thresholds.absolute()}` makes it so."
         )
-    title = "What leaving out steps costs with this model"
+    title = "What each approximation costs with this model"
     write_page(study, output, title, words)
     print(output / "README.md")
     say(words)

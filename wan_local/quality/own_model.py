@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_local.errors import InvalidRequest
+from wan_local.attention import names
+from wan_local.errors import InvalidRequest, NotAvailable
 from wan_local.image import load_image
-from wan_local.quality.subject import Clip, Variant
+from wan_local.preparation import Job
+from wan_local.quality.subject import EXACT, Clip, Variant
 from wan_local.quality.verdict import Summary, best
 
 FIRST, LAST = "_first", "_last"
@@ -45,8 +47,11 @@ def candidates() -> tuple[Candidate, ...]:
     return (*merging, Candidate("static plan", {"regular": {"policy": "static"}}), *reuse)
 
 
-def variants(folder: Path, steps: int) -> list[Variant]:
-    """Return what is compared; the candidates' thresholds are written into `folder` for the runs to read."""
+def variants(folder: Path, steps: int, guide_scale: float, other_models: Sequence[Path] = ()) -> list[Variant]:
+    """Return what is compared in a cell of so many steps; the candidates' thresholds are written into `folder`.
+
+    other_models: the same weights in other formats, as stores or checkpoints.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for number, candidate in enumerate(candidates()):
@@ -54,8 +59,31 @@ def variants(folder: Path, steps: int) -> list[Variant]:
         path.write_text(candidate.as_toml(), encoding="utf-8")
         made.append(Variant(candidate.label, {"acceleration": "regular"}, {"acceleration_file": path}))
     half = max(2, steps // 2)
-    others = (Variant(f"{half} even steps", {"num_inference_steps": half}), Variant("another seed", seed_offset=1000))
-    return [*made, *others]
+    made.append(Variant(f"{half} even steps", {"num_inference_steps": half}))
+    if guide_scale != 1:
+        made.append(Variant("guide_scale 1", {"guide_scale": 1}))
+    made += [Variant(f"model {path}", settings={"model": str(path)}) for path in other_models]
+    return [*made, Variant("another seed", seed_offset=1000)]
+
+
+def attentions(plan: Callable[[Variant], Job], left_out: Callable[[str], None]) -> list[Variant]:
+    """Return a variant for each way to compute attention that can run here, but for the one that runs use anyway.
+
+    plan: plans a variant's run. left_out: is told which cannot run, and why.
+    """
+    used = plan(Variant(EXACT)).kernels.attention
+    found = []
+    for name in names():
+        variant = Variant(f"attention {name}", settings={"attention": name})
+        if name == used:
+            continue
+        try:
+            plan(variant)
+        except NotAvailable as problem:
+            left_out(f"{variant.label} is left out: {problem}")
+        else:
+            found.append(variant)
+    return found
 
 
 def recommended(summaries: Sequence[Summary]) -> Candidate | None:
