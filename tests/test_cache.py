@@ -19,9 +19,12 @@ from tests.stamps import END, START, stamp_request, stamp_settings
 from wan_local import encoders, pipeline
 from wan_local.cache import EncodingCache, make_key
 from wan_local.checkpoint import ModelFiles, PartTensors, find_model
+from wan_local.convert import Conversion, convert
 from wan_local.identity import folder_identity, part_identity, part_times
 from wan_local.record import fingerprint, read_record, write_record
 from wan_local.settings import Settings, load_settings
+from wan_local.sources import open_source
+from wan_local.weight_format import WeightFormats
 from wan_local.workspace import Workspace
 
 ENCODERS = {"text_encoder", "image_encoder"}
@@ -273,3 +276,14 @@ def test_identity_reads_little(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     huge = ModelFiles(files.folder, files.config, {**files.tensors, "vae": infos})
     monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("a whole file was read"))
     assert part_identity(huge, "vae")
+
+
+def test_what_int8_weights_are_used_by_tells_encodings_apart(
+    settings: Settings, opened: list[str], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    convert(Conversion(open_source(find_model(settings).folder), WeightFormats("bf16", "int8", "int8")), store)
+    for arithmetic in ("w8a8", "weight-only"):
+        opened.clear()
+        make(replace(settings, model=str(store), int8_arithmetic=arithmetic), tmp_path)
+        assert {"text_encoder", "image_encoder"} <= set(opened)

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import layouts
+from tests.parity import relative_error
 from wan_local.checkpoint import PartTensors, find_model, open_model
-from wan_local.errors import CorruptModel, ModelNotFound, WrongModel
+from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
 from wan_local.header import read_header
 from wan_local.settings import load_settings
+from wan_local.stage import load_network
 from wan_local.weight_files import read_part
 
 TINY = Path(str(resources.files("wan_local"))) / "tiny_model"
@@ -225,3 +227,34 @@ def test_a_lora_given_as_the_model_is_refused_with_the_flag_it_belongs_to(tmp_pa
     save_file({names[0]: torch.ones(4, 128), names[1]: torch.ones(128, 4)}, file)
     with pytest.raises(WrongModel, match=r"a LoRA for Wan.*--lora .*lora\.safetensors:1\.0"):
         find_model(load_settings(model=str(file)))
+
+
+def test_a_pickle_under_the_name_of_a_safetensors_file_is_refused(model: Path) -> None:
+    file = model / "image_encoder" / "model.safetensors"
+    state = {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file is mapped
+    torch.save(state, file)
+    with pytest.raises(NotAvailable, match=r"model\.safetensors.* is a pickle file under the name"):
+        open_model(model)
+
+
+def retyped(file: Path, dtype: torch.dtype) -> None:
+    """Store the linears of a part in 8 bits, without scales."""
+    state = {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file is mapped
+    linears = [name for name in state if ".layers." in name and name.endswith("proj.weight")]
+    save_file(state | {name: state[name].to(dtype) for name in linears}, file, {"format": "pt"})
+
+
+def test_floats_of_8_bits_without_scales_are_computed_with_as_what_they_are(model: Path) -> None:
+    before = load_network("image_encoder", open_model(model), torch.device("cpu"), torch.float32)
+    retyped(model / "image_encoder" / "model.safetensors", torch.float8_e4m3fn)
+    encoder = load_network("image_encoder", open_model(model), torch.device("cpu"), torch.float32)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    got, expected = (net(picture).last_hidden_state for net in (encoder, before))
+    assert 0 < relative_error(got, expected) < 0.2
+
+
+def test_integers_without_scales_are_refused(model: Path) -> None:
+    retyped(model / "image_encoder" / "model.safetensors", torch.int8)
+    with pytest.raises(CorruptModel, match=r"is stored as torch\.int8 and has no scale"):
+        load_network("image_encoder", open_model(model), torch.device("cpu"), torch.float32)

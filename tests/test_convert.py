@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -24,7 +25,7 @@ from wan_local import store_file
 from wan_local.checkpoint import ModelFiles, PartTensors, find_model, open_model
 from wan_local.convert import Conversion, Progress, convert, is_complete
 from wan_local.errors import CorruptModel, NotAvailable, OutputError
-from wan_local.manifest import MANIFEST, read_manifest, verify
+from wan_local.manifest import MANIFEST, read_manifest, sha256, verify
 from wan_local.planner import StagePlan
 from wan_local.quantize import QuantizedWeight, dequantize, is_block_linear, quantize_weight
 from wan_local.settings import ImageEncoderConfig, TextEncoderConfig, load_model_config, load_settings
@@ -337,6 +338,24 @@ def test_a_store_is_a_source_too_unless_its_weights_are_turned(source: Source, t
     convert(Conversion(source, all_in("int8"), rotate=True), tmp_path / "rotated")
     with pytest.raises(NotAvailable, match=r"made with --rotate, which is not undone"):
         open_source(tmp_path / "rotated")
+    parts = {part: tmp_path / "rotated" / part for part in ("text_encoder", "image_encoder", "vae", "tokenizer")}
+    for part in ("", "diffusion_pytorch_model-00001-of-00002.safetensors"):
+        with pytest.raises(NotAvailable, match=r"made with --rotate, which is not undone"):
+            open_source(tmp_path / "rotated" / "transformer" / part, **parts)
+    (tmp_path / "rotated" / MANIFEST).unlink()
+    with pytest.raises(CorruptModel, match=r"rotated weights without manifest\.json"):
+        open_model(tmp_path / "rotated")
+
+
+def test_what_is_synced_was_opened_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to sync anything else."""
+    (tmp_path / "file").touch()
+    flags: list[int] = []
+    open_ = os.open
+    monkeypatch.setattr(os, "open", lambda path, how: (flags.append(how), open_(path, how))[1])
+    convert_module._sync(tmp_path / "file")
+    convert_module._sync(tmp_path)
+    assert flags == [os.O_RDWR, os.O_RDONLY]
 
 
 def test_progress_counts_the_bytes_that_lie_on_disk(tmp_path: Path) -> None:
@@ -383,6 +402,7 @@ class Added:
 
     name: str
     report: object
+    file: Path = TINY / "model_index.json"
 
     @property
     def targets(self) -> frozenset[str]:
@@ -406,7 +426,19 @@ def test_loras_are_merged_in_float32_before_quantization_and_noted(source: Sourc
     stored = PartTensors(open_model(tmp_path / "store"), "transformer")
     expected = quantize_weight(source.part("transformer")[name].float() + 0.5, "int8")
     assert torch.equal(stored[name], expected.data) and torch.equal(stored[f"{name}_scale"], expected.scale)
-    assert manifest.loras == [{"file": "style.safetensors", "strength": 0.5, "applied": 1}] * 2
+    account = {"file": "style.safetensors", "strength": 0.5, "applied": 1}
+    assert manifest.loras == [{**account, "sha256": sha256(TINY / "model_index.json")}] * 2
+
+
+def test_a_lora_that_changed_under_its_name_is_no_finished_work(source: Source, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    file.write_bytes(b"one")
+    conversion = Conversion(source, all_in("int8"), loras=[Added("blocks.1.attn1.to_v.weight", Account(), file)])
+    made = convert(conversion, tmp_path / "store")
+    assert convert(conversion, tmp_path / "store") == made
+    file.write_bytes(b"two")
+    with pytest.raises(OutputError, match="made of other files or in another way"):
+        convert(conversion, tmp_path / "store")
 
 
 MIDDLE = replace(

@@ -349,3 +349,16 @@ def test_a_language_model_for_prompt_expansion_is_fetched_to_where_a_run_looks(
     assert (tmp_path / "Qwen3-VL-4B-Instruct" / "config.json").exists()
     assert main(["download", "--expansion", "Qwen3-VL-2B-Instruct", "--dry-run"]) == 0
     assert "Qwen3-VL-2B-Instruct" in capsys.readouterr().err
+
+
+def test_what_an_earlier_try_has_brought_needs_no_room_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = StubHub([remote("a.json", 5), remote("big/b", 1000)], never)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "b.part").write_bytes(bytes(900))
+    monkeypatch.setattr("wan_local.hub._free_bytes", lambda _: 200)
+    assert plan_download(CONFIG, tmp_path, hub).left_bytes == 105
+    (tmp_path / "big" / "b.part").unlink()
+    with pytest.raises(OutputError):
+        plan_download(CONFIG, tmp_path, hub)

@@ -283,4 +283,25 @@ def test_a_plan_part_is_told_in_words() -> None:
     with rung as first:
         assert first.describe() == "on cpu"
     streamed = replace(first, plan=StagePlan("text", 1, 1, resident_blocks=3, source="file"))
-    assert streamed.describe() == "on cpu with 3 blocks resident"
+    assert streamed.describe() == "on cpu with 3 blocks resident, the others from file"
+
+
+def test_ram_that_runs_out_beside_a_card_is_helped_by_the_file(tmp_path: Path) -> None:
+    plan, lesser = real_plan(12)
+    assert plan.stage("denoise").source == "ram"
+    ladder = Ladder(plan, torch.device("cuda:0"), torch.bfloat16, shrink=lesser, note=lambda _: None)
+    seen = []
+    for attempt in ladder.attempts("denoise"):
+        with attempt as rung:
+            seen.append((rung.plan.source, rung.plan.resident_blocks))
+            if len(seen) == 1:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+            if len(seen) == 2:
+                raise torch.OutOfMemoryError(NO_MEMORY)
+    (_, blocks), *others = seen
+    assert others[0] == ("file", blocks) and others[1][0] == "file" and others[1][1] < blocks
+
+
+def test_keys_and_values_are_parked_as_the_rung_of_their_stage_says() -> None:
+    plan, _ = real_plan(3)
+    assert plan.stage("context").parked and plan.stage("denoise").parked

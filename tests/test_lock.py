@@ -110,3 +110,16 @@ def test_a_queue_waits_for_a_card_and_says_for_whom(tmp_path: Path, monkeypatch:
     with pytest.raises(Cancelled):
         list(service.once_free(run, Ticket("x", cancelled)))
     assert len(tries) == 1
+
+
+def test_a_note_that_cannot_be_written_or_removed_keeps_nobody_from_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("wan_local.durable.write", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    for _ in range(2):
+        with holding(tmp_path / "lock", what="it", way_out=""):
+            pass

@@ -316,3 +316,29 @@ def test_no_mixture_of_names_and_shapes_is_anything_but_read_or_refused(
         open_lora(file, 1.0, TINY)
     except WanLocalError:
         return
+
+
+def test_an_alpha_may_be_a_whole_number_and_other_pieces_may_not(tmp_path: Path) -> None:
+    changes, name = pairs(linears()), linears()[0]
+    state = {n: t.long() if n.endswith(".alpha") else t for n, t in kohya(changes, alpha=2.0).items()}
+    down, up = changes[name]
+    lora = open_lora(save(tmp_path / "musubi.safetensors", state), 1.0, TINY)
+    torch.testing.assert_close(lora.delta(name, tuple(ours()[name].shape)), 2 / RANK * (up @ down))
+    whole = {n: t.to(torch.int32) for n, t in diffusers(changes).items()}
+    with pytest.raises(NotAvailable, match="is stored as I32; LoRAs are read as"):
+        open_lora(save(tmp_path / "whole.safetensors", whole), 1.0, TINY)
+
+
+@pytest.mark.parametrize(("rank_stabilized", "factor"), [(False, 8 / RANK), (True, 8 / RANK**0.5)])
+def test_peft_keeps_alpha_beside_its_own_file(tmp_path: Path, rank_stabilized: bool, factor: float) -> None:
+    changes, name = pairs(linears()), linears()[0]
+    state = {n.replace("transformer.", "base_model.model."): t for n, t in diffusers(changes).items()}
+    file = save(tmp_path / "adapter_model.safetensors", state)
+    config = {"r": RANK, "lora_alpha": 8, "use_rslora": rank_stabilized, "alpha_pattern": {}, "rank_pattern": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    down, up = changes[name]
+    delta = open_lora(file, 1.0, TINY).delta(name, tuple(ours()[name].shape))
+    torch.testing.assert_close(delta, factor * (up @ down))
+    (tmp_path / "adapter_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(CorruptModel, match=r"adapter_config\.json.*no table with r and lora_alpha"):
+        open_lora(file, 1.0, TINY)

@@ -232,3 +232,17 @@ def test_what_cannot_be_page_locked_is_said_once_and_its_error_does_not_meet_the
     assert not offload._register(slab, torch.device("cuda:0"))
     assert "could not be page-locked (CUDA error 2)" in caplog.text
     launch()
+
+
+def test_a_slab_that_cannot_be_filled_is_not_left_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[int] = []
+    monkeypatch.setattr(offload, "_register", lambda slab, _: bool(locked.append(slab.nbytes)) or True)
+    layouts = [offload.FlatBlock(nn.Linear(4, 4, device="meta"), lambda _: torch.float32) for _ in range(3)]
+
+    def fill(index: int, views: object) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        offload._HostBlocks([0, 1, 2], layouts, fill, "ram", torch.device("cuda:0"))
+    assert locked == []

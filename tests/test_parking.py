@@ -53,3 +53,9 @@ def test_what_is_not_parked_is_handed_out_as_it_is() -> None:
     _, contexts = official_contexts()
     with placed(contexts, False, CPU) as given:
         assert all(a is b for a, b in zip(given, contexts, strict=True))
+
+
+def test_what_was_parked_and_need_not_be_goes_to_the_device() -> None:
+    _, contexts = official_contexts()
+    with placed(contexts, False, torch.device("meta")) as given:
+        assert all(context.k.is_meta and context.v_image.is_meta for branch in given for context in branch)

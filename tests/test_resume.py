@@ -437,3 +437,28 @@ def test_a_run_refused_half_way_is_not_kept(
     with pytest.raises(wan_local.InvalidRequest):
         list(Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="refused"))
     assert runs.find(settings, "refused") is None
+
+
+def test_who_takes_a_run_over_is_the_one_to_sweep_after(settings: Settings, stamps: Stamps, tmp_path: Path) -> None:
+    run_until(settings, stamps.request, "swept", tmp_path / "x.mp4", "denoise", 2)
+    about = runs.runs_folder(settings) / "swept" / "run.json"
+    about.write_text(json.dumps(json.loads(about.read_text(encoding="utf-8")) | {"pid": 2**22 + 1}), encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    runs.take(settings, "swept", tmp_path / "elsewhere" / "y.mp4").release(remove=False)
+    taken = json.loads(about.read_text(encoding="utf-8"))
+    assert taken["pid"] == os.getpid() and taken["output"] == str(tmp_path / "elsewhere" / "y.mp4")
+    assert runs.list_runs(settings)[0].state == "waiting"
+
+
+def test_a_run_that_cannot_be_begun_is_not_left_locked(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as short:
+        short.setattr("wan_local.durable.write", full)
+        with pytest.raises(OSError, match="No space left"):
+            runs.begin(settings, "short", {})
+    assert not (runs.runs_folder(settings) / "short").exists()
+    runs.begin(settings, "short", {}).release(remove=True)

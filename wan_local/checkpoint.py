@@ -15,14 +15,14 @@ import torch
 from safetensors import safe_open
 
 from wan_local import kinds
-from wan_local.errors import ModelNotFound, WrongModel
+from wan_local.errors import CorruptModel, ModelNotFound, WrongModel
 from wan_local.extent import DTYPES, read_tensor
 from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical, ignorable
 from wan_local.lora import Lora, open_loras
-from wan_local.manifest import Manifest, read_manifest
+from wan_local.manifest import MANIFEST, Manifest, read_manifest
 from wan_local.settings import TINY, ModelConfig, Settings, hub_cache_dir, known_models
-from wan_local.weight_files import read_part, read_weights, weight_sets
+from wan_local.weight_files import ROTATED_KEY, read_part, read_weights, weight_sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +131,14 @@ def open_model(folder: Path) -> ModelFiles:
             f"{str(folder)!r} is not a model folder in diffusers' layout: it has no {', '.join(missing)}. "
             "Give the folder that holds transformer/, vae/, text_encoder/, image_encoder/ and tokenizer/."
         )
-    tensors = {part: read_part(folder / part) for part in PARTS}
-    return ModelFiles(folder, identify(tensors["transformer"], folder), tensors, read_manifest(folder))
+    weights, manifest = {part: read_part(folder / part) for part in PARTS}, read_manifest(folder)
+    if manifest is None and weights["transformer"].metadata.get(ROTATED_KEY):
+        raise CorruptModel(
+            f"{str(folder)!r} holds rotated weights without {MANIFEST}, which says which they are. Copy that file from "
+            "the store that they are from."
+        )
+    tensors = {part: files.tensors for part, files in weights.items()}
+    return ModelFiles(folder, identify(tensors["transformer"], folder), tensors, manifest)
 
 
 def identify(transformer: Mapping[str, TensorInfo], folder: Path) -> ModelConfig:

@@ -24,7 +24,7 @@ from wan_local import __version__
 from wan_local.diffusers_config import config_files
 from wan_local.errors import OutputError, WanLocalError
 from wan_local.lock import device_lock_path, holding
-from wan_local.manifest import MANIFEST, Manifest, StoredFile, read_manifest
+from wan_local.manifest import MANIFEST, Manifest, StoredFile, read_manifest, sha256
 from wan_local.sources import Source
 from wan_local.store_file import Adapter, Producer, write_file
 from wan_local.store_journal import JOURNAL, Journal
@@ -81,7 +81,7 @@ class Conversion:
                 "kind": self.source.kind.name,
                 "files": {f"{file.parent.name}/{file.name}": _identity(file) for file in sorted(self.source.files)},
             },
-            "loras": [_as_table(lora.report) for lora in self.loras],
+            "loras": [{**dataclasses.asdict(lora.report), "sha256": sha256(lora.file)} for lora in self.loras],
         }
 
 
@@ -243,10 +243,13 @@ def _write_small(file: Path, content: bytes) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, durable; Windows cannot open folders and need not."""
+    """Make a file's content, or a folder's list of names, durable; Windows cannot open folders and need not.
+
+    A file is opened for writing too: Windows syncs no other.
+    """
     if path.is_dir() and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -259,10 +262,6 @@ def _identity(file: Path) -> dict[str, Any]:
         head = hashlib.sha256(stream.read(_HEAD_BYTES)).hexdigest()
     status = file.stat()
     return {"bytes": status.st_size, "changed": int(status.st_mtime), "sha256_of_first_mebibyte": head}
-
-
-def _as_table(report: Any) -> dict[str, Any]:
-    return dataclasses.asdict(report)
 
 
 def _digest(content: Any) -> str:

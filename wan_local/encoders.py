@@ -126,6 +126,9 @@ def _identity(part: Part, space: Workspace) -> str:
     return f"{part_identity(space.files, part)} {part_times(space.files, part)}"
 
 
-def _key(kind: str, space: Workspace, **depends_on: object) -> str:
+def _key(kind: Encoding, space: Workspace, **depends_on: object) -> str:
     """Return a key that also tells where and how it was computed, for the bits to be the same."""
-    return make_key(kind, torch=torch.__version__, device=space.device.type, dtype=space.dtype, **depends_on)
+    arithmetic, device = space.ladder.planned(kind).int8_arithmetic, space.device.type
+    return make_key(
+        kind, torch=torch.__version__, device=device, dtype=space.dtype, arithmetic=arithmetic, **depends_on
+    )

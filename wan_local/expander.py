@@ -84,7 +84,7 @@ def open_expander(folder: Path) -> Expander:
             f"and {BLIND!r} (Qwen3, text only)."
         )
     _require_files(folder, kind)
-    tensors = read_part(folder)
+    tensors = read_part(folder).tensors
     path = f"{LAYERS[kind]}."
     numbers = {name: math.prod(info.shape) for name, info in tensors.items()}
     layers = {name.removeprefix(path).split(".")[0] for name in numbers if name.startswith(path)}

@@ -74,13 +74,17 @@ class Hub(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DownloadPlan:
-    """What will be fetched where. `present`: files that are there in the right size, and are only verified."""
+    """What will be fetched where. `present`: files that are there in the right size, and are only verified.
+
+    `begun_bytes`: of files that an earlier try did not finish.
+    """
 
     title: str
     target: Path
     files: tuple[RemoteFile, ...]
     present: tuple[RemoteFile, ...]
     free_bytes: int
+    begun_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +92,7 @@ class DownloadPlan:
 
     @property
     def left_bytes(self) -> int:
-        return self.nbytes - sum(file.nbytes for file in self.present)
+        return self.nbytes - sum(file.nbytes for file in self.present) - self.begun_bytes
 
 
 class FaceHub:
@@ -155,7 +159,9 @@ def plan_download(config: DownloadConfig, target: Path, hub: Hub) -> DownloadPla
     for file in files:
         _check_path(file)
     present = [file for file in files if _size(target / file.path) == file.nbytes]
-    plan = DownloadPlan(config.title, target, tuple(files), tuple(present), _free_bytes(target))
+    begun = {file: _size(_part_of(target / file.path)) for file in files if file not in present}
+    begun_bytes = sum(size for file, size in begun.items() if 0 < size <= file.nbytes)
+    plan = DownloadPlan(config.title, target, tuple(files), tuple(present), _free_bytes(target), begun_bytes)
     if plan.left_bytes * _SPARE > plan.free_bytes:
         raise OutputError(
             f"{plan.left_bytes / 1e9:.1f} GB are to come, and {plan.free_bytes / 1e9:.1f} GB are free at "
@@ -189,7 +195,7 @@ def run_download(
 
 def _fetch(file: RemoteFile, path: Path, hub: Hub, say: Callable[[str], None], sleep: Callable[[float], None]) -> None:
     """Bring a file to `path`; a connection that breaks is tried again as long as bytes come, and a few times more."""
-    part = path.with_name(f"{path.name}.part")
+    part = _part_of(path)
     if _size(part) > file.nbytes:
         part.unlink()
     tries = 0
@@ -205,6 +211,10 @@ def _fetch(file: RemoteFile, path: Path, hub: Hub, say: Callable[[str], None], s
         if _size(part) <= before and file.nbytes:
             raise CorruptModel(f"the hub ended {file.path!r} at byte {before} of {file.nbytes}. Run the command again.")
     os.replace(part, path)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
 
 
 def _append(file: RemoteFile, part: Path, hub: Hub, say: Callable[[str], None]) -> None:

@@ -26,6 +26,7 @@ from wan_local.stage import collect
 
 _MOST_RUNGS = 12
 _ON_CPU: tuple[Stage, ...] = ("text", "image", "condition", "decode")  # what can be done there in reasonable time
+_OF_RAM = "DefaultCPUAllocator"  # torch names who could not
 _NO_MEMORY_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory")
 
 
@@ -41,7 +42,7 @@ class Rung:
     def describe(self) -> str:
         where, plan = f"on {self.device}", self.plan
         if plan.resident_blocks is not None:
-            where += f" with {plan.resident_blocks} blocks resident"
+            where += f" with {plan.resident_blocks} blocks resident, the others from {plan.source}"
         if plan.tiling.count > 1:
             where += f" in {plan.tiling} tiles"
         return where
@@ -67,6 +68,7 @@ class Ladder:
         self._shrink, self._note = shrink, note
         self._current: dict[Stage, Iterator[Rung]] = {}
         self._rungs: dict[Stage, Rung] = {}
+        self._from_file: set[Stage] = set()  # stages that RAM ran out in
 
     def planned(self, stage: Stage) -> StagePlan:
         """Return how a stage is tried first."""
@@ -86,7 +88,7 @@ class Ladder:
                 return
             collect(self._device)
             tried.append(f"{rung.describe()}: {attempt.fault}")
-            lower = next(self._current[stage], None)
+            lower = self._below(stage, rung, in_ram=attempt.in_ram)
             if lower is None:
                 raise OutOfMemory(
                     f"{stage} ran out of memory on every rung: {'; '.join(tried)}. Close what else holds memory, or "
@@ -94,6 +96,16 @@ class Ladder:
                 )
             self._rungs[stage] = lower
             self._note(f"{stage} ran out of memory {rung.describe()}; it was done again {lower.describe()}")
+
+    def _below(self, stage: Stage, rung: Rung, *, in_ram: bool) -> Rung | None:
+        """Return the next rung. RAM that ran out beside a card is helped by reading blocks from the file, not by fewer
+        of them on the card.
+        """
+        if in_ram and rung.plan.source == "ram":
+            self._from_file.add(stage)
+            return _from_file(rung)
+        lower = next(self._current[stage], None)
+        return _from_file(lower) if lower is not None and stage in self._from_file else lower
 
     def _down_from_the_top(self, stage: Stage) -> Iterator[Rung]:
         top = Rung(self._plan.stage(stage), self._plan.chunk_tokens, self._device, self._dtype)
@@ -114,6 +126,7 @@ class Attempt:
     def __init__(self, rung: Rung) -> None:
         self._rung = rung
         self.fault: str | None = None
+        self.in_ram = False  # whether it was RAM that ran out, not the card's memory
 
     def __enter__(self) -> Rung:
         return self._rung
@@ -123,9 +136,14 @@ class Attempt:
     ) -> bool:
         if error is None or not ran_out_of_memory(error):
             return False
+        self.in_ram = isinstance(error, MemoryError) or _OF_RAM in str(error)
         self.fault = str(error).partition("\n")[0] or type(error).__name__
         _clear(error)
         return True
+
+
+def _from_file(rung: Rung) -> Rung:
+    return replace(rung, plan=replace(rung.plan, source="file")) if rung.plan.source == "ram" else rung
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

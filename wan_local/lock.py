@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -42,10 +42,12 @@ def holding(path: Path, *, what: str, way_out: str) -> Iterator[None]:
     try:
         since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
         holder = Holder(os.getpid(), Path(sys.argv[0]).name or "python", since)
-        durable.write(beside, [json.dumps(asdict(holder)).encode()])
+        with suppress(OSError):  # for people to read: nothing depends on it
+            durable.write(beside, [json.dumps(asdict(holder)).encode()])
         yield
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows removes no file that someone is reading
+            beside.unlink(missing_ok=True)
         lock.release()
 
 

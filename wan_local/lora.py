@@ -28,7 +28,8 @@ from wan_local.stored_tensor import StoredTensor
 from wan_local.tensor_reader import TensorReader
 from wan_local.weight_files import read_file_header
 
-_PREFIXES: tuple[str, ...] = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "pipe.", "dit.")
+_PEFT = "base_model.model."
+_PREFIXES: tuple[str, ...] = (_PEFT, "model.diffusion_model.", "diffusion_model.", "pipe.", "dit.")
 _PREFIXES += ("model.", "transformer.", "unet.", "lora_unet__", "lora_unet_", "lycoris_")
 _TEXT_ENCODER = ("text_encoder.", "text_encoders.", "lora_te", "te1.", "cond_stage_model.")
 _ENDINGS = {  # of a stored name: which piece of a change it is
@@ -39,6 +40,8 @@ _ENDINGS = {  # of a stored name: which piece of a change it is
 _REFUSED = {".dora_scale": "DoRA", ".lokr_": "LoKr", ".hada_": "LoHa", ".oft_": "OFT", ".lora_magnitude": "DoRA"}
 _REFUSED |= {".lora_mid.": "LoRA with a middle matrix"}
 _ADAPTER = re.compile(r"(\.lora_[AB])\.([^.]+)(\.weight)")  # PEFT may put the adapter's name into the tensor's
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_INTEGERS = ("I64", "I32", "I16")  # alphas that are ranks
 _IMAGE_MODULES = ("add_k_proj", "add_v_proj", "image_embedder")
 
 
@@ -160,7 +163,8 @@ def open_lora(file: Path, strength: float, config: ModelConfig) -> Lora:
         twin, _ = grouped.setdefault((target, kind), {}).setdefault(piece, (name, info))
         if twin != name:
             raise CorruptModel(f"{twin!r} and {name!r} in {file.name!r} are the same piece of the change of {target!r}")
-    scale = _metadata_scale(file, header)
+    _check_dtypes(file, grouped)
+    scale = _told_scale(file, header)
     changes: dict[str, list[_Change]] = {}
     for (target, kind), pieces in grouped.items():
         factor = strength * (1.0 if kind.startswith("diff") or "alpha" in pieces else scale)
@@ -230,9 +234,21 @@ def _refuse_other_adapters(file: Path, header: Header) -> None:
             )
 
 
-def _metadata_scale(file: Path, header: Header) -> float:
-    """Return alpha / rank from what PEFT leaves in the header; 1 where it left nothing."""
-    text = header.metadata.get("lora_adapter_metadata")
+def _check_dtypes(file: Path, grouped: Mapping[Any, Mapping[str, tuple[str, TensorInfo]]]) -> None:
+    for pieces in grouped.values():
+        for piece, (name, info) in pieces.items():
+            if info.dtype not in (*_FLOATS, *(_INTEGERS if piece == "alpha" else ())):
+                raise NotAvailable(
+                    f"{name!r} in {file.name!r} is stored as {info.dtype}; LoRAs are read as {', '.join(_FLOATS)}"
+                )
+
+
+def _told_scale(file: Path, header: Header) -> float:
+    """Return alpha / rank from what diffusers leaves in the header, or PEFT beside the file; 1 where nothing is."""
+    text, place = header.metadata.get("lora_adapter_metadata"), f"the lora_adapter_metadata of {file.name!r}"
+    config = file.with_name("adapter_config.json")
+    if not isinstance(text, str) and config.is_file() and any(name.startswith(_PEFT) for name in header.tensors):
+        text, place = config.read_text(encoding="utf-8", errors="replace"), f"{config.name!r} beside {file.name!r}"
     if not isinstance(text, str):
         return 1.0
     try:
@@ -240,11 +256,11 @@ def _metadata_scale(file: Path, header: Header) -> float:
         values = {key.rsplit(".", 1)[-1]: value for key, value in table.items()}
         alpha, rank = float(values["lora_alpha"]), float(values["r"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptModel(f"the lora_adapter_metadata of {file.name!r} is no table with r and lora_alpha") from error
+        raise CorruptModel(f"{place} is no table with r and lora_alpha") from error
     if values.get("alpha_pattern") or values.get("rank_pattern"):
-        raise NotAvailable(f"{file.name!r} has ranks or alphas by module in its metadata, which are not read here.")
+        raise NotAvailable(f"{place} has ranks or alphas by module, which are not read here.")
     if not rank > 0 or not math.isfinite(alpha):
-        raise CorruptModel(f"{file.name!r} has rank {rank} and alpha {alpha} in its metadata")
+        raise CorruptModel(f"{place} tells rank {rank} and alpha {alpha}")
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 

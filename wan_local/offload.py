@@ -119,8 +119,8 @@ class StreamedBlocks(nn.Module):
         self._flat = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
         self._slots = [self._put(index, slot) for slot, index in enumerate(self._streamed[:slots])]
         on_card = device.type == "cuda"
-        self._host = _HostBlocks(self._streamed, layouts, fill, residency.source, device) if on_card else None
         self._copies = _Copies(device, slots) if on_card else None
+        self._host = _HostBlocks(self._streamed, layouts, fill, residency.source, device) if on_card else None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan_local-offload")
         self._pending: dict[int, Future[None]] = {}
         self._next = 0
@@ -215,10 +215,11 @@ class _HostBlocks:
             sizes = [max(sizes, default=0)] * SLOTS
         self._slab = torch.empty(sum(sizes), dtype=torch.uint8)
         self._pieces = self._slab.split(sizes) if sizes else ()
-        self._registered = _register(self._slab, device)
         if not self.reuses_buffers:
             for position, index in enumerate(streamed):
                 fill(index, layouts[index].views(self._pieces[position]))
+        # last: a slab that is let go while it is page-locked, since filling it failed, would stay locked for good
+        self._registered = _register(self._slab, device)
 
     def block(self, position: int, slot: int) -> Tensor:
         """Return the flat bytes of the `position`-th streamed block."""

@@ -56,14 +56,15 @@ class _Fields(nn.Module):
 
 @contextmanager
 def placed(contexts: list[list[ContextKV]], parked: bool, device: torch.device) -> Iterator[list[Iterable[ContextKV]]]:
-    """Give `contexts` as they are or, `parked`, stand-ins that bring them from RAM; free these at the end.
+    """Give `contexts` on the device or, `parked`, stand-ins that bring them from RAM; free these at the end.
 
-    What was on the device goes to RAM for good when it is parked: `contexts` is changed.
+    What was elsewhere goes there for good: `contexts` is changed.
     """
+    where = torch.device("cpu") if parked else device
+    contexts[:] = [[moved(of_block, where) for of_block in context] for context in contexts]
     if not parked:
         yield list(contexts)
         return
-    contexts[:] = [[in_ram(of_block) for of_block in context] for context in contexts]
     with ExitStack() as stack:
         stands: list[Iterable[ContextKV]] = []
         for context in contexts:
@@ -73,7 +74,9 @@ def placed(contexts: list[list[ContextKV]], parked: bool, device: torch.device) 
         yield stands
 
 
-def in_ram(context: ContextKV) -> ContextKV:
-    """Return one block's keys and values in RAM."""
-    k, v, k_image, v_image = (getattr(context, name).to("cpu") for name in _FIELDS)
+def moved(context: ContextKV, device: torch.device) -> ContextKV:
+    """Return one block's keys and values on a device; itself where they are there."""
+    if context.k.device == device:
+        return context
+    k, v, k_image, v_image = (getattr(context, name).to(device) for name in _FIELDS)
     return ContextKV(k, v, k_image, v_image, context.text_bias)

@@ -124,10 +124,10 @@ class Pipeline:
 
         output: elsewhere than it was to go. Raises NotResumable, and as `generate` does.
         """
-        with self._card(), taken(self.settings, run_id) as folder:
+        where = None if output is None else Path(output).expanduser().absolute()
+        with self._card(), taken(self.settings, run_id, where) as folder:
             files, device = find_model(self.settings), resolve_device(self.settings.device)
             check_model(folder.about, files)
-            where = None if output is None else Path(output).expanduser().absolute()
             report = Report(device)
             answers = Answers(folder.folder, report.note)
             order = read_order(folder.folder, folder.about, output=where)
@@ -221,12 +221,12 @@ def sample(
     """Denoise and return the final latents. The context's keys and values go with this frame, before decoding."""
     request, report = job.request, space.report
     scheduler = _scheduler(job)
-    keep_on = _RAM if space.ladder.planned("denoise").parked else None
     with report.stage("context"):
         for attempt in space.attempts("context"):
             with attempt as rung, space.open("context_embedder", rung) as embedder:
                 modulations = embedder.modulations(scheduler.timesteps)
                 prompts = [embeds.prompt] if embeds.negative is None else [embeds.prompt, embeds.negative]
+                keep_on = _RAM if rung.plan.parked else None
                 contexts = embedder.contexts(prompts, embeds.images, keep_on=keep_on)
     yield report.step(1, 1, "context embedded")
 

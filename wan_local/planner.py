@@ -179,7 +179,8 @@ def plan_within(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, Net
         return StagePlan(name, size.weight_bytes(compute), held, int8_arithmetic=quantized)
 
     text = encoding("text", "text_encoder", text_bytes(config, compute))
-    context = replace(encoding("context", "context_embedder", embedding), ram_bytes=waiting)
+    context = encoding("context", "context_embedder", embedding)
+    context = replace(context, ram_bytes=waiting, parked=denoising.parked)
     stages = (
         streamed_if_needed(text, sizes["text_encoder"], machine),
         encoding("image", "image_encoder", image_bytes(config, compute)),

@@ -108,12 +108,19 @@ def begin(settings: Settings, run_id: str, about: Mapping[str, Any]) -> RunFolde
     durable.make_folder(folder)
     lock = _locked(folder)
     about = {"format": FORMAT, "id": run_id, "pid": os.getpid(), "began": time.time(), **about}
-    durable.write(folder / _ABOUT, [json.dumps(about, indent=1).encode()])
+    try:
+        _write_about(folder, about)
+    except BaseException:
+        RunFolder(folder, lock, about).release(remove=True)
+        raise
     return RunFolder(folder, lock, about)
 
 
-def take(settings: Settings, run_id: str) -> RunFolder:
-    """Take over a run that was left. Raises NotResumable: none is there, or of another format; Busy: it is running."""
+def take(settings: Settings, run_id: str, output: Path | None = None) -> RunFolder:
+    """Take over a run that was left, from now on to be made to `output` where that is given.
+
+    Raises NotResumable: none is there, or of another format; Busy: it is running.
+    """
     run = find(settings, run_id)
     if run is None:
         raise _not_there(settings, run_id)
@@ -123,8 +130,19 @@ def take(settings: Settings, run_id: str) -> RunFolder:
         raise NotResumable(
             f"the run {run_id!r} was left by another version of wan_local; this one cannot go on with it"
         )
-    _sweep_after(run)
-    return RunFolder(run.folder, lock, run.about)
+    try:
+        _sweep_after(run)
+        # whose partial video the next one sweeps, if this one dies too
+        about = {**run.about, "pid": os.getpid(), **({"output": str(output)} if output else {})}
+        _write_about(run.folder, about)
+    except BaseException:
+        lock.release()
+        raise
+    return RunFolder(run.folder, lock, about)
+
+
+def _write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    durable.write(folder / _ABOUT, [json.dumps(about, indent=1).encode()])
 
 
 def find(settings: Settings, run_id: str) -> Run | None:

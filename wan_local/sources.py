@@ -18,11 +18,10 @@ from wan_local.errors import ModelNotFound, NotAvailable, WrongModel
 from wan_local.inspection import TOKENIZER_FILES, WHERE, sets_below, tokenizer_folder
 from wan_local.key_map import PARTS, Part
 from wan_local.kinds import GET_TRANSFORMER, Kind, identify
-from wan_local.manifest import read_manifest
 from wan_local.settings import ModelConfig
 from wan_local.stored_tensor import StoredTensor, misfit, stored_tensors
 from wan_local.tensor_reader import TensorReader, given_dtype
-from wan_local.weight_files import WeightFiles, read_weights
+from wan_local.weight_files import ROTATED_KEY, WeightFiles, read_weights
 
 
 class SourceTensors(Mapping[str, Tensor]):
@@ -116,7 +115,6 @@ def open_source(
     Raises ModelNotFound with what is missing and where to get it, WrongModel, CorruptModel, NotAvailable.
     """
     path = Path(path).expanduser()
-    _refuse_rotated(path)
     named: dict[Part, Path | str | None] = {"text_encoder": text_encoder, "image_encoder": image_encoder, "vae": vae}
     given = {part: Path(place).expanduser() for part, place in named.items() if place is not None}
     weights, kinds = _find_parts(path, given)
@@ -134,20 +132,17 @@ def open_source(
     return Source(config, kinds, weights, tensors, folder)
 
 
-def _refuse_rotated(folder: Path) -> None:
-    """Raise NotAvailable for a store whose weights were turned: they would be read as if they were not."""
-    manifest = read_manifest(folder) if folder.is_dir() else None
-    if manifest is not None and manifest.rotated:
-        raise NotAvailable(
-            f"{str(folder)!r} is a store that was made with --rotate, which is not undone. Convert what it was made of."
-        )
-
-
 def open_part(part: Part, weights: WeightFiles, kind: Kind, config: ModelConfig) -> SourceTensors:
     """Return the tensors of one part after checking that each one is there, in its shape, and nothing else.
 
-    Raises WrongModel that says what is missing, unexpected or of another shape.
+    Raises WrongModel that says what is missing, unexpected or of another shape; NotAvailable for a store's weights that
+    were turned: they would be read as if they were not.
     """
+    if weights.metadata.get(ROTATED_KEY):
+        raise NotAvailable(
+            f"{str(weights.path)!r} is of a store that was made with --rotate, which is not undone. Convert what it "
+            "was made of."
+        )
     expected = part_shapes(part, config)
     stored, ignored = stored_tensors(part, weights, kind.dialect, expected)
     problem = misfit(stored, expected)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wan_local.block_reader import BlockReader
 from wan_local.checkpoint import ModelFiles, PartTensors
 from wan_local.device import trim_ram
-from wan_local.errors import WrongModel
+from wan_local.errors import CorruptModel, WrongModel
 from wan_local.key_map import Part, canonical
 from wan_local.lora_branch import AdaptedTensors, adapt
 from wan_local.models.image_encoder import build_image_encoder
@@ -27,7 +27,7 @@ from wan_local.models.transformer import ContextEmbedder, Transformer, in_contex
 from wan_local.models.vae import Vae
 from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks
 from wan_local.planner import NetworkSize, StagePlan, spread
-from wan_local.quantize import STORED_DTYPES, default_arithmetic, stays_as_stored
+from wan_local.quantize import SCALE, SHIFT, STORED_DTYPES, default_arithmetic, stays_as_stored
 from wan_local.quantized_layers import hold_in_format, hold_quantized
 from wan_local.request import Check, unchecked
 from wan_local.settings import ModelConfig
@@ -199,6 +199,7 @@ def _on_meta(network: Network, config: ModelConfig) -> nn.Module:
 def _load(module: nn.Module, network: Network, files: ModelFiles, place: _Place, plan: StagePlan | None) -> None:
     recipe, device = _RECIPES[network], place.device
     tensors = PartTensors(files, recipe.part, recipe.where)
+    place = replace(place, stored=tensors)
     hold_quantized(module, files, recipe.part, tensors, (plan and plan.int8_arithmetic) or default_arithmetic(device))
     adapted = adapt(module, recipe.part, tensors, files.loras)
     if plan is None or plan.resident_blocks is None:
@@ -265,10 +266,15 @@ class _Place:
     device: torch.device
     dtype: torch.dtype
     check: Check
+    stored: Container[str] = ()  # the names of the part's tensors
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         self.check()
-        return tensor.to(self.device, tensor.dtype if stays_as_stored(name, tensor.dtype) else self.dtype_of(name))
+        scaled = f"{name}_scale" in self.stored  # else 8 bits are a float of its own, which nothing computes with
+        if tensor.dtype in (torch.int8, torch.uint8) and not scaled:
+            raise CorruptModel(f"{name!r} of the {self.part} is stored as {tensor.dtype} and has no scale")
+        as_it_is = scaled or name.endswith((SCALE, SHIFT))
+        return tensor.to(self.device, tensor.dtype if as_it_is else self.dtype_of(name))
 
     def dtype_of(self, name: str) -> torch.dtype:
         if self.part == "vae" or (self.part == "transformer" and stays_float32(name)):

@@ -23,6 +23,7 @@ from wan_local.key_map import PARTS, Part
 from wan_local.models.transformer import stays_float32
 from wan_local.quantize import GROUP, STORED_DTYPES, block_number, is_block_linear, stored_shapes
 from wan_local.settings import ModelConfig
+from wan_local.weight_files import ROTATED_KEY
 from wan_local.weight_format import WeightFormat, WeightFormats
 
 ROTATED = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")  # what no norm comes before: there outliers are
@@ -89,7 +90,9 @@ class StoreFile:
 
     def header(self) -> bytes:
         """Return the file's first bytes, up to the data. Format: https://github.com/huggingface/safetensors#format"""
-        table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        turned = any(piece.rotated for run in self.runs for piece in run.pieces)
+        metadata = {"format": "pt", **({ROTATED_KEY: " ".join(ROTATED)} if turned else {})}
+        table: dict[str, object] = {"__metadata__": metadata}
         end = 0
         for run in self.runs:
             for piece in run.pieces:

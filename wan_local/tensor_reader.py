@@ -23,6 +23,7 @@ from wan_local.stored_tensor import EIGHT_BITS, StoredTensor
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
+    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,  # alphas of LoRAs
 }  # fmt: skip
 _GIVEN = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16}  # all else: see given_dtype
 _BLOCK_ITEMS = {kind.name: (kind.items, kind.nbytes) for kind in TYPES.values()}

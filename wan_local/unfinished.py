@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +38,9 @@ def begun(
 
 
 @contextmanager
-def taken(settings: Settings, run_id: str) -> Iterator[runs.RunFolder]:
-    """Take over an unfinished run. Raises NotResumable."""
-    folder = runs.take(settings, run_id)
+def taken(settings: Settings, run_id: str, output: Path | None) -> Iterator[runs.RunFolder]:
+    """Take over an unfinished run, for another output if one is given. Raises NotResumable."""
+    folder = runs.take(settings, run_id, output)
     with _held(folder, keep=True):
         yield folder
 

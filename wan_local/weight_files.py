@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_local.errors import CorruptModel, ModelNotFound
+from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable
 from wan_local.gguf_header import MAGIC, read_gguf_header
 from wan_local.header import Container, Header, TensorInfo, read_safetensors
 from wan_local.pickle_header import read_pickle_header
 
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
+ROTATED_KEY = "wan_local.rotated"
+"""In the metadata of a store's file: how the names of its rotated linears end, with spaces between."""
 _SHARD = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 _MAX_INDEX_BYTES = 64 * 2**20
 
@@ -84,9 +86,18 @@ def read_weights(path: Path) -> WeightFiles:
     return _read_set(path, _sisters(path))
 
 
-def read_part(folder: Path) -> dict[str, TensorInfo]:
-    """Return every tensor of the safetensors files in `folder` by header, checked against the index if there is one."""
-    return dict(_read_folder(folder, (".safetensors",)).tensors)
+def read_part(folder: Path) -> WeightFiles:
+    """Return the safetensors files in `folder`, by header, checked against the index if there is one.
+
+    Raises NotAvailable for files of another kind under that name.
+    """
+    weights = _read_folder(folder, (".safetensors",))
+    if weights.container != "safetensors":
+        raise NotAvailable(
+            f"{weights.files[0].name!r} in {str(folder)!r} is a {weights.container} file under the name of a "
+            "safetensors file. Give it its own name, and run `wan-local convert` on the model."
+        )
+    return weights
 
 
 def weight_sets(folder: Path) -> list[Path]:
@@ -162,7 +173,11 @@ def _read_set(path: Path, files: Sequence[Path], index: Path | None = None) -> W
         tensors |= header.tensors
     if index is not None:
         _check_index(index, tensors)
-    return WeightFiles(path, tuple(files), headers[0].container, tensors, headers[0].metadata)
+    containers = {header.container for header in headers}
+    if len(containers) > 1:
+        raise CorruptModel(f"{str(path)!r} is several files of different kinds: {', '.join(sorted(containers))}")
+    metadata = {key: value for header in reversed(headers) for key, value in header.metadata.items()}
+    return WeightFiles(path, tuple(files), headers[0].container, tensors, metadata)
 
 
 def _check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
