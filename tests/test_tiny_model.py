@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.tiny_model.photos import held_out_photos
+from bench.tiny_model.pools import Prompts
 from bench.tiny_model.render import clip
 from bench.tiny_model.scenes import Kind
+from bench.tiny_model.transformer import build_transformer, halve_projections
 from wan_local.checkpoint import find_model
 from wan_local.conditioning import picture_tensor
 from wan_local.pipeline import generate
@@ -89,3 +91,24 @@ def test_its_checkpoint_is_small_and_its_card_says_what_it_is() -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     for word in ("trained", "photograph", "PSNR", "cross-fade"):
         assert word in card
+
+
+def test_no_prompt_need_be_replaced_by_a_longer_one() -> None:
+    short, long = (
+        Prompts(torch.ones(2, tokens, 64, dtype=torch.float16), torch.tensor([tokens] * 2)) for tokens in (3, 9)
+    )
+    rows = torch.tensor([0, 1])
+    assert short.texts(rows, long, torch.tensor([False, False])).embeds.shape == (2, 3 + 1, 64)
+    mixed = short.texts(rows, long, torch.tensor([False, True])).embeds
+    assert mixed.shape == (2, 9 + 1, 64) and mixed[0, 3:].eq(0).all() and mixed[1, :9].eq(1).all()
+
+
+def test_projections_in_bfloat16_keep_their_weights_and_nearly_their_results() -> None:
+    exact, half = (build_transformer().blocks[0].ffn.net[0].proj for _ in range(2))
+    half.load_state_dict(exact.state_dict())
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([half])
+    halve_projections(model)
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    error = (half(x) - exact(x)).abs().max() / exact(x).abs().max()
+    assert half(x).dtype == half.weight.dtype == torch.float32 and 0 < error < 0.02

@@ -50,7 +50,7 @@ class Prompts:
     def texts(self, rows: Tensor, other: "Prompts | None" = None, replaced: Tensor | None = None) -> Texts:
         """Return some prompts as the model takes them; the one prompt of `other` stands for those in `replaced`."""
         lengths, states = self.lengths_N[rows], self.states_NLD[rows.to(self.states_NLD.device)]
-        if other is not None and replaced is not None:
+        if other is not None and replaced is not None and bool(replaced.any()):
             lengths = torch.where(replaced, other.lengths_N, lengths)
             states = F.pad(states, (0, 0, 0, max(0, int(lengths.max()) - states.shape[1])))
             states[replaced.to(states.device), : other.states_NLD.shape[1]] = other.states_NLD[0]
