@@ -75,6 +75,7 @@ def test_an_old_sageattention_is_refused(version: str, runs: bool, monkeypatch: 
 
 def test_kernels_without_triton_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.kernels, "HAS_TRITON", False)
+    monkeypatch.setattr(attention.kernels, "TRITON_LACKING", "Triton is not installed (`pip install ...`)")
     chosen = choose("auto", "auto", GEFORCE, 128, broken=sound)
     assert (chosen.attention, chosen.fused, chosen.half_sums) == ("sdpa", False, True)
     assert not choose("auto", "off", GEFORCE, 128, broken=sound).half_sums

@@ -248,7 +248,7 @@ def _fused_lacking(card: Card) -> str:
     if card.kind == "cpu":
         return ""
     if not kernels.HAS_TRITON:
-        return "Triton is not installed (`pip install 'wan_local[kernels]'`, on Windows `pip install triton-windows`)"
+        return kernels.TRITON_LACKING
     return "" if card.capability >= (8, 0) else f"{card.name} is older than Ampere"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from wan_kernels import HAS_TRITON, TRITON_VERSION, checks, tuning
+from wan_kernels import HAS_TRITON, TRITON_LACKING, TRITON_VERSION, checks, tuning
 from wan_kernels.hardware import save_tuned
 from wan_kernels.language import KERNEL_ERRORS
 from wan_local import __version__
@@ -183,7 +183,7 @@ def launches_tried(device: torch.device) -> Iterator[tuning.Tried]:
     if device.type != "cuda":
         raise NotAvailable("tuning needs a card: on a CPU the kernels' references run, and they have nothing to tune")
     if not HAS_TRITON:
-        raise NotAvailable("tuning needs Triton; install it with `pip install 'wan_local[kernels]'`")
+        raise NotAvailable(f"tuning needs Triton, and there is none: {TRITON_LACKING}")
     return tuning.tune(device, lambda work: median_seconds(work, device))
 
 
