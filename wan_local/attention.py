@@ -29,6 +29,7 @@ from wan_local.settings import AttentionName, KernelsChoice
 _LOGIT_BYTES = 256 * 2**20  # float32 logits that the exact fallback holds at a time
 _SAGE_NEEDED = (2, 1, 1)  # before it, keys beyond the end are not masked
 _SAGE_HEAD_DIMS = (64, 128)
+OURS: tuple[AttentionName, ...] = ("int8", "int8_pv")
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -100,19 +101,20 @@ def choose(
 
     Raises NotAvailable for a backend or kernels that were asked for by name and cannot run.
     """
+    failing = "" if fused in ("off", "fp16") else _fused_failing(card, broken)
+    if fused == "on" and failing:
+        raise NotAvailable(f"kernels='on' was asked for, but {failing}; use kernels='auto' or 'off'")
+    wanted = fused == "on" or (fused == "auto" and card.kind == "cuda" and not failing)
     if attention == "auto":
         suiting = (b for b in BACKENDS.values() if b.suits(card) and not b.lacking(card, head_dim))
-        chosen = next((backend for backend in suiting if not broken(backend.name)), BACKENDS["sdpa"])
+        able = (b for b in suiting if wanted or b.name not in OURS)  # ours of floats quantizes all keys for each chunk
+        chosen = next((backend for backend in able if not broken(backend.name)), BACKENDS["sdpa"])
         reason = chosen.purpose
     else:
         chosen, reason = BACKENDS[attention], "asked for"
         problem = chosen.lacking(card, head_dim) or broken(attention)
         if problem:
             raise NotAvailable(f"attention={attention!r} was asked for, but {problem}; use attention='auto' or 'sdpa'")
-    lacking = _fused_lacking(card)
-    if fused == "on" and lacking:
-        raise NotAvailable(f"kernels='on' was asked for, but {lacking}; use kernels='auto' or 'off'")
-    wanted = fused == "on" or (fused == "auto" and card.kind == "cuda" and not lacking and not broken("int8"))
     half = fused == "fp16" or (fused == "auto" and not wanted and _geforce(card))
     how = "fused kernels" if wanted else "linears with float16 sums" if half else "plain linears"
     return KernelChoice(chosen.name, wanted, half, reason=f"{card.name}: {chosen.name} attention ({reason}), {how}")
@@ -250,6 +252,11 @@ def _fused_lacking(card: Card) -> str:
     if not kernels.HAS_TRITON:
         return kernels.TRITON_LACKING
     return "" if card.capability >= (8, 0) else f"{card.name} is older than Ampere"
+
+
+def _fused_failing(card: Card, broken: Callable[[AttentionName], str]) -> str:
+    """Return what our kernels lack, or what the probe that runs every one of them found; a CPU is not probed."""
+    return _fused_lacking(card) or (broken("int8") if card.kind == "cuda" else "")
 
 
 def _xformers_lacking(card: Card, head_dim: int) -> str:

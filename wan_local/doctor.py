@@ -73,7 +73,8 @@ def backend_reports(device: torch.device, settings: Settings) -> list[BackendRep
         return problem_of(name, device)
 
     card = card_of(device)
-    chosen = choose("auto", settings.kernels, card, _HEAD_DIM, broken=broken)
+    fused = "auto" if settings.kernels == "on" else settings.kernels  # the table says why where "on" is refused
+    chosen = choose("auto", fused, card, _HEAD_DIM, broken=broken)
     reports = []
     for backend in BACKENDS.values():
         problem = backend.lacking(card, _HEAD_DIM) or broken(backend.name)

@@ -22,6 +22,7 @@ import torch
 
 from wan_local.attention import (
     BACKENDS,
+    OURS,
     KernelChoice,
     attention_in_pieces,
     card_of,
@@ -100,7 +101,7 @@ def trial(name: AttentionName, device: torch.device) -> str:
     cosine = float(torch.nn.functional.cosine_similarity(got.flatten(), exact.flatten(), dim=0))
     if not cosine > _COSINE:
         return f"its cosine to exact attention is {cosine:.4f}, below {_COSINE}"
-    wrong = wrong_kernels(device) if name in ("int8", "int8_pv") else []
+    wrong = wrong_kernels(device) if name in OURS else []
     return f"these kernels compute wrongly: {', '.join(wrong)}" if wrong else ""
 
 
