@@ -140,6 +140,17 @@ def test_a_backend_leaves_the_values_it_was_given_alone() -> None:
     assert torch.equal(v, before)
 
 
+@pytest.mark.parametrize("name", ["int8", "int8_pv"])
+def test_int8_attention_of_some_heads_and_keys_at_a_time_gives_what_the_whole_gives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = inputs()
+    whole = BACKENDS[name].function(q, k, v)
+    monkeypatch.setattr(attention, "HEADS_AT_A_TIME", 1)
+    monkeypatch.setattr(attention, "KEYS_AT_A_TIME", 64)
+    assert torch.equal(BACKENDS[name].function(q, k, v), whole)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_pieces_give_what_the_whole_gives(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = inputs()

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import wan_kernels as kernels
 from wan_kernels import checks
 from wan_local.errors import NotAvailable
+from wan_local.network_cost import HEADS_AT_A_TIME, KEYS_AT_A_TIME
 from wan_local.settings import AttentionName, KernelsChoice
 
 _LOGIT_BYTES = 256 * 2**20  # float32 logits that the exact fallback holds at a time
@@ -194,20 +195,30 @@ def attend_int8(
 
 
 def _int8(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    return _of_floats(q_BLHK, k_BMHK, _half_values(v_BMHK.clone()), v_BMHK.dtype)
+    return _of_floats(q_BLHK, k_BMHK, v_BMHK, lambda v: _half_values(v.clone(memory_format=torch.contiguous_format)))
 
 
 def _int8_values(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    return _of_floats(q_BLHK, k_BMHK, kernels.quantize_values(v_BMHK.contiguous()), v_BMHK.dtype)
+    return _of_floats(q_BLHK, k_BMHK, v_BMHK, lambda v: kernels.quantize_values(v.contiguous()))
 
 
-def _of_floats(
-    q_BLHK: Tensor, k_BMHK: Tensor, values: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype
-) -> Tensor:
-    """Return int8 attention of floats: for those who do not have int8 queries and keys from the fused kernels."""
-    q8, q_scale = kernels.quantize_rows(q_BLHK.transpose(1, 2).contiguous(), False)
-    k8, k_scale = kernels.quantize_keys_reference(k_BMHK.float(), k_BMHK.mean(dim=1, dtype=torch.float32))
-    return attend_int8(q8, q_scale, k8, k_scale, values, dtype)
+def _of_floats(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, prepared: Callable[[Tensor], Any]) -> Tensor:
+    """Return int8 attention of floats: for those who do not have int8 queries and keys from the fused kernels.
+
+    Some heads at a time: of all of them at once int8 keys, values and what they are made of take 8 GB at 720p.
+    """
+    outs = []
+    for q, k, v in zip(*(x.split(HEADS_AT_A_TIME, dim=2) for x in (q_BLHK, k_BMHK, v_BMHK)), strict=True):
+        q8, q_scale = kernels.quantize_rows(q.transpose(1, 2).contiguous(), False)
+        outs.append(attend_int8(q8, q_scale, *_quantized_keys(k), prepared(v), v.dtype))
+    return torch.cat(outs, dim=-1)
+
+
+def _quantized_keys(k_BMHK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys less their mean as int8 [B, H, M, K], and their scales [B, H, ceil(M/64)]."""
+    centre = k_BMHK.mean(dim=1, dtype=torch.float32)
+    pieces = [kernels.quantize_keys_reference(k.float(), centre) for k in k_BMHK.split(KEYS_AT_A_TIME, dim=1)]
+    return torch.cat([k for k, _ in pieces], dim=2), torch.cat([scale for _, scale in pieces], dim=2)
 
 
 def _half_values(v_BMHK: Tensor) -> tuple[Tensor, Tensor, None]:
