@@ -48,7 +48,8 @@ class Card:
 class Backend:
     """One way to compute attention. `lacking` says what it lacks on a card for heads of K channels, or nothing.
 
-    `suits` tells whether it is the one to take on that card where nothing was asked for.
+    `suits` tells whether it is the one to take on that card where nothing was asked for. `package`: the distribution
+    that brings it, if it is none of torch's or ours.
     """
 
     name: AttentionName
@@ -56,6 +57,7 @@ class Backend:
     lacking: Callable[[Card, int], str]
     suits: Callable[[Card], bool]
     purpose: str
+    package: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,17 @@ def choose(
 def triton_version() -> str:
     """Return the version of Triton, or none."""
     return kernels.TRITON_VERSION or "none"
+
+
+def package_version(name: AttentionName) -> str:
+    """Return the package that brings a backend with its version, or nothing where torch or this package does."""
+    package = BACKENDS[name].package
+    if package is None:
+        return ""
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path, or not installed
+        return f"{package} of no version"
 
 
 def card_of(device: torch.device) -> Card:
@@ -298,9 +311,16 @@ BACKENDS: Mapping[AttentionName, Backend] = {
     backend.name: backend
     for backend in (
         Backend("int8", _int8, _ours_lacking, _geforce, "int8 logits, at four times bf16's rate on GeForce cards"),
-        Backend("sage", _sage, _sage_lacking, _geforce, "int8 logits, by an installed SageAttention"),
+        Backend("sage", _sage, _sage_lacking, _geforce, "int8 logits, by an installed SageAttention", "sageattention"),
         Backend("sdpa", sdpa, _nothing, lambda card: True, "exact, always there; flash, on Hopper cuDNN"),
-        Backend("xformers", _xformers, _xformers_lacking, lambda card: False, "exact; slower than torch's own by 0.6x"),
+        Backend(
+            "xformers",
+            _xformers,
+            _xformers_lacking,
+            lambda card: False,
+            "exact; slower than torch's own by 0.6x",
+            "xformers",
+        ),
         Backend("int8_pv", _int8_values, _ours_lacking, lambda card: False, "int8 values too: faster and less exact"),
     )
 }
