@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from wan_kernels import HAS_TRITON, TRITON_LACKING, TRITON_VERSION, checks, tuning
-from wan_kernels.hardware import save_tuned
+from wan_kernels.hardware import save_tuned, tuned_problem
 from wan_kernels.language import KERNEL_ERRORS
 from wan_local import __version__
 from wan_local.attention import BACKENDS, card_of, choose, sdpa
@@ -191,6 +191,11 @@ def launches_tried(device: torch.device) -> Iterator[tuning.Tried]:
 def remember_launches(tried: Sequence[tuning.Tried], device: torch.device) -> Path:
     """Keep the fastest launches for this card and Triton, and return the file."""
     return save_tuned(tuning.chosen(tried, device))
+
+
+def launches_problem() -> str:
+    """Return why the launches that were tuned here are not used, or nothing."""
+    return tuned_problem()
 
 
 def world(device: torch.device) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from wan_local import expander, safety
     from wan_local.device import resolve_device
-    from wan_local.doctor import backend_reports, kernel_reports, line_to_paste, world
+    from wan_local.doctor import backend_reports, kernel_reports, launches_problem, line_to_paste, world
 
     settings = settings_from(vars(options))
     device = resolve_device(settings.device)
@@ -39,6 +39,8 @@ def _doctor(options: argparse.Namespace) -> int:
     print(f"prompt expansion: {expander.describe(settings)}")
     on_card = device.type == "cuda"
     print("\nkernels" if on_card else "\nkernels: their references; on a CPU nothing is timed")
+    if problem := launches_problem():
+        print(f"   tuned launches: {problem}")
     reports = []
     for report in kernel_reports(device):
         reports.append(report)
