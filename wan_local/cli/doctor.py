@@ -56,7 +56,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _row(report: KernelReport) -> str:
     if report.problem:
-        return f"   {report.name:34} FAILED {report.problem}"
+        return f"   {report.name:38} FAILED {report.problem}"
     verdict = "right" if report.error <= 1 else "WRONG"
     speed = ""
     if report.milliseconds is not None:
@@ -64,5 +64,5 @@ def _row(report: KernelReport) -> str:
     if report.share is not None and report.share == report.share:  # NaN: its ceiling could not be measured
         speed += f"  {report.share:5.0%} of the ceiling"
     if report.of_torch:
-        return f"   {report.name:34} the ceiling{speed}"
-    return f"   {report.name:34} {verdict} ({report.error:.2g} of what is allowed){speed}"
+        return f"   {report.name:38} the ceiling{speed}"
+    return f"   {report.name:38} {verdict} ({report.error:.2g} of what is allowed){speed}"
