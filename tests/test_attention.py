@@ -56,6 +56,33 @@ def test_a_backend_that_failed_its_probe_is_passed_over_but_not_in_silence_when_
         choose("int8", "auto", GEFORCE, 128, broken=lambda _: "it gave NaN")
 
 
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize("fused", ["off", "fp16"])
+def test_int8_attention_is_not_taken_without_the_kernels_that_make_its_operands(fused: str) -> None:
+    """From floats it would quantize every key anew for each chunk of queries; by name it does."""
+    assert choose("auto", fused, GEFORCE, 128, broken=sound).attention == "sdpa"
+    assert choose("int8", fused, GEFORCE, 128, broken=sound).attention == "int8"
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize("fused", ["off", "fp16"])
+def test_kernels_that_are_not_wanted_are_not_probed(fused: str) -> None:
+    asked: list[str] = []
+    choose("sdpa", fused, GEFORCE, 128, broken=lambda name: asked.append(name) or "")
+    assert "int8" not in asked
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_fused_kernels_asked_for_by_name_and_wrong_are_an_error() -> None:
+    def wrong(name: str) -> str:
+        return "these kernels compute wrongly: linear_int8" if name == "int8" else ""
+
+    for card in (GEFORCE, HOPPER):
+        with pytest.raises(NotAvailable, match=r"kernels='on'.*linear_int8.*'auto' or 'off'"):
+            choose("sdpa", "on", card, 128, broken=wrong)
+    assert choose("auto", "on", CPU, 128, broken=wrong).fused
+
+
 @pytest.mark.parametrize(("name", "words"), [("xformers", "xformers"), ("sage", "SageAttention")])
 def test_a_backend_asked_for_by_name_and_absent_is_an_error(
     name: str, words: str, monkeypatch: pytest.MonkeyPatch
@@ -75,6 +102,7 @@ def test_an_old_sageattention_is_refused(version: str, runs: bool, monkeypatch: 
 
 def test_kernels_without_triton_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.kernels, "HAS_TRITON", False)
+    monkeypatch.setattr(attention.kernels, "TRITON_LACKING", "Triton is not installed (`pip install ...`)")
     chosen = choose("auto", "auto", GEFORCE, 128, broken=sound)
     assert (chosen.attention, chosen.fused, chosen.half_sums) == ("sdpa", False, True)
     assert not choose("auto", "off", GEFORCE, 128, broken=sound).half_sums
@@ -110,6 +138,17 @@ def test_a_backend_leaves_the_values_it_was_given_alone() -> None:
     for backend in ("int8", "int8_pv"):
         BACKENDS[backend].function(q, k, v)
     assert torch.equal(v, before)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_pv"])
+def test_int8_attention_of_some_heads_and_keys_at_a_time_gives_what_the_whole_gives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = inputs()
+    whole = BACKENDS[name].function(q, k, v)
+    monkeypatch.setattr(attention, "HEADS_AT_A_TIME", 1)
+    monkeypatch.setattr(attention, "KEYS_AT_A_TIME", 64)
+    assert torch.equal(BACKENDS[name].function(q, k, v), whole)
 
 
 @pytest.mark.parametrize("biased", [False, True])

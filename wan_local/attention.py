@@ -24,11 +24,13 @@ from torch.nn import functional as F
 import wan_kernels as kernels
 from wan_kernels import checks
 from wan_local.errors import NotAvailable
+from wan_local.network_cost import HEADS_AT_A_TIME, KEYS_AT_A_TIME
 from wan_local.settings import AttentionName, KernelsChoice
 
 _LOGIT_BYTES = 256 * 2**20  # float32 logits that the exact fallback holds at a time
 _SAGE_NEEDED = (2, 1, 1)  # before it, keys beyond the end are not masked
 _SAGE_HEAD_DIMS = (64, 128)
+OURS: tuple[AttentionName, ...] = ("int8", "int8_pv")
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -46,7 +48,8 @@ class Card:
 class Backend:
     """One way to compute attention. `lacking` says what it lacks on a card for heads of K channels, or nothing.
 
-    `suits` tells whether it is the one to take on that card where nothing was asked for.
+    `suits` tells whether it is the one to take on that card where nothing was asked for. `package`: the distribution
+    that brings it, if it is none of torch's or ours.
     """
 
     name: AttentionName
@@ -54,6 +57,7 @@ class Backend:
     lacking: Callable[[Card, int], str]
     suits: Callable[[Card], bool]
     purpose: str
+    package: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +104,20 @@ def choose(
 
     Raises NotAvailable for a backend or kernels that were asked for by name and cannot run.
     """
+    failing = "" if fused in ("off", "fp16") else _fused_failing(card, broken)
+    if fused == "on" and failing:
+        raise NotAvailable(f"kernels='on' was asked for, but {failing}; use kernels='auto' or 'off'")
+    wanted = fused == "on" or (fused == "auto" and card.kind == "cuda" and not failing)
     if attention == "auto":
         suiting = (b for b in BACKENDS.values() if b.suits(card) and not b.lacking(card, head_dim))
-        chosen = next((backend for backend in suiting if not broken(backend.name)), BACKENDS["sdpa"])
+        able = (b for b in suiting if wanted or b.name not in OURS)  # ours of floats quantizes all keys for each chunk
+        chosen = next((backend for backend in able if not broken(backend.name)), BACKENDS["sdpa"])
         reason = chosen.purpose
     else:
         chosen, reason = BACKENDS[attention], "asked for"
         problem = chosen.lacking(card, head_dim) or broken(attention)
         if problem:
             raise NotAvailable(f"attention={attention!r} was asked for, but {problem}; use attention='auto' or 'sdpa'")
-    lacking = _fused_lacking(card)
-    if fused == "on" and lacking:
-        raise NotAvailable(f"kernels='on' was asked for, but {lacking}; use kernels='auto' or 'off'")
-    wanted = fused == "on" or (fused == "auto" and card.kind == "cuda" and not lacking and not broken("int8"))
     half = fused == "fp16" or (fused == "auto" and not wanted and _geforce(card))
     how = "fused kernels" if wanted else "linears with float16 sums" if half else "plain linears"
     return KernelChoice(chosen.name, wanted, half, reason=f"{card.name}: {chosen.name} attention ({reason}), {how}")
@@ -121,6 +126,17 @@ def choose(
 def triton_version() -> str:
     """Return the version of Triton, or none."""
     return kernels.TRITON_VERSION or "none"
+
+
+def package_version(name: AttentionName) -> str:
+    """Return the package that brings a backend with its version, or nothing where torch or this package does."""
+    package = BACKENDS[name].package
+    if package is None:
+        return ""
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path, or not installed
+        return f"{package} of no version"
 
 
 def card_of(device: torch.device) -> Card:
@@ -192,20 +208,30 @@ def attend_int8(
 
 
 def _int8(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    return _of_floats(q_BLHK, k_BMHK, _half_values(v_BMHK.clone()), v_BMHK.dtype)
+    return _of_floats(q_BLHK, k_BMHK, v_BMHK, lambda v: _half_values(v.clone(memory_format=torch.contiguous_format)))
 
 
 def _int8_values(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    return _of_floats(q_BLHK, k_BMHK, kernels.quantize_values(v_BMHK.contiguous()), v_BMHK.dtype)
+    return _of_floats(q_BLHK, k_BMHK, v_BMHK, lambda v: kernels.quantize_values(v.contiguous()))
 
 
-def _of_floats(
-    q_BLHK: Tensor, k_BMHK: Tensor, values: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype
-) -> Tensor:
-    """Return int8 attention of floats: for those who do not have int8 queries and keys from the fused kernels."""
-    q8, q_scale = kernels.quantize_rows(q_BLHK.transpose(1, 2).contiguous(), False)
-    k8, k_scale = kernels.quantize_keys_reference(k_BMHK.float(), k_BMHK.mean(dim=1, dtype=torch.float32))
-    return attend_int8(q8, q_scale, k8, k_scale, values, dtype)
+def _of_floats(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, prepared: Callable[[Tensor], Any]) -> Tensor:
+    """Return int8 attention of floats: for those who do not have int8 queries and keys from the fused kernels.
+
+    Some heads at a time: of all of them at once int8 keys, values and what they are made of take 8 GB at 720p.
+    """
+    outs = []
+    for q, k, v in zip(*(x.split(HEADS_AT_A_TIME, dim=2) for x in (q_BLHK, k_BMHK, v_BMHK)), strict=True):
+        q8, q_scale = kernels.quantize_rows(q.transpose(1, 2).contiguous(), False)
+        outs.append(attend_int8(q8, q_scale, *_quantized_keys(k), prepared(v), v.dtype))
+    return torch.cat(outs, dim=-1)
+
+
+def _quantized_keys(k_BMHK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys less their mean as int8 [B, H, M, K], and their scales [B, H, ceil(M/64)]."""
+    centre = k_BMHK.mean(dim=1, dtype=torch.float32)
+    pieces = [kernels.quantize_keys_reference(k.float(), centre) for k in k_BMHK.split(KEYS_AT_A_TIME, dim=1)]
+    return torch.cat([k for k, _ in pieces], dim=2), torch.cat([scale for _, scale in pieces], dim=2)
 
 
 def _half_values(v_BMHK: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -248,8 +274,13 @@ def _fused_lacking(card: Card) -> str:
     if card.kind == "cpu":
         return ""
     if not kernels.HAS_TRITON:
-        return "Triton is not installed (`pip install 'wan_local[kernels]'`, on Windows `pip install triton-windows`)"
+        return kernels.TRITON_LACKING
     return "" if card.capability >= (8, 0) else f"{card.name} is older than Ampere"
+
+
+def _fused_failing(card: Card, broken: Callable[[AttentionName], str]) -> str:
+    """Return what our kernels lack, or what the probe that runs every one of them found; a CPU is not probed."""
+    return _fused_lacking(card) or (broken("int8") if card.kind == "cuda" else "")
 
 
 def _xformers_lacking(card: Card, head_dim: int) -> str:
@@ -280,9 +311,16 @@ BACKENDS: Mapping[AttentionName, Backend] = {
     backend.name: backend
     for backend in (
         Backend("int8", _int8, _ours_lacking, _geforce, "int8 logits, at four times bf16's rate on GeForce cards"),
-        Backend("sage", _sage, _sage_lacking, _geforce, "int8 logits, by an installed SageAttention"),
+        Backend("sage", _sage, _sage_lacking, _geforce, "int8 logits, by an installed SageAttention", "sageattention"),
         Backend("sdpa", sdpa, _nothing, lambda card: True, "exact, always there; flash, on Hopper cuDNN"),
-        Backend("xformers", _xformers, _xformers_lacking, lambda card: False, "exact; slower than torch's own by 0.6x"),
+        Backend(
+            "xformers",
+            _xformers,
+            _xformers_lacking,
+            lambda card: False,
+            "exact; slower than torch's own by 0.6x",
+            "xformers",
+        ),
         Backend("int8_pv", _int8_values, _ours_lacking, lambda card: False, "int8 values too: faster and less exact"),
     )
 }

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from wan_kernels import HAS_TRITON, TRITON_VERSION, checks, tuning
-from wan_kernels.hardware import save_tuned
+from wan_kernels import HAS_TRITON, TRITON_LACKING, TRITON_VERSION, checks, tuning
+from wan_kernels.hardware import save_tuned, tuned_problem
 from wan_kernels.language import KERNEL_ERRORS
 from wan_local import __version__
 from wan_local.attention import BACKENDS, card_of, choose, sdpa
@@ -73,7 +73,8 @@ def backend_reports(device: torch.device, settings: Settings) -> list[BackendRep
         return problem_of(name, device)
 
     card = card_of(device)
-    chosen = choose("auto", settings.kernels, card, _HEAD_DIM, broken=broken)
+    fused = "auto" if settings.kernels == "on" else settings.kernels  # the table says why where "on" is refused
+    chosen = choose("auto", fused, card, _HEAD_DIM, broken=broken)
     reports = []
     for backend in BACKENDS.values():
         problem = backend.lacking(card, _HEAD_DIM) or broken(backend.name)
@@ -183,13 +184,18 @@ def launches_tried(device: torch.device) -> Iterator[tuning.Tried]:
     if device.type != "cuda":
         raise NotAvailable("tuning needs a card: on a CPU the kernels' references run, and they have nothing to tune")
     if not HAS_TRITON:
-        raise NotAvailable("tuning needs Triton; install it with `pip install 'wan_local[kernels]'`")
+        raise NotAvailable(f"tuning needs Triton, and there is none: {TRITON_LACKING}")
     return tuning.tune(device, lambda work: median_seconds(work, device))
 
 
 def remember_launches(tried: Sequence[tuning.Tried], device: torch.device) -> Path:
     """Keep the fastest launches for this card and Triton, and return the file."""
     return save_tuned(tuning.chosen(tried, device))
+
+
+def launches_problem() -> str:
+    """Return why the launches that were tuned here are not used, or nothing."""
+    return tuned_problem()
 
 
 def world(device: torch.device) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from wan_local.geometry import PATCH, Geometry
 from wan_local.settings import ModelConfig, TransformerConfig
 
 BRANCHES = 2  # of guidance: with the prompt and with the negative one
+HEADS_AT_A_TIME, KEYS_AT_A_TIME = 8, 4096  # that int8 attention of floats prepares; keys in whole blocks of 64
 _FLOAT32_BYTES = 4
 _INT8_VALUES = "int8_pv"
 _INT8_KEYS = ("int8", _INT8_VALUES)
@@ -57,7 +58,10 @@ def loop_bytes(
     if kernels.fused:
         return hidden + _fused(transformer, numbers, chunk, compute, kernels, in_linear) + rotary + latents
     turning, feeding = token_bytes(transformer, compute)
-    return hidden + 2 * numbers * compute + max(chunk * turning, chunk * feeding + in_linear) + rotary + latents
+    working = max(chunk * turning, chunk * feeding + in_linear)
+    if kernels.attention in _INT8_KEYS:
+        working = max(working, _attending(transformer, tokens, chunk, compute, kernels))
+    return hidden + 2 * numbers * compute + working + rotary + latents
 
 
 def _fused(
@@ -73,6 +77,14 @@ def _fused(
     values = 1 if kernels.attention == _INT8_VALUES else compute
     made = max(working, numbers * compute) if kernels.attention == _INT8_VALUES else working
     return numbers * (keys + values) + made
+
+
+def _attending(transformer: TransformerConfig, tokens: int, chunk: int, compute: int, kernels: LoopKernels) -> int:
+    """Return what int8 attention of floats holds: a chunk's queries and output, and some heads' keys and values."""
+    channels = min(HEADS_AT_A_TIME, transformer.num_attention_heads) * transformer.attention_head_dim
+    made = channels * (tokens + 4 * min(tokens, KEYS_AT_A_TIME) * _FLOAT32_BYTES)
+    held = channels * tokens * (1 + compute + (1 if kernels.attention == _INT8_VALUES else 0))
+    return chunk * transformer.dim * (2 * _FLOAT32_BYTES + 3 * compute) + max(made, held)
 
 
 def token_bytes(transformer: TransformerConfig, compute: int) -> tuple[int, int]:

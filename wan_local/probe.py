@@ -1,6 +1,8 @@
 """Whether an attention backend works here: tried once, in a process of its own, since a broken one can abort it.
 
-What was found is remembered by card, driver, torch, Triton and our own sources; a change of any of them asks again.
+What it computed, right or wrong, is remembered by card, driver, torch, Triton, the backend's package and our own
+sources; a change of any of them asks again. That it came to no end (a crash, a hang, no memory or no C compiler at that
+moment) holds for this process alone.
 
 python -m wan_local.probe DEVICE BACKEND FILE        writes {"problem": "..."}, empty where all is well
 """
@@ -15,6 +17,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -22,14 +25,17 @@ import torch
 
 from wan_local.attention import (
     BACKENDS,
+    OURS,
     KernelChoice,
     attention_in_pieces,
     card_of,
     choose,
+    package_version,
     triton_version,
     wrong_kernels,
 )
 from wan_local.device import driver_version
+from wan_local.durable import make_folder, write
 from wan_local.settings import AttentionName, ModelConfig, Settings
 
 REMEMBERED = Path(".wan_local") / "probes.json"  # below the home folder
@@ -52,28 +58,62 @@ def choose_kernels(settings: Settings, device: torch.device, config: ModelConfig
     return choose(attention, fused, card_of(device), head_dim, broken=broken)
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is wrong with a backend, or nothing. `lasts`: its numbers say so, and not a probe that came to no end."""
+
+    problem: str
+    lasts: bool
+
+
 def problem_of(name: AttentionName, device: torch.device, *, home: Path | None = None) -> str:
     """Return what is wrong with a backend on a card, or nothing; on a CPU nothing is tried."""
     if device.type != "cuda" or name == "sdpa":
         return ""
-    return remembered_problem(name, device, world_of(device), home or Path.home())
+    return remembered_problem(name, device, world_of(name, device), home or Path.home())
 
 
 def remembered_problem(name: AttentionName, device: torch.device, world: str, home: Path) -> str:
     """Return what was found in this world before, or try now and remember it."""
     file, key = home / REMEMBERED, f"{world}|{name}"
-    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if key not in known:
-        _log.warning("trying attention backend %s on %s once; this can take a minute", name, device)
-        known[key] = try_apart(name, device)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        part.replace(file)
-    return known[key]
+    known = _known(file)
+    if key in known:
+        return known[key]
+    answer = _tried_here(name, device, world)
+    if answer.lasts:
+        _remember(file, key, answer.problem)
+    return answer.problem
 
 
-def try_apart(name: AttentionName, device: torch.device, *, seconds: float = _SECONDS) -> str:
+@functools.lru_cache(maxsize=32)
+def _tried_here(name: AttentionName, device: torch.device, world: str) -> Answer:
+    """Try a backend, once in this process and world; whether it can answer does not change from run to run."""
+    _log.warning("trying attention backend %s on %s once; this can take a minute", name, device)
+    answer = try_apart(name, device)
+    if not answer.lasts:
+        _log.warning("%s is not used by this process: %s; the next one tries again", name, answer.problem)
+    return answer
+
+
+def _known(file: Path) -> dict[str, str]:
+    """Return what is remembered; a file that is damaged counts as none and is replaced by the next answer."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(key): str(problem) for key, problem in known.items()} if isinstance(known, dict) else {}
+
+
+def _remember(file: Path, key: str, problem: str) -> None:
+    """Add an answer to what is in the file by now; where it cannot be written, each process asks for itself."""
+    try:
+        make_folder(file.parent)
+        write(file, [json.dumps({**_known(file), key: problem}, indent=1).encode()])
+    except OSError as error:
+        _log.warning("what the probe found could not be kept in %s: %s", file, error)
+
+
+def try_apart(name: AttentionName, device: torch.device, *, seconds: float = _SECONDS) -> Answer:
     """Try a backend in a process of its own and return what is wrong with it; a crash or a hang is an answer, too."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
@@ -81,11 +121,11 @@ def try_apart(name: AttentionName, device: torch.device, *, seconds: float = _SE
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         except subprocess.TimeoutExpired:
-            return f"its probe gave no answer within {seconds:.0f} s"
+            return Answer(f"its probe gave no answer within {seconds:.0f} s", lasts=False)
         if done.returncode or not answer.exists():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            return f"its probe ended with code {done.returncode}: {last[:200]}"
-        return str(json.loads(answer.read_text(encoding="utf-8"))["problem"])
+            return Answer(f"its probe ended with code {done.returncode}: {last[:200]}", lasts=False)
+        return Answer(str(json.loads(answer.read_text(encoding="utf-8"))["problem"]), lasts=True)
 
 
 def trial(name: AttentionName, device: torch.device) -> str:
@@ -100,22 +140,23 @@ def trial(name: AttentionName, device: torch.device) -> str:
     cosine = float(torch.nn.functional.cosine_similarity(got.flatten(), exact.flatten(), dim=0))
     if not cosine > _COSINE:
         return f"its cosine to exact attention is {cosine:.4f}, below {_COSINE}"
-    wrong = wrong_kernels(device) if name in ("int8", "int8_pv") else []
+    wrong = wrong_kernels(device) if name in OURS else []
     return f"these kernels compute wrongly: {', '.join(wrong)}" if wrong else ""
 
 
-def world_of(device: torch.device) -> str:
-    """Return what an answer holds for: card, driver, versions, and our own sources."""
-    card = torch.cuda.get_device_name(device)
-    return f"{card}|{driver_version()}|torch {torch.__version__}|triton {triton_version()}|{sources_hash()}"
+def world_of(name: AttentionName, device: torch.device) -> str:
+    """Return what an answer holds for: card, driver, versions (of the backend's package, too), and our own sources."""
+    versions = [f"torch {torch.__version__}", f"triton {triton_version()}", package_version(name), sources_hash()]
+    return "|".join([torch.cuda.get_device_name(device), driver_version(), *filter(None, versions)])
 
 
 @functools.cache
 def sources_hash() -> str:
-    """Return a hash of every kernel's source and of the table of backends."""
+    """Return a hash of every kernel's source, of the table of backends and of the trial itself."""
     origin = importlib.util.find_spec("wan_kernels")
     assert origin is not None and origin.origin is not None, "wan_kernels is part of this package"
-    files = [*sorted(Path(origin.origin).parent.glob("*.py")), Path(__file__).with_name("attention.py")]
+    ours = (Path(__file__).with_name(name) for name in ("attention.py", "probe.py"))
+    files = [*sorted(Path(origin.origin).parent.glob("*.py")), *ours]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

@@ -9,7 +9,7 @@ from wan_kernels.attention_int8 import HEAD_DIMS, KEY_BLOCK, attention_int8
 from wan_kernels.decode_int4 import INT4_GROUP, decode_int4_
 from wan_kernels.gate_norm_modulate import gate_norm_modulate_, gate_norm_modulate_quantize_
 from wan_kernels.gelu_quantize import gelu_quantize
-from wan_kernels.language import HAS_TRITON, TRITON_VERSION, KernelUnavailable
+from wan_kernels.language import HAS_TRITON, TRITON_LACKING, TRITON_VERSION, KernelUnavailable
 from wan_kernels.linear_int8 import linear_int8, linear_int8_residual_
 from wan_kernels.quantize_rows import ROTATION_GROUP, quantize_rows, rotate_reference
 from wan_kernels.rms_rope import quantize_keys_reference, rms_rope, rms_rope_quantize, rms_rope_quantize_keys
@@ -21,6 +21,7 @@ __all__ = [
     "INT4_GROUP",
     "KEY_BLOCK",
     "ROTATION_GROUP",
+    "TRITON_LACKING",
     "TRITON_VERSION",
     "KernelUnavailable",
     "attention_int8",

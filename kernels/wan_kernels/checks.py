@@ -48,6 +48,7 @@ _F64 = torch.float64
 _FLOAT_LIMIT = 6e-3  # relative rms: one rounding to bfloat16 is 2e-3
 _STEP_LIMIT = 3e-3  # share of int8 numbers that may be one step off
 _CENTRED = 1024  # keys whose mean is taken off all
+_TAIL = 120  # rows that a video's last chunk may have: too few for the tiles of the others
 
 Outputs = tuple[Tensor, ...]
 
@@ -247,25 +248,12 @@ def _linear_cases(make: _Inputs) -> Iterator[Case]:
         a, a_scale = make.integers(1, size.tokens, inputs), make.normal(1, size.tokens).abs() / 1e3
         w, w_scale, bias = make.integers(outputs, inputs), make.normal(outputs).abs() / 1e3, make.normal(outputs)
         yield _linear_case((a, a_scale, w, w_scale, bias), make.dtype)
+    yield _linear_case((a[:, :_TAIL], a_scale[:, :_TAIL], w, w_scale, bias), make.dtype, ", tail")
     a, w = make.integers(1, size.tokens, size.ffn_dim), make.integers(size.dim, size.ffn_dim)
-    down = (a, a_scale, w, make.normal(size.dim).abs() / 1e3, make.normal(size.dim))
+    w_scale, bias = make.normal(size.dim).abs() / 1e3, make.normal(size.dim)
     x, gate = make.activations(size.dim), make.normal(1, size.dim)
-
-    worn = x.clone()
-
-    def onto() -> Outputs:
-        held = x.clone()
-        linear_int8_residual_(*down, held, gate)
-        return (held,)
-
-    yield Case(
-        f"linear_int8_residual_ {size.dim}x{size.ffn_dim}",
-        onto,
-        lambda: (linear_int8_residual_reference(*down, x, gate, dtype=_F64),),
-        a.nbytes + w.nbytes + 2 * x.nbytes,
-        size.tokens * size.dim * size.ffn_dim,
-        in_place=lambda: linear_int8_residual_(*down, worn, gate),
-    )
+    yield _residual_case((a, a_scale, w, w_scale, bias), x, gate)
+    yield _residual_case((a[:, :_TAIL], a_scale[:, :_TAIL], w, w_scale, bias), x[:, :_TAIL], gate, ", tail")
     groups = size.dim // 64
     packed = torch.randint(0, 256, (size.ffn_dim, size.dim // 2), device=make.device, dtype=torch.uint8)
     scale, shift = make.normal(size.ffn_dim, groups).abs(), make.normal(size.ffn_dim, groups)
@@ -283,15 +271,36 @@ def _linear_cases(make: _Inputs) -> Iterator[Case]:
     )
 
 
-def _linear_case(operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype) -> Case:
+def _linear_case(operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype, words: str = "") -> Case:
     a, a_scale, w, w_scale, bias = operands
     (outputs, inputs), tokens = w.shape, a.shape[1]
     return Case(
-        f"linear_int8 {outputs}x{inputs}",
+        f"linear_int8 {outputs}x{inputs}{words}",
         lambda: (linear_int8(*operands, False, dtype),),
         lambda: (linear_int8_reference(a, a_scale, w, w_scale, bias, dtype=_F64),),
         a.nbytes + w.nbytes + tokens * outputs * dtype.itemsize,
         tokens * outputs * inputs,
+    )
+
+
+def _residual_case(
+    operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], x: Tensor, gate: Tensor, words: str = ""
+) -> Case:
+    a, _, w, *_ = operands
+    worn = x.clone()
+
+    def onto() -> Outputs:
+        held = x.clone()
+        linear_int8_residual_(*operands, held, gate)
+        return (held,)
+
+    return Case(
+        f"linear_int8_residual_ {w.shape[0]}x{w.shape[1]}{words}",
+        onto,
+        lambda: (linear_int8_residual_reference(*operands, x, gate, dtype=_F64),),
+        a.nbytes + w.nbytes + 2 * x.nbytes,
+        a.shape[1] * w.numel(),
+        in_place=lambda: linear_int8_residual_(*operands, worn, gate),
     )
 
 

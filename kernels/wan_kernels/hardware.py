@@ -6,7 +6,10 @@ No autotuning at run time: it allocates at the peak of memory, does not run on a
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from wan_kernels.language import TRITON_VERSION, power_of_two
 SHARED_MEMORY_LIMIT = 101_376  # bytes a block of threads may have on sm_86, sm_89 and sm_120; sm_90 has 232,448
 ARCHITECTURES = (86, 89, 90, 120)
 TUNED = Path(".wan_local") / "kernels.json"  # below the home folder
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +88,11 @@ def tile_launch(op: str, shape_class: str, device: torch.device) -> TileLaunch:
     """Return what `op` is launched with on `device`: what was tuned there, else what the table says."""
     if device.type != "cuda":
         return table_launch(op, shape_class, 0)
+    tuned = _tuned(Path.home() / TUNED).launches.get(tuned_key(op, shape_class, device))
+    if tuned in CANDIDATES[op, shape_class]:  # as long as it is one: what is no longer tried is no longer checked
+        return tuned
     major, minor = torch.cuda.get_device_capability(device)
-    tuned = _tuned(Path.home() / TUNED).get(tuned_key(op, shape_class, device))
-    return tuned or table_launch(op, shape_class, 10 * major + minor)
+    return table_launch(op, shape_class, 10 * major + minor)
 
 
 def table_launch(op: str, shape_class: str, architecture: int) -> TileLaunch:
@@ -95,28 +101,66 @@ def table_launch(op: str, shape_class: str, architecture: int) -> TileLaunch:
 
 
 def tuned_key(op: str, shape_class: str, device: torch.device) -> str:
-    """Return the name under which a tuned launch is kept: card, its multiprocessors, Triton, op and shape class."""
+    """Return the name a tuned launch is kept by: card, its multiprocessors, Triton, op, its source and shape class."""
     card = torch.cuda.get_device_properties(device)
-    return f"{card.name}|{card.multi_processor_count}|triton {TRITON_VERSION}|{op}|{shape_class}"
+    world = f"{card.name}|{card.multi_processor_count}|triton {TRITON_VERSION}"
+    return f"{world}|{op} {_source_hash(op)}|{shape_class}"
+
+
+@functools.lru_cache(maxsize=8)
+def _source_hash(op: str) -> str:
+    """Return a hash of the file that holds an op: another kernel may want another launch, or spill with this one."""
+    return hashlib.sha256(Path(__file__).with_name(f"{op}.py").read_bytes()).hexdigest()[:12]
+
+
+def tuned_problem(home: Path | None = None) -> str:
+    """Return why nothing that was tuned is used, or nothing where the file is sound or not there."""
+    return _tuned((home or Path.home()) / TUNED).problem
 
 
 def save_tuned(found: Mapping[str, TileLaunch], home: Path | None = None) -> Path:
-    """Add `found` to what was tuned before and return the file; it appears complete or not at all."""
+    """Add `found` to what the file holds by now and return the file; it appears complete or not at all."""
     path = (home or Path.home()) / TUNED
-    rows = {key: _as_list(launch) for key, launch in {**_tuned(path), **found}.items()}
+    _tuned.cache_clear()
+    rows = {key: _as_list(launch) for key, launch in {**_tuned(path).launches, **found}.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     part.replace(path)
     _tuned.cache_clear()
     return path
 
 
+@dataclass(frozen=True, slots=True)
+class _Tuned:
+    """What the file holds; `problem`: why it is not used."""
+
+    launches: Mapping[str, TileLaunch]
+    problem: str = ""
+
+
 @functools.lru_cache(maxsize=4)
-def _tuned(path: Path) -> Mapping[str, TileLaunch]:
+def _tuned(path: Path) -> _Tuned:
+    """Read the file once; a damaged one is no reason to stop, since the table has a launch for everything."""
     if not path.exists():
-        return {}
-    return {key: TileLaunch(*numbers) for key, numbers in json.loads(path.read_text(encoding="utf-8")).items()}
+        return _Tuned({})
+    try:
+        return _Tuned(_parsed(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        problem = f"{path} cannot be read ({error}); the table's launches are used. Tune again, or delete it"
+        _log.warning("%s", problem)
+        return _Tuned({}, problem)
+
+
+def _parsed(text: str) -> dict[str, TileLaunch]:
+    """Return the launches of a file's text; raises ValueError where it is not what `save_tuned` writes."""
+    rows = json.loads(text)
+    if not isinstance(rows, dict):
+        raise ValueError("it holds no table")
+    for key, numbers in rows.items():
+        if not (isinstance(numbers, list) and len(numbers) == 5 and all(type(number) is int for number in numbers)):
+            raise ValueError(f"the launch of {key} is {numbers!r}, not five integers")
+    return {key: TileLaunch(*numbers) for key, numbers in rows.items()}
 
 
 def _as_list(launch: TileLaunch) -> list[int]:

@@ -1,4 +1,4 @@
-"""Triton where it is installed. Where it is not, a stand-in: every op can be imported, and its reference runs."""
+"""Triton where it can be imported. Where it cannot, a stand-in: every op can be imported, and its reference runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "HAS_TRITON",
     "KERNEL_ERRORS",
+    "TRITON_LACKING",
     "TRITON_VERSION",
     "KernelUnavailable",
     "ceil_div",
@@ -27,13 +28,24 @@ __all__ = [
 ]
 
 _CACHED_NUMBERS = 2**17  # half a megabyte of float32
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-if HAS_TRITON:
-    import triton
-    import triton.errors
-    import triton.language as tl
+TRITON_LACKING = ""  # why there is no Triton and what to do about it, or nothing
+if importlib.util.find_spec("triton") is None:
+    TRITON_LACKING = (
+        "Triton is not installed (`pip install 'wan_local[kernels]'`, on Windows `pip install triton-windows`)"
+    )
 else:
+    try:
+        import triton
+        import triton.errors
+        import triton.language as tl
+    except (ImportError, OSError) as error:  # half an install, or one for another Python, C library or driver
+        TRITON_LACKING = (
+            f"Triton is installed but cannot be imported ({type(error).__name__}: {error}); mend or uninstall it"
+        )
+
+HAS_TRITON = not TRITON_LACKING
+if not HAS_TRITON:
     triton = tl = None
 
 
@@ -60,8 +72,8 @@ def launchable(op: str) -> None:
     """Raise KernelUnavailable where there is no Triton to launch `op` with."""
     if not HAS_TRITON:
         raise KernelUnavailable(
-            f"{op} needs Triton on a card, and it is not installed. Install it with `pip install 'wan_local[kernels]'` "
-            "(Linux) or `pip install triton-windows`, or choose attention='sdpa' and kernels='off'."
+            f"{op} needs Triton on a card, and there is none: {TRITON_LACKING}. Or choose attention='sdpa' and "
+            "kernels='off'."
         )
 
 

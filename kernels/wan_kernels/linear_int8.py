@@ -224,7 +224,12 @@ def _launch(
 
 
 def _tiles(m: int, n: int, k: int, device: torch.device) -> TileLaunch:
-    return tile_launch("linear_int8", "small" if min(m, n, k) < _SMALL else "large", device)
+    return tile_launch("linear_int8", shape_class(m, n, k), device)
+
+
+def shape_class(rows: int, outputs: int, inputs: int) -> str:
+    """Return which of the table's classes a product is of; a chunk's tail is "small" where the rest is "large"."""
+    return "small" if min(rows, outputs, inputs) < _SMALL else "large"
 
 
 def _empty(a: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,7 @@ attention_int8, decode_int4, gate_norm_modulate, gelu_quantize, linear_int8, qua
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
 TOKENS, DIM, FFN_DIM, HEADS = 75_600, 5120, 13_824, 40  # 720p, 81 frames
+TAIL = 120  # rows of a last chunk, which are launched as "small"
 F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
 
 
@@ -49,11 +50,11 @@ def attention(dtype: torch.dtype) -> None:
     attention_int8.attention_int8_triton(q, scale, q, k_scale, v, statistics, mean, BF16)
 
 
-def linear(outputs: int, inputs: int, *, residual: bool) -> None:
-    a, a_scale = meta(1, TOKENS, inputs, dtype=I8), meta(1, TOKENS, dtype=F32)
+def linear(outputs: int, inputs: int, *, residual: bool, rows: int = TOKENS) -> None:
+    a, a_scale = meta(1, rows, inputs, dtype=I8), meta(1, rows, dtype=F32)
     w, w_scale, bias = meta(outputs, inputs, dtype=I8), meta(outputs, dtype=F32), meta(outputs, dtype=BF16)
     if residual:
-        x, gate = meta(1, TOKENS, outputs, dtype=BF16), meta(1, outputs, dtype=F32)
+        x, gate = meta(1, rows, outputs, dtype=BF16), meta(1, outputs, dtype=F32)
         linear_int8.linear_int8_residual_triton(a, a_scale, w, w_scale, bias, x, gate)
     else:
         linear_int8.linear_int8_triton(a, a_scale, w, w_scale, bias, False, BF16)
@@ -173,6 +174,27 @@ def test_rows_are_read_in_wide_loads_and_stay_in_registers(case: str, arch: int)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("residual", [False, True], ids=["linear", "onto the residual"])
+def test_the_few_rows_of_a_last_chunk_run_on_tensor_cores_without_spilling(
+    residual: bool, arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def small(op: str, shape_class: str, _: object) -> TileLaunch:
+        asked.append(shape_class)
+        return table_launch(op, shape_class, arch)
+
+    monkeypatch.setattr(linear_int8, "tile_launch", small)
+    outputs, inputs = (DIM, FFN_DIM) if residual else (FFN_DIM, DIM)
+    rows = (linear_int8, "_linear_kernel", lambda: linear(outputs, inputs, residual=residual, rows=TAIL))
+    code = compiled(rows, arch)
+    assert asked == ["small"] and code.shared <= SHARED_MEMORY_LIMIT
+    assert code.count("(IMMA|IGMMA)", code.hot_loop), "the tensor cores do not multiply int8 in the hot loop"
+    assert code.count("(LDL|STL)") == 0, "it spills"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("op", list(CANDIDATES))
 def test_every_launch_that_tuning_may_choose_fits_a_consumer_card(
     op: tuple[str, str], monkeypatch: pytest.MonkeyPatch
@@ -182,7 +204,9 @@ def test_every_launch_that_tuning_may_choose_fits_a_consumer_card(
         module, case = attention_int8, MATRIX[f"attention, {shape_class} values"]
     else:
         module, case = linear_int8, MATRIX["linear onto the residual"]
-    for candidate in CANDIDATES[op][1:]:
+    if shape_class == "small":
+        case = (*case[:2], lambda: linear(DIM, FFN_DIM, residual=True, rows=TAIL))
+    for candidate in CANDIDATES[op][1:]:  # the first is compiled above
 
         def chosen(*_: object, candidate: TileLaunch = candidate) -> TileLaunch:
             return candidate

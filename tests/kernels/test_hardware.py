@@ -10,14 +10,24 @@ import pytest
 import torch
 
 from wan_kernels import hardware, tuning
-from wan_kernels.hardware import CANDIDATES, TUNED, TileLaunch, row_launch, save_tuned, table_launch, tile_launch
+from wan_kernels.hardware import (
+    CANDIDATES,
+    TUNED,
+    TileLaunch,
+    row_launch,
+    save_tuned,
+    table_launch,
+    tile_launch,
+    tuned_problem,
+)
 from wan_kernels.language import HAS_TRITON
 from wan_kernels.tuning import Tried, chosen, try_each
+from wan_local.cli import main
 from wan_local.doctor import launches_tried
 from wan_local.errors import NotAvailable
 
 CARD = torch.device("cuda:0")
-OTHER = TileLaunch(64, 64, 64, 4, 2)
+OTHER = CANDIDATES["linear_int8", "large"][1]
 
 
 @pytest.fixture
@@ -51,6 +61,48 @@ def test_what_was_tuned_is_used_on_that_card_alone(card: Path, monkeypatch: pyte
     smaller = SimpleNamespace(name="NVIDIA GeForce RTX 4060", multi_processor_count=24)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: smaller)
     assert tile_launch("linear_int8", "large", CARD) == CANDIDATES["linear_int8", "large"][0]
+
+
+@pytest.mark.usefixtures("card")
+def test_what_was_tuned_for_another_kernel_or_is_no_candidate_any_more_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, key = CANDIDATES["linear_int8", "large"][0], hardware.tuned_key("linear_int8", "large", CARD)
+    save_tuned({key: OTHER, hardware.tuned_key("linear_int8", "small", CARD): TileLaunch(256, 256, 64, 4, 2)})
+    assert tile_launch("linear_int8", "large", CARD) == OTHER
+    assert tile_launch("linear_int8", "small", CARD) == CANDIDATES["linear_int8", "small"][0]
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"# another kernel")
+    hardware._source_hash.cache_clear()
+    assert tile_launch("linear_int8", "large", CARD) == first
+    hardware._source_hash.cache_clear()
+
+
+DAMAGED = ["", "{", "[1]", '{"a card": 3}', '{"a card": [128, 128]}', '{"a card": [1, 2, 3, 4, null]}', "\x00"]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_file_is_told_once_and_the_table_is_used(
+    damaged: str, card: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = card / TUNED
+    file.parent.mkdir()
+    file.write_text(damaged)
+    for _ in range(2):
+        assert tile_launch("linear_int8", "large", CARD) == CANDIDATES["linear_int8", "large"][0]
+    assert caplog.text.count(str(file)) == 1 and str(file) in tuned_problem()
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert f"tuned launches: {file} cannot be read" in capsys.readouterr().out
+    save_tuned({hardware.tuned_key("linear_int8", "large", CARD): OTHER})
+    assert tile_launch("linear_int8", "large", CARD) == OTHER and tuned_problem() == ""
+
+
+def test_what_another_process_tuned_meanwhile_is_kept(card: Path) -> None:
+    save_tuned({"card A": OTHER})
+    (card / TUNED).write_text(json.dumps({"card B": [128, 128, 64, 8, 3]}))
+    save_tuned({"card C": OTHER})
+    assert set(json.loads((card / TUNED).read_text())) == {"card B", "card C"}
+    assert [path.name for path in (card / TUNED).parent.iterdir()] == [TUNED.name]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="a launch is kept by Triton's version")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,6 +150,28 @@ def test_importing_needs_no_triton_and_a_kernel_without_it_says_what_to_install(
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert "pip install" in done.stdout
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError"])
+def test_a_triton_that_cannot_be_imported_counts_as_none_and_its_message_is_kept(tmp_path: Path, error: str) -> None:
+    """As on Windows without the C++ runtime, and on Linux where a library of another driver is in the way."""
+    broken = tmp_path / "triton"
+    broken.mkdir()
+    (broken / "__init__.py").write_text(f"raise {error}('DLL load failed while importing libtriton')")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import torch, wan_kernels as w\n"
+        "assert not w.HAS_TRITON and w.TRITON_VERSION is None\n"
+        "from wan_kernels.quantize_rows import quantize_rows_triton\n"
+        "try: quantize_rows_triton(torch.ones(2, 64), False)\n"
+        "except w.KernelUnavailable as error: print(error)\n"
+        "from wan_local.attention import BACKENDS, Card\n"
+        "print(BACKENDS['int8'].lacking(Card('cuda', (8, 9), 'a card'), 128))\n"
+    )
+    if error == "ImportError":  # the only one that torch, which looks for Triton when an op is called, takes itself
+        program += "assert (w.quantize_rows(torch.ones(2, 64), False)[0] == 127).all()\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.count(f"{error}: DLL load failed") == 2 and "pip install" not in done.stdout
 
 
 def test_ceilings_and_powers() -> None:

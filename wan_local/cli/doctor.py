@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from wan_local import expander, safety
     from wan_local.device import resolve_device
-    from wan_local.doctor import backend_reports, kernel_reports, line_to_paste, world
+    from wan_local.doctor import backend_reports, kernel_reports, launches_problem, line_to_paste, world
 
     settings = settings_from(vars(options))
     device = resolve_device(settings.device)
@@ -39,6 +39,8 @@ def _doctor(options: argparse.Namespace) -> int:
     print(f"prompt expansion: {expander.describe(settings)}")
     on_card = device.type == "cuda"
     print("\nkernels" if on_card else "\nkernels: their references; on a CPU nothing is timed")
+    if problem := launches_problem():
+        print(f"   tuned launches: {problem}")
     reports = []
     for report in kernel_reports(device):
         reports.append(report)
@@ -54,7 +56,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _row(report: KernelReport) -> str:
     if report.problem:
-        return f"   {report.name:34} FAILED {report.problem}"
+        return f"   {report.name:38} FAILED {report.problem}"
     verdict = "right" if report.error <= 1 else "WRONG"
     speed = ""
     if report.milliseconds is not None:
@@ -62,5 +64,5 @@ def _row(report: KernelReport) -> str:
     if report.share is not None and report.share == report.share:  # NaN: its ceiling could not be measured
         speed += f"  {report.share:5.0%} of the ceiling"
     if report.of_torch:
-        return f"   {report.name:34} the ceiling{speed}"
-    return f"   {report.name:34} {verdict} ({report.error:.2g} of what is allowed){speed}"
+        return f"   {report.name:38} the ceiling{speed}"
+    return f"   {report.name:38} {verdict} ({report.error:.2g} of what is allowed){speed}"

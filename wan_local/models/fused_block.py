@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import wan_local.fusions as fused
-from wan_local.attention import KernelChoice, attend_int8, sdpa
+from wan_local.attention import OURS, KernelChoice, attend_int8, sdpa
 from wan_local.fusions import Affine, Rows
 from wan_local.layers import Rotary, split_heads
 
@@ -106,7 +106,7 @@ def _keys_and_values(
     attention, (_, tokens, dim) = block.attn1, hidden_BLD.shape
     heads, compute = attention.num_heads, attention.to_q.compute_dtype
     v = hidden_BLD.new_empty((1, tokens, dim), dtype=compute)
-    in_int8 = choice.attention in ("int8", "int8_pv")
+    in_int8 = choice.attention in OURS
     if in_int8:
         centre = _centre(block, hidden_BLD, affine, rotary)
         k = v.new_empty((1, heads, tokens, dim // heads), dtype=torch.int8)
