@@ -52,6 +52,8 @@ def test_every_flag_exists() -> None:
     assert ours
     for words in ours:
         options = vars(cli.parser().parse_args(words[1:]))
+        if words[1] not in ("generate", "plan"):
+            continue  # what others take under these names may be several
         given = {name: value for name, value in options.items() if name in Request.model_fields}
         Request.from_arguments(given if words[1] == "generate" else {**REQUIRED, **given})
 
