@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -108,12 +108,12 @@ def begin(settings: Settings, run_id: str, about: Mapping[str, Any]) -> RunFolde
     durable.make_folder(folder)
     lock = _locked(folder)
     about = {"format": FORMAT, "id": run_id, "pid": os.getpid(), "began": time.time(), **about}
-    try:
+    begun = RunFolder(folder, lock, about)
+    with ExitStack() as undo:
+        undo.callback(begun.release, remove=True)
         _write_about(folder, about)
-    except BaseException:
-        RunFolder(folder, lock, about).release(remove=True)
-        raise
-    return RunFolder(folder, lock, about)
+        undo.pop_all()
+    return begun
 
 
 def take(settings: Settings, run_id: str, output: Path | None = None) -> RunFolder:
@@ -130,14 +130,13 @@ def take(settings: Settings, run_id: str, output: Path | None = None) -> RunFold
         raise NotResumable(
             f"the run {run_id!r} was left by another version of wan_local; this one cannot go on with it"
         )
-    try:
+    with ExitStack() as undo:
+        undo.callback(lock.release)
         _sweep_after(run)
         # whose partial video the next one sweeps, if this one dies too
         about = {**run.about, "pid": os.getpid(), **({"output": str(output)} if output else {})}
         _write_about(run.folder, about)
-    except BaseException:
-        lock.release()
-        raise
+        undo.pop_all()
     return RunFolder(run.folder, lock, about)
 
 
