@@ -45,6 +45,7 @@ class Settings:
     drop_share: float = 0.12
     noise_share: float = 0.10
     text_weight: float = 0.1
+    ends_weight: float = 4.0  # two frames of many, and the ones that have to be right
     average_decay: float = 0.997
     report_seconds: float = 120.0
     warmup_steps: int = 100
@@ -160,12 +161,12 @@ class Trainer:
         # (a sum that needs gradients from the first block on: else torch would compile the first one apart)
         self.processor.starved = torch.zeros((), device=settings.device, requires_grad=True).clone()
         self.rope.frames = frames
-        loss = self.error(batch, sigma, noise).mean()
+        loss = self.error(batch, sigma, noise, settings.ends_weight).mean()
         starved, self.rope.frames, self.processor.starved = self.processor.starved, None, None
         return loss + settings.text_weight * starved / len(self.model.blocks)
 
-    def error(self, batch: Batch, sigma_B: Tensor, noise: Tensor) -> Tensor:
-        """Return the squared error of the predicted velocity for each clip."""
+    def error(self, batch: Batch, sigma_B: Tensor, noise: Tensor, ends_weight: float = 1.0) -> Tensor:
+        """Return the squared error of the predicted velocity for each clip; its ends count so much more."""
         device = self.settings.device
         self.processor.bias = batch.texts.bias
         noisy = torch.lerp(batch.x_BCTHW, noise, sigma_B.to(device).view(-1, 1, 1, 1, 1))
@@ -177,7 +178,10 @@ class Trainer:
                 encoder_hidden_states_image=batch.images_BND.flatten(0, 1),
                 return_dict=False,
             )[0].float()
-        return (velocity - (noise - batch.x_BCTHW)).square().mean((1, 2, 3, 4))
+        squared_BT = (velocity - (noise - batch.x_BCTHW)).square().mean((1, 3, 4))
+        weight_T = torch.ones_like(squared_BT[0])
+        weight_T[[0, -1]] = ends_weight
+        return squared_BT @ weight_T / weight_T.sum()
 
     def _rows(self, pool: Pool, frames: Tensor | None, rng: np.random.Generator) -> Tensor:
         """Draw clips of a pool, as many as fit into a batch; what moves is drawn more often."""
