@@ -6,6 +6,7 @@ products. How fast it is, only a card can say.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -78,6 +79,10 @@ def turn(kind: str) -> None:
         rms_rope.rms_rope_triton(x, weight, table, table, HEADS, 1e-6, BF16)
 
 
+def rows(*, rotate: bool) -> None:
+    quantize_rows.quantize_rows_triton(meta(1, TOKENS, DIM, dtype=BF16), rotate)
+
+
 def decode() -> None:
     packed, group = meta(DIM, FFN_DIM // 2, dtype=torch.uint8), meta(DIM, FFN_DIM // 64, dtype=BF16)
     decode_int4.decode_int4_triton(packed, group, group, meta(DIM, FFN_DIM, dtype=I8))
@@ -106,11 +111,8 @@ ROWS: dict[str, Case] = {
         "_gelu_quantize_kernel",
         lambda: gelu_quantize.gelu_quantize_triton(meta(1, TOKENS, FFN_DIM, dtype=BF16), True),
     ),
-    "quantize rows": (
-        quantize_rows,
-        "_quantize_rows_kernel",
-        lambda: quantize_rows.quantize_rows_triton(meta(1, TOKENS, DIM, dtype=BF16), True),
-    ),
+    "quantize rows": (quantize_rows, "_quantize_rows_kernel", lambda: rows(rotate=False)),
+    "quantize rows, rotated": (quantize_rows, "_quantize_rows_kernel", lambda: rows(rotate=True)),
     "decode int4": (decode_int4, "_decode_int4_kernel", decode),
     "scale values": (
         values,
@@ -122,6 +124,17 @@ ROWS: dict[str, Case] = {
         "_quantize_values_kernel",
         lambda: values.quantize_values_triton(meta(1, TOKENS, HEADS, 128, dtype=BF16)),
     ),
+}
+
+# Rows of 5,120 that are on a multiprocessor at once, at the least
+AT_ONCE = {
+    "gate, norm, modulate": 6,
+    "gate, norm, modulate, quantize": 6,
+    "rms, rope": 6,
+    "rms, rope, queries": 6,
+    "row norms": 12,
+    "quantize rows": 9,
+    "quantize rows, rotated": 9,
 }
 
 
@@ -170,6 +183,21 @@ def test_rows_are_read_in_wide_loads_and_stay_in_registers(case: str, arch: int)
     assert code.count("(LDL|STL)") == 0, "it spills"
     if case != "decode int4":  # a byte holds two weights there, and scales are shared
         assert code.count(r"LDG\.E\.\S*128") >= 1, "no wide load"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("case", list(AT_ONCE))
+def test_rows_in_two_pieces_leave_room_for_others(case: str, arch: int) -> None:
+    code = compiled(ROWS[case], arch)
+    assert code.programs_at_once >= AT_ONCE[case], f"{code.registers} registers"
+    assert code.count("(LDL|STL)") == 0, "it spills"
+    assert code.shared <= 1024, "a row goes through shared memory"
+    if "rope" in case:
+        before_the_wait = code.sass[: code.sass.index("BAR")]
+        assert len(re.findall(r"\bLDG", before_the_wait)) == 7, (
+            "five vectors of the row, cos and sin are not asked for at once"
+        )
 
 
 @pytest.mark.slow
