@@ -119,11 +119,22 @@ ROWS: dict[str, Case] = {
         "_scale_values_kernel",
         lambda: values.scale_values_triton(meta(1, TOKENS, HEADS, 128, dtype=BF16)),
     ),
+    "value statistics": (
+        values,
+        "_value_statistics_kernel",
+        lambda: values.quantize_values_triton(meta(1, TOKENS, HEADS, 128, dtype=BF16)),
+    ),
     "quantize values": (
         values,
         "_quantize_values_kernel",
         lambda: values.quantize_values_triton(meta(1, TOKENS, HEADS, 128, dtype=BF16)),
     ),
+}
+
+# Kernels that one launcher launches: the others are recorded beside the one that is compiled
+SEVERAL = {
+    rms_rope: ("_inverse_rms_kernel", "_keys_kernel"),
+    values: ("_value_statistics_kernel", "_quantize_values_kernel"),
 }
 
 # Rows of 5,120 that are on a multiprocessor at once, at the least
@@ -140,7 +151,7 @@ AT_ONCE = {
 
 def compiled(case: Case, arch: int) -> Compiled:
     module, kernel, launch = case
-    others = ("_inverse_rms_kernel", "_keys_kernel") if module is rms_rope else ()
+    others = SEVERAL.get(module, ())
     with recorded(module, kernel) as recorder:
         hidden = [recorded(module, other) for other in others if other != kernel]
         for other in hidden:
