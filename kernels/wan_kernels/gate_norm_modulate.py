@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wan_kernels.hardware import row_launch
+from wan_kernels.hardware import split_launch
 from wan_kernels.language import in_spans, jit, launchable, on_device_of, tl
-from wan_kernels.quantize_rows import check_rows, quantize_rows_reference, rotated, store_quantized
+from wan_kernels.quantize_rows import check_rows, quantize_rows_reference, rotated, store_quantized_pieces
+from wan_kernels.row_piece import columns_of, piece_of, sum_of, there_of
 
 
 def gate_norm_modulate_reference(
@@ -51,34 +52,76 @@ def _gate_norm_modulate_kernel(  # type: ignore[no-untyped-def]
     shift_ptr,  # [B, D] float32
     out_ptr,  # [B, L, D] any float, or int8
     out_scale_ptr,  # [B, L] float32, or None for float output
-    L, D, eps,
-    AFFINE: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
+    L, eps,
+    D: tl.constexpr, AFFINE: tl.constexpr, ROTATE: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    there = columns < D
-    vectors = (row // L) * D + columns
-    # rows go out of the L1 cache first, so that it keeps the vectors: they are as large, and always the same
-    x = tl.load(x_ptr + row * D + columns, mask=there, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    if y_ptr is not None:
-        y = tl.load(y_ptr + row * D + columns, mask=there, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if gate_ptr is not None:
-            y *= tl.load(gate_ptr + vectors, mask=there, other=0.0)
-        rounded = (x + y).to(x_ptr.dtype.element_ty)
-        tl.store(x_ptr + row * D + columns, rounded, mask=there)
-        x = rounded.to(tl.float32)
-    centred = tl.where(there, x - tl.sum(x) / D, 0.0)
-    n = centred / tl.sqrt(tl.sum(centred * centred) / D + eps)
-    factor = tl.load(scale_ptr + vectors, mask=there, other=0.0)
+    batch = tl.program_id(1).to(tl.int64)
+    row = batch * L + tl.program_id(0)
+    front, front_y = piece_of(x_ptr, row, D, 0, FRONT), piece_of(y_ptr, row, D, 0, FRONT)
+    back, back_y = None, None
+    if BACK:
+        back, back_y = piece_of(x_ptr, row, D, FRONT, BACK), piece_of(y_ptr, row, D, FRONT, BACK)
+    if y_ptr is not None:  # after all of the row is on its way: a load is not moved before a store
+        front = _updated(front, front_y, x_ptr, gate_ptr, row, batch, D, 0, FRONT)
+        if BACK:
+            back = _updated(back, back_y, x_ptr, gate_ptr, row, batch, D, FRONT, BACK)
+    mean = sum_of(front, back, FRONT, BACK) / D
+    front = _centred(front, mean, D, 0, FRONT)
+    squares = None
+    if BACK:
+        back = _centred(back, mean, D, FRONT, BACK)
+        squares = back * back
+    inverse = 1.0 / tl.sqrt(sum_of(front * front, squares, FRONT, BACK) / D + eps)
+    front = _modulated(front * inverse, scale_ptr, shift_ptr, batch, D, AFFINE, ROTATE, 0, FRONT)
+    if BACK:
+        back = _modulated(back * inverse, scale_ptr, shift_ptr, batch, D, AFFINE, ROTATE, FRONT, BACK)
+    if out_scale_ptr is None:
+        _store_floats(front, out_ptr, row, D, 0, FRONT)
+        if BACK:
+            _store_floats(back, out_ptr, row, D, FRONT, BACK)
+    else:
+        store_quantized_pieces(front, back, out_ptr, out_scale_ptr, row, D, FRONT, BACK)
+
+
+@jit
+def _updated(  # type: ignore[no-untyped-def]
+    x, y, x_ptr, gate_ptr, row, batch, D: tl.constexpr, START: tl.constexpr, LANES: tl.constexpr
+):
+    """Store a piece of x + y * gate and return it as float32, as it was rounded."""
+    columns = columns_of(START, LANES)
+    there = there_of(columns, START, LANES, D)
+    if gate_ptr is not None:
+        y *= tl.load(gate_ptr + batch * D + columns, mask=there, other=0.0)
+    rounded = (x + y).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + row * D + columns, rounded, mask=there)
+    return rounded.to(tl.float32)
+
+
+@jit
+def _centred(x, mean, D: tl.constexpr, START: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.where(there_of(columns_of(START, LANES), START, LANES, D), x - mean, 0.0)
+
+
+@jit
+def _modulated(  # type: ignore[no-untyped-def]
+    n, scale_ptr, shift_ptr, batch, D: tl.constexpr,
+    AFFINE: tl.constexpr, ROTATE: tl.constexpr, START: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    columns = columns_of(START, LANES)
+    there = there_of(columns, START, LANES, D)
+    factor = tl.load(scale_ptr + batch * D + columns, mask=there, other=0.0)
     if not AFFINE:
         factor += 1.0
-    n = n * factor + tl.load(shift_ptr + vectors, mask=there, other=0.0)
-    if out_scale_ptr is None:
-        tl.store(out_ptr + row * D + columns, n.to(out_ptr.dtype.element_ty), mask=there)
-    else:
-        if ROTATE:
-            n = rotated(n, BLOCK)
-        store_quantized(n, out_ptr, out_scale_ptr, row, D, BLOCK)
+    n = n * factor + tl.load(shift_ptr + batch * D + columns, mask=there, other=0.0)
+    if ROTATE:
+        n = rotated(n, LANES)
+    return n
+
+
+@jit
+def _store_floats(n, out_ptr, row, D: tl.constexpr, START: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    columns = columns_of(START, LANES)
+    tl.store(out_ptr + row * D + columns, n.to(out_ptr.dtype.element_ty), mask=there_of(columns, START, LANES, D))
 
 
 def _launch(operands: Any, out: Tensor, out_scale: Tensor | None, *, affine: bool, eps: float, rotate: bool) -> None:
@@ -91,10 +134,10 @@ def _launch(operands: Any, out: Tensor, out_scale: Tensor | None, *, affine: boo
         assert vector is None or (vector.shape == (batch, dim) and vector.is_contiguous()), f"vector {vector.shape}"
     if x.numel() == 0:
         return
-    launch = row_launch(dim)
-    _gate_norm_modulate_kernel[(batch * tokens,)](
-        x, y, gate, scale, shift, out, out_scale, tokens, dim, eps,
-        AFFINE=affine, ROTATE=rotate, BLOCK=launch.block, num_warps=launch.num_warps,
+    launch = split_launch(dim)
+    _gate_norm_modulate_kernel[(tokens, batch)](
+        x, y, gate, scale, shift, out, out_scale, tokens, eps,
+        D=dim, AFFINE=affine, ROTATE=rotate, FRONT=launch.front, BACK=launch.back, num_warps=launch.num_warps,
     )  # fmt: skip
 
 

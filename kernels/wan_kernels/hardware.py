@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
-from wan_kernels.language import TRITON_VERSION, power_of_two
+from wan_kernels.language import TRITON_VERSION, ceil_div, power_of_two
 
 SHARED_MEMORY_LIMIT = 101_376  # bytes a block of threads may have on sm_86, sm_89 and sm_120; sm_90 has 232,448
 ARCHITECTURES = (86, 89, 90, 120)
+SMALLEST_PIECE = 64  # of a row: the group that is rotated together
+WARP_COLUMNS = 40 * 32  # of a row, at most: float32 in registers, so that several rows fit a multiprocessor
 TUNED = Path(".wan_local") / "kernels.json"  # below the home folder
 _log = logging.getLogger(__name__)
 
@@ -29,6 +31,15 @@ class RowLaunch:
     """One program a row: the power of two that holds it, and its warps."""
 
     block: int
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SplitLaunch:
+    """One program a row held as two pieces: powers of two that hold it together, 0 where one does, and its warps."""
+
+    front: int
+    back: int
     num_warps: int
 
 
@@ -82,6 +93,20 @@ def row_launch(width: int) -> RowLaunch:
     """Return how rows of `width` columns are launched: as many warps as keep some 32 columns a thread."""
     block = max(power_of_two(width), 64)
     return RowLaunch(block, min(max(block // 1024, 1), 16))
+
+
+def split_launch(width: int) -> SplitLaunch:
+    """Return how rows of `width` columns are launched in two pieces: warps for at most 40 columns a thread.
+
+    The front is the largest power of two within the width. A back that would be as large spares no lane: then one piece
+    holds all. A third would spare 13,824 columns an eighth of their lanes; rows so wide go through `gelu_quantize`.
+    """
+    front = max(power_of_two(width + 1) // 2, SMALLEST_PIECE)
+    back = max(power_of_two(width - front), SMALLEST_PIECE) if width > front else 0
+    if back == front:
+        front, back = 2 * front, 0
+    num_warps = power_of_two(ceil_div(front + back, WARP_COLUMNS))
+    return SplitLaunch(front, back, min(num_warps, 16))
 
 
 def tile_launch(op: str, shape_class: str, device: torch.device) -> TileLaunch:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wan_kernels.hardware import row_launch
+from wan_kernels.hardware import split_launch
 from wan_kernels.language import in_spans, jit, launchable, on_device_of, tl
+from wan_kernels.row_piece import columns_of, largest_of, piece_of, there_of
 
 ROTATION_GROUP = 64
 INT8_MAX = 127.0
@@ -66,7 +67,16 @@ def scale_of(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
     Without its sign a float32 orders as its bits do, with infinity and then NaN at the end: a maximum of floats would
     step over NaN, and integers need no shuffles within a warp. 730643660 are the bits of 1e-12.
     """
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis)
+    return _scale_from(tl.max(_bits(x), axis=axis))
+
+
+@jit
+def _bits(x):  # type: ignore[no-untyped-def]
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def _scale_from(bits):  # type: ignore[no-untyped-def]
     return tl.maximum(bits, 730643660).to(tl.float32, bitcast=True) / 127.0
 
 
@@ -80,20 +90,49 @@ def store_quantized(x, q_ptr, scale_ptr, row, D, BLOCK: tl.constexpr):  # type: 
 
 
 @jit
+def store_quantized_pieces(  # type: ignore[no-untyped-def]
+    front,  # [FRONT] float32
+    back,  # [BACK] float32, zero beyond the row; None where BACK is 0
+    q_ptr,  # [M, D] int8
+    scale_ptr,  # [M] float32
+    row,
+    D: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Do as `store_quantized` with a row in two pieces."""
+    back_bits = None
+    if BACK:
+        back_bits = _bits(back)
+    scale = _scale_from(largest_of(_bits(front), back_bits, FRONT, BACK))
+    _store_steps(front * (1.0 / scale), q_ptr, row, D, 0, FRONT)
+    if BACK:
+        _store_steps(back * (1.0 / scale), q_ptr, row, D, FRONT, BACK)
+    tl.store(scale_ptr + row, scale)
+
+
+@jit
+def _store_steps(  # type: ignore[no-untyped-def]
+    x, q_ptr, row, D: tl.constexpr, START: tl.constexpr, LANES: tl.constexpr
+):
+    columns = columns_of(START, LANES)
+    tl.store(q_ptr + row * D + columns, rounded_int8(x), mask=there_of(columns, START, LANES, D))
+
+
+@jit
 def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [M, D] any float
     q_ptr,  # [M, D] int8
     scale_ptr,  # [M] float32
-    D,
-    ROTATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    D: tl.constexpr, ROTATE: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    front, back = piece_of(x_ptr, row, D, 0, FRONT), None
+    if BACK:
+        back = piece_of(x_ptr, row, D, FRONT, BACK)
     if ROTATE:
-        x = rotated(x, BLOCK)
-    store_quantized(x, q_ptr, scale_ptr, row, D, BLOCK)
+        front = rotated(front, FRONT)
+        if BACK:
+            back = rotated(back, BACK)
+    store_quantized_pieces(front, back, q_ptr, scale_ptr, row, D, FRONT, BACK)
 
 
 def quantize_rows_triton(x: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
@@ -102,9 +141,9 @@ def quantize_rows_triton(x: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
     check_rows(x, rotate)
     q, scale = _empty(x)
     if scale.numel():
-        launch = row_launch(x.shape[-1])
+        launch = split_launch(x.shape[-1])
         _quantize_rows_kernel[(scale.numel(),)](
-            x, q, scale, x.shape[-1], ROTATE=rotate, BLOCK=launch.block, num_warps=launch.num_warps
+            x, q, scale, x.shape[-1], ROTATE=rotate, FRONT=launch.front, BACK=launch.back, num_warps=launch.num_warps
         )
     return q, scale
 

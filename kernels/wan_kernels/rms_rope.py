@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wan_kernels.attention_int8 import KEY_BLOCK
-from wan_kernels.hardware import row_launch
+from wan_kernels.hardware import split_launch
 from wan_kernels.language import ceil_div, in_spans, jit, launchable, on_device_of, tl
 from wan_kernels.quantize_rows import INT8_MAX, SMALLEST, check_rows, quantize_rows_reference, rounded_int8, scale_of
+from wan_kernels.row_piece import columns_of, piece_of, sum_of, there_of
 
 
 def rms_rope_reference(
@@ -65,46 +66,78 @@ def _rms_rope_kernel(  # type: ignore[no-untyped-def]
     sin_ptr,  # [L, K / 2] float32
     out_ptr,  # [B, L, H, K] any float, or [B, H, L, K] int8
     out_scale_ptr,  # [B, H, L] float32, or None for float output
-    L, heads, eps,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    L, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // L, row % L
-    D = heads * HEAD_DIM
-    columns = tl.arange(0, BLOCK)
-    # a row goes out of the L1 cache first, so that it keeps the weight: it is as large, and always the same
-    x = tl.load(x_ptr + row * D + columns, mask=columns < D, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    x *= 1.0 / tl.sqrt(tl.sum(x * x) / D + eps)
-    x *= tl.load(weight_ptr + columns, mask=columns < D, other=0.0)
-    x = tl.reshape(x, (BLOCK // HEAD_DIM, HEAD_DIM))
-    if cos_ptr is not None:
+    batch, token = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    row = batch * L + token
+    D: tl.constexpr = HEADS * HEAD_DIM
+    cos, sin = None, None
+    if cos_ptr is not None:  # asked for with the row: after its sum the wait for them would be a second one
         pairs = token * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)
         cos, sin = tl.load(cos_ptr + pairs)[None, :], tl.load(sin_ptr + pairs)[None, :]
-        x = _turned(x, cos, sin, BLOCK // HEAD_DIM, HEAD_DIM)
-    head, channel = tl.arange(0, BLOCK // HEAD_DIM), tl.arange(0, HEAD_DIM)
-    there = (head < heads)[:, None]
+    front, back = piece_of(x_ptr, row, D, 0, FRONT), None
+    if BACK:
+        back = piece_of(x_ptr, row, D, FRONT, BACK)
+    tl.debug_barrier()  # holds the loads in that order: ptxas would put the tables' after the wait for the row
+    inverse = _inverse_rms(front, back, eps, D, FRONT, BACK)
+    front = _weighted(front * inverse, weight_ptr, D, 0, FRONT)
+    if BACK:
+        back = _weighted(back * inverse, weight_ptr, D, FRONT, BACK)
+    _store_heads(front, cos, sin, out_ptr, out_scale_ptr, batch, token, L, HEADS, HEAD_DIM, 0, FRONT)
+    if BACK:
+        _store_heads(back, cos, sin, out_ptr, out_scale_ptr, batch, token, L, HEADS, HEAD_DIM, FRONT, BACK)
+
+
+@jit
+def _inverse_rms(front, back, eps, D: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr):  # type: ignore[no-untyped-def]
+    squares = None
+    if BACK:
+        squares = back * back
+    return 1.0 / tl.sqrt(sum_of(front * front, squares, FRONT, BACK) / D + eps)
+
+
+@jit
+def _weighted(x, weight_ptr, D: tl.constexpr, START: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    columns = columns_of(START, LANES)
+    return x * tl.load(weight_ptr + columns, mask=there_of(columns, START, LANES, D), other=0.0)
+
+
+@jit
+def _store_heads(  # type: ignore[no-untyped-def]
+    x, cos, sin, out_ptr, out_scale_ptr, batch, token, L,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Turn the heads of a piece and store them as the kernel's output lies."""
+    COUNT: tl.constexpr = LANES // HEAD_DIM
+    x = tl.reshape(x, (COUNT, HEAD_DIM))
+    if cos is not None:
+        x = _turned(x, cos, sin, COUNT, HEAD_DIM)
+    head, channel = START // HEAD_DIM + tl.arange(0, COUNT), columns_of(0, HEAD_DIM)
+    there = there_of(head, START // HEAD_DIM, COUNT, HEADS)
     if out_scale_ptr is None:
-        offsets = row * D + head[:, None] * HEAD_DIM + channel[None, :]
-        tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=there)
+        offsets = ((batch * L + token) * HEADS + head)[:, None] * HEAD_DIM + channel[None, :]
+        tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=there[:, None])
     else:
         scale = scale_of(x, 1)
-        rows = (batch * heads + head) * L + token
+        rows = (batch * HEADS + head) * L + token
         q = rounded_int8(x * (1.0 / scale)[:, None])
-        tl.store(out_ptr + rows[:, None] * HEAD_DIM + channel[None, :], q, mask=there)
-        tl.store(out_scale_ptr + rows, scale, mask=head < heads)
+        tl.store(out_ptr + rows[:, None] * HEAD_DIM + channel[None, :], q, mask=there[:, None])
+        tl.store(out_scale_ptr + rows, scale, mask=there)
 
 
 @jit
 def _inverse_rms_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [M, D] any float
     out_ptr,  # [M] float32
-    D, eps,
-    BLOCK: tl.constexpr,
+    eps,
+    D: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row, 1.0 / tl.sqrt(tl.sum(x * x) / D + eps))
+    front, back = piece_of(x_ptr, row, D, 0, FRONT), None
+    if BACK:
+        back = piece_of(x_ptr, row, D, FRONT, BACK)
+    tl.store(out_ptr + row, _inverse_rms(front, back, eps, D, FRONT, BACK))
 
 
 @jit
@@ -178,10 +211,10 @@ def _launch_rows(
     batch, tokens, dim = x.shape
     if x.numel() == 0:
         return
-    launch = row_launch(dim)
-    _rms_rope_kernel[(batch * tokens,)](
-        x, weight, cos, sin, out, out_scale, tokens, heads, eps,
-        HEAD_DIM=dim // heads, BLOCK=launch.block, num_warps=launch.num_warps,
+    launch = split_launch(dim)
+    _rms_rope_kernel[(tokens, batch)](
+        x, weight, cos, sin, out, out_scale, tokens, eps,
+        HEADS=heads, HEAD_DIM=dim // heads, FRONT=launch.front, BACK=launch.back, num_warps=launch.num_warps,
     )  # fmt: skip
 
 
@@ -194,8 +227,10 @@ def rms_rope_quantize_keys_triton(
     _check(x, weight, cos, sin, heads)
     assert centre.shape == (batch, heads, dim // heads) and centre.is_contiguous(), f"centre {tuple(centre.shape)}"
     q, scale = _empty_keys(x, heads)
-    inverse_rms, launch = x.new_empty((batch, tokens), dtype=torch.float32), row_launch(dim)
-    _inverse_rms_kernel[(batch * tokens,)](x, inverse_rms, dim, eps, BLOCK=launch.block, num_warps=launch.num_warps)
+    inverse_rms, launch = x.new_empty((batch, tokens), dtype=torch.float32), split_launch(dim)
+    _inverse_rms_kernel[(batch * tokens,)](
+        x, inverse_rms, eps, D=dim, FRONT=launch.front, BACK=launch.back, num_warps=launch.num_warps
+    )
     _keys_kernel[(heads, scale.shape[-1], batch)](
         x, inverse_rms, weight, cos, sin, centre, q, scale, tokens, heads,
         HEAD_DIM=dim // heads, KEYS=KEY_BLOCK, num_warps=4,

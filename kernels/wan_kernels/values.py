@@ -21,6 +21,7 @@ from wan_kernels.quantize_rows import INT8_MAX, SMALLEST, rounded_int8
 
 _LARGEST_EXPONENT = 8
 _KEYS, _COLUMNS = 16, 512  # that a program of the elementwise kernel takes
+_PART, _PART_COLUMNS = 512, 256  # whose statistics one program takes, 16 keys at a time
 
 
 def scale_values_reference(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,8 +50,12 @@ def quantize_values_reference(v: Tensor, dtype: torch.dtype = torch.float32) -> 
 def _scale_and_mean(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     low, high = (x.to(dtype) for x in torch.aminmax(v, dim=1))
     v_mean = v.mean(dim=1, dtype=dtype)
+    return _centred_scale(low, high, v_mean), v_mean
+
+
+def _centred_scale(low: Tensor, high: Tensor, v_mean: Tensor) -> Tensor:
     absmax = torch.maximum(high - v_mean, v_mean - low)
-    return absmax.clamp(min=SMALLEST) / INT8_MAX + absmax * 0, v_mean
+    return absmax.clamp(min=SMALLEST) / INT8_MAX + absmax * 0  # NaN and infinity stay
 
 
 def _empty_values(v: Tensor) -> Tensor:
@@ -76,6 +81,32 @@ def _scale_values_kernel(  # type: ignore[no-untyped-def]
     v = tl.load(v_ptr + offsets, mask=there, other=0.0).to(tl.float32)
     inverse = tl.load(inverse_ptr + batch * C + columns, mask=columns < C, other=0.0)
     tl.store(v16_ptr + offsets, (v * inverse[None, :]).to(tl.float16), mask=there)
+
+
+@jit
+def _value_statistics_kernel(  # type: ignore[no-untyped-def]
+    v_ptr,  # [B, M, C] any float
+    low_ptr,  # [B, P, C] float32, of P parts of the keys
+    high_ptr,  # [B, P, C] float32
+    total_ptr,  # [B, P, C] float32
+    keys, C,
+    PART: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns, part, batch = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1), tl.program_id(2)
+    low = tl.full((KEYS, COLUMNS), float("inf"), tl.float32)
+    high, total = -low, tl.zeros((KEYS, COLUMNS), tl.float32)
+    for start in range(0, PART, KEYS):
+        rows = part * PART + start + tl.arange(0, KEYS)
+        there = (rows < keys)[:, None] & (columns < C)[None, :]
+        offsets = (batch.to(tl.int64) * keys + rows)[:, None] * C + columns[None, :]
+        v = tl.load(v_ptr + offsets, mask=there, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.where(there, v, float("inf")))
+        high = tl.maximum(high, tl.where(there, v, float("-inf")))
+        total += v  # a NaN shows here, where the others step over it
+    out = (batch.to(tl.int64) * tl.num_programs(1) + part) * C + columns
+    tl.store(low_ptr + out, tl.min(low, axis=0), mask=columns < C)
+    tl.store(high_ptr + out, tl.max(high, axis=0), mask=columns < C)
+    tl.store(total_ptr + out, tl.sum(total, axis=0), mask=columns < C)
 
 
 @jit
@@ -117,16 +148,28 @@ def scale_values_triton(v: Tensor) -> Tensor:
 
 
 def quantize_values_triton(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the kernel: one program for 64 keys of a head; neighbours read the same rows."""
+    """Launch two kernels: statistics, then one program for 64 keys of a head; neighbours read the same rows."""
     launchable("quantize_values")
     assert v.is_contiguous(), f"values are not contiguous: strides {v.stride()}"
-    v_scale, v_mean = _scale_and_mean(v, torch.float32)
+    v_scale, v_mean = _scale_and_mean_triton(v)
     v8 = _empty_values(v)
     batch, keys, heads, head_dim = v.shape
     _quantize_values_kernel[(heads, v8.shape[-1] // KEY_BLOCK, batch)](
         v, v8, v_scale, v_mean, heads, keys, v8.shape[-1], HEAD_DIM=head_dim, KEYS=KEY_BLOCK, num_warps=4
     )
     return v8, v_scale, v_mean
+
+
+def _scale_and_mean_triton(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return v_scale and v_mean [B, H, K] after reading v once; torch reads it for the extremes and for the mean."""
+    batch, keys, heads, head_dim = v.shape
+    low, high, total = v.new_empty((3, batch, ceil_div(keys, _PART), heads, head_dim), dtype=torch.float32).unbind(0)
+    channels = heads * head_dim
+    _value_statistics_kernel[(ceil_div(channels, _PART_COLUMNS), low.shape[1], batch)](
+        v, low, high, total, keys, channels, PART=_PART, KEYS=_KEYS, COLUMNS=_PART_COLUMNS, num_warps=4
+    )
+    v_mean = total.sum(dim=1) / keys
+    return _centred_scale(low.amin(dim=1), high.amax(dim=1), v_mean), v_mean
 
 
 @torch.library.custom_op("wan_kernels::scale_values_", mutates_args=("v",), device_types="cuda")

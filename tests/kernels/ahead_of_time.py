@@ -27,6 +27,11 @@ _TYPES = {
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages")
 
+# What a multiprocessor holds at once, by CUDA's table of compute capabilities: warps, programs, KiB of shared memory
+_HELD = {86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 120: (48, 24, 100)}
+_REGISTERS, _REGISTERS_AT_ONCE = 65_536, 8  # of a multiprocessor; given to a thread
+_SHARED_OF_EACH = 1024  # bytes of shared memory that every program takes besides its own
+
 
 @dataclass
 class Recorder:
@@ -53,16 +58,36 @@ def recorded(module: Any, kernel: str) -> Iterator[Recorder]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came out: bytes of shared memory, and the code as PTX and SASS."""
+    """What came out: bytes of shared memory, warps, registers of a thread, and the code as PTX and SASS."""
 
+    arch: int
     shared: int
+    num_warps: int
+    registers: int
     ptx: str
     sass: str
 
     @property
+    def programs_at_once(self) -> int:
+        """How many programs a multiprocessor holds at once."""
+        warps, programs, kibibytes = _HELD[self.arch]
+        given = -(-self.registers // _REGISTERS_AT_ONCE) * _REGISTERS_AT_ONCE * 32 * self.num_warps
+        shared = 1024 * kibibytes // (self.shared + _SHARED_OF_EACH)
+        return min(_REGISTERS // given, warps // self.num_warps, programs, shared)
+
+    @property
+    def issued(self) -> int:
+        """Instructions of all warps of a program, where none is in a loop."""
+        return self.num_warps * sum("NOP" not in text for _, text in self._code)
+
+    @property
+    def _code(self) -> list[tuple[int, str]]:
+        return [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*;)", self.sass)]
+
+    @property
     def hot_loop(self) -> str:
         """The loop with the most tensor-core instructions: from the target of a backward jump to the jump."""
-        code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*;)", self.sass)]
+        code = self._code
         jumps = [(at, int(m[1], 16)) for at, text in code if (m := re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text))]
         loops = [[text for at, text in code if target <= at <= jump] for jump, target in jumps if target < jump]
         return "\n".join(max(loops, key=lambda loop: sum(map(_is_mma, loop)), default=[]))
@@ -92,16 +117,20 @@ def compile_launch(recorder: Recorder, arch: int, launch: int = -1) -> Compiled:
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return Compiled(done.metadata.shared, done.asm["ptx"], _disassembled(done.asm["cubin"]))
+    registers = re.search(r"REG:(\d+)", _dumped(done.asm["cubin"], "-res-usage"))
+    assert registers, "cuobjdump does not tell the registers"
+    sass = _dumped(done.asm["cubin"], "-sass")
+    return Compiled(arch, done.metadata.shared, done.metadata.num_warps, int(registers[1]), done.asm["ptx"], sass)
 
 
-def _disassembled(cubin: bytes) -> str:
-    """Return the SASS, each instruction with its address, by the disassembler that comes with Triton."""
+def _dumped(cubin: bytes, what: str) -> str:
+    """Return the SASS, each instruction with its address, or what else the disassembler of Triton tells."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(file)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, what, str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
 
 
 def _scalar_type(value: object) -> str:

@@ -93,7 +93,7 @@ def test_scaled_values_are_exact_in_place(dtype: torch.dtype) -> None:
     assert expected.abs().max() <= 256
 
 
-@pytest.mark.parametrize("keys", [1, 63, 64, 130])
+@pytest.mark.parametrize("keys", [1, 63, 64, 130, 1100])
 def test_quantized_values_are_transposed_and_padded_with_zeros(keys: int) -> None:
     v = torch.randn(2, keys, 3, 32) + 2
     got, scale, mean = quantize_values_triton(poisoned(v))
@@ -102,3 +102,11 @@ def test_quantized_values_are_transposed_and_padded_with_zeros(keys: int) -> Non
     assert share < 1e-3 and largest <= 1
     assert torch.allclose(scale, expected_scale) and torch.allclose(mean, expected_mean, atol=1e-6)
     assert not got[..., keys:].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_channel_of_values_that_is_not_finite_has_a_scale_that_is_not(bad: float) -> None:
+    v = torch.randn(1, 600, 3, 32)
+    v[0, 550, 1, 7] = bad
+    _, scale, _ = quantize_values_triton(v)
+    assert not torch.isfinite(scale[0, 1, 7]) and int(torch.isfinite(scale).sum()) == 3 * 32 - 1

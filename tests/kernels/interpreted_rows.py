@@ -14,7 +14,14 @@ from wan_kernels.quantize_rows import quantize_rows_triton, rotate_reference
 from wan_kernels.rms_rope import rms_rope_quantize_keys_triton, rms_rope_quantize_triton, rms_rope_triton
 
 EPS = 1e-6
-WIDTHS = [64, 320, 5120]
+# powers of two, a half more than one and a quarter more, the models' own and the widest
+WIDTHS = [64, 448, 320, 5120, 704, 13_824]
+ODD_WIDTHS = [1, 63, 257, 1000, 1283]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(11)
 
 
 def dequantized(q: Tensor, scale: Tensor) -> Tensor:
@@ -57,6 +64,12 @@ def test_rows_are_quantized_to_the_nearest_step(width: int, rotate: bool) -> Non
     assert not q[3].any() and torch.isfinite(scale[3]) and scale[3] > 0
 
 
+@pytest.mark.parametrize("width", ODD_WIDTHS)
+def test_rows_of_an_odd_width_are_quantized_to_the_nearest_step(width: int) -> None:
+    x = activations(7, width, huge=True)
+    check_quantized(*quantize_rows_triton(poisoned(x), False), x)
+
+
 def test_the_rotation_spreads_a_heavy_channel() -> None:
     x = activations(16, 320)
     plain, turned_back = quantize_rows_triton(x, False), quantize_rows_triton(x, True)
@@ -67,10 +80,10 @@ def test_the_rotation_spreads_a_heavy_channel() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_has_a_scale_that_is_not(bad: float) -> None:
     x = activations(5, 320)
-    x[1, 17] = bad
+    x[1, 17], x[3, 300] = bad, bad  # in the front and in the back
     for rotate in (False, True):
         _, scale = quantize_rows_triton(x, rotate)
-        assert not torch.isfinite(scale[1]) and torch.isfinite(scale[[0, 2, 3, 4]]).all()
+        assert not torch.isfinite(scale[[1, 3]]).any() and torch.isfinite(scale[[0, 2, 4]]).all()
 
 
 @pytest.mark.parametrize("rotate", [False, True])
@@ -83,8 +96,9 @@ def test_gelu_is_quantized_to_the_nearest_step(rotate: bool) -> None:
 
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("update", ["none", "plain", "gated"])
-def test_gate_norm_and_modulation_are_one(affine: bool, update: str) -> None:
-    batch, tokens, dim = 2, 5, 320
+@pytest.mark.parametrize("dim", [448, 320, 704, 5120])
+def test_gate_norm_and_modulation_are_one(affine: bool, update: str, dim: int) -> None:
+    batch, tokens = 2, 5
     x, y = activations(batch, tokens, dim, huge=True), activations(batch, tokens, dim, seed=1)
     gate, scale, shift = torch.randn(3, batch, dim).unbind(0)
     new = x.double()
@@ -103,6 +117,15 @@ def test_gate_norm_and_modulation_are_one(affine: bool, update: str) -> None:
         check_quantized(q, q_scale, turned(expected) if rotate else expected)
 
 
+@pytest.mark.parametrize("dim", ODD_WIDTHS[1:])
+def test_rows_of_an_odd_width_are_normed(dim: int) -> None:
+    x, (scale, shift) = activations(2, 5, dim, huge=True), torch.randn(2, 2, dim).unbind(0)
+    expected = F.layer_norm(x.double(), (dim,), eps=EPS) * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    rest = (None, None, poisoned(scale), poisoned(shift), False, EPS)
+    assert relative_rms(gate_norm_modulate_triton(poisoned(x), *rest, torch.float32), expected) < 1e-5
+    check_quantized(*gate_norm_modulate_quantize_triton(poisoned(x), *rest, False), expected)
+
+
 def test_the_residual_is_rounded_before_the_norm_reads_it() -> None:
     x, y = activations(1, 4, 320).half(), activations(1, 4, 320, seed=1).half()
     held, ones, zeros = poisoned(x), torch.ones(1, 320), torch.zeros(1, 320)
@@ -111,8 +134,8 @@ def test_the_residual_is_rounded_before_the_norm_reads_it() -> None:
     assert relative_rms(got, F.layer_norm(held.double(), (320,), eps=EPS)) < 1e-6
 
 
-# (batch, tokens, heads, channels): odd counts of heads and tokens, the tiny and the real model's heads
-HEADS = [(2, 5, 3, 32), (1, 67, 2, 64), (1, 3, 40, 128)]
+# (batch, tokens, heads, channels): odd counts of heads and tokens, the tiny and the real models' heads
+HEADS = [(2, 5, 3, 32), (1, 67, 2, 64), (1, 3, 40, 128), (2, 5, 12, 128), (2, 5, 11, 64)]
 
 
 def rotary(tokens: int, channels: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ products. How fast it is, only a card can say.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -79,6 +80,10 @@ def turn(kind: str) -> None:
         rms_rope.rms_rope_triton(x, weight, table, table, HEADS, 1e-6, BF16)
 
 
+def rows(*, rotate: bool) -> None:
+    quantize_rows.quantize_rows_triton(meta(1, TOKENS, DIM, dtype=BF16), rotate)
+
+
 def decode() -> None:
     packed, group = meta(DIM, FFN_DIM // 2, dtype=torch.uint8), meta(DIM, FFN_DIM // 64, dtype=BF16)
     decode_int4.decode_int4_triton(packed, group, group, meta(DIM, FFN_DIM, dtype=I8))
@@ -107,16 +112,18 @@ ROWS: dict[str, Case] = {
         "_gelu_quantize_kernel",
         lambda: gelu_quantize.gelu_quantize_triton(meta(1, TOKENS, FFN_DIM, dtype=BF16), True),
     ),
-    "quantize rows": (
-        quantize_rows,
-        "_quantize_rows_kernel",
-        lambda: quantize_rows.quantize_rows_triton(meta(1, TOKENS, DIM, dtype=BF16), True),
-    ),
+    "quantize rows": (quantize_rows, "_quantize_rows_kernel", lambda: rows(rotate=False)),
+    "quantize rows, rotated": (quantize_rows, "_quantize_rows_kernel", lambda: rows(rotate=True)),
     "decode int4": (decode_int4, "_decode_int4_kernel", decode),
     "scale values": (
         values,
         "_scale_values_kernel",
         lambda: values.scale_values_triton(meta(1, TOKENS, HEADS, 128, dtype=BF16)),
+    ),
+    "value statistics": (
+        values,
+        "_value_statistics_kernel",
+        lambda: values.quantize_values_triton(meta(1, TOKENS, HEADS, 128, dtype=BF16)),
     ),
     "quantize values": (
         values,
@@ -125,10 +132,27 @@ ROWS: dict[str, Case] = {
     ),
 }
 
+# Kernels that one launcher launches: the others are recorded beside the one that is compiled
+SEVERAL = {
+    rms_rope: ("_inverse_rms_kernel", "_keys_kernel"),
+    values: ("_value_statistics_kernel", "_quantize_values_kernel"),
+}
+
+# Rows of 5,120 that are on a multiprocessor at once, at the least
+AT_ONCE = {
+    "gate, norm, modulate": 6,
+    "gate, norm, modulate, quantize": 6,
+    "rms, rope": 6,
+    "rms, rope, queries": 6,
+    "row norms": 12,
+    "quantize rows": 9,
+    "quantize rows, rotated": 9,
+}
+
 
 def compiled(case: Case, arch: int) -> Compiled:
     module, kernel, launch = case
-    others = ("_inverse_rms_kernel", "_keys_kernel") if module is rms_rope else ()
+    others = SEVERAL.get(module, ())
     with recorded(module, kernel) as recorder:
         hidden = [recorded(module, other) for other in others if other != kernel]
         for other in hidden:
@@ -175,6 +199,7 @@ def test_rows_are_read_in_wide_loads_and_stay_in_registers(case: str, arch: int)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+<<<<<<< HEAD
 @pytest.mark.parametrize("residual", [False, True], ids=["linear", "onto the residual"])
 def test_the_few_rows_of_a_last_chunk_run_on_tensor_cores_without_spilling(
     residual: bool, arch: int, monkeypatch: pytest.MonkeyPatch
@@ -192,6 +217,19 @@ def test_the_few_rows_of_a_last_chunk_run_on_tensor_cores_without_spilling(
     assert asked == ["small"] and code.shared <= SHARED_MEMORY_LIMIT
     assert code.count("(IMMA|IGMMA)", code.hot_loop), "the tensor cores do not multiply int8 in the hot loop"
     assert code.count("(LDL|STL)") == 0, "it spills"
+=======
+@pytest.mark.parametrize("case", list(AT_ONCE))
+def test_rows_in_two_pieces_leave_room_for_others(case: str, arch: int) -> None:
+    code = compiled(ROWS[case], arch)
+    assert code.programs_at_once >= AT_ONCE[case], f"{code.registers} registers"
+    assert code.count("(LDL|STL)") == 0, "it spills"
+    assert code.shared <= 1024, "a row goes through shared memory"
+    if "rope" in case:
+        before_the_wait = code.sass[: code.sass.index("BAR")]
+        assert len(re.findall(r"\bLDG", before_the_wait)) == 7, (
+            "five vectors of the row, cos and sin are not asked for at once"
+        )
+>>>>>>> fusions
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from wan_kernels.hardware import (
     TileLaunch,
     row_launch,
     save_tuned,
+    split_launch,
     table_launch,
     tile_launch,
     tuned_problem,
@@ -44,6 +45,20 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_rows_get_a_power_of_two_and_warps_by_width() -> None:
     assert [row_launch(width).block for width in (1, 128, 5120, 13_824)] == [64, 128, 8192, 16_384]
     assert [row_launch(width).num_warps for width in (128, 5120, 13_824)] == [1, 8, 16]
+
+
+def test_rows_in_two_pieces_leave_few_lanes_out() -> None:
+    def launch(width: int) -> tuple[int, int, int]:
+        split = split_launch(width)
+        return split.front, split.back, split.num_warps
+
+    assert [launch(width) for width in (1, 64, 65, 128)] == [(64, 0, 1), (64, 0, 1), (128, 0, 1), (128, 0, 1)]
+    assert [launch(width) for width in (1280, 1536, 5120)] == [(1024, 256, 1), (1024, 512, 2), (4096, 1024, 4)]
+    assert [launch(width) for width in (4096, 13_824)] == [(4096, 0, 4), (16_384, 0, 16)]
+    for width in range(1, 6000):
+        front, back, _ = launch(width)
+        assert front + back >= width and (back == 0 or back < front <= width)
+        assert width < 128 or front + back < 1.5 * width
 
 
 def test_a_card_without_a_line_of_its_own_takes_the_first_candidate() -> None:
