@@ -199,7 +199,6 @@ def test_rows_are_read_in_wide_loads_and_stay_in_registers(case: str, arch: int)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-<<<<<<< HEAD
 @pytest.mark.parametrize("residual", [False, True], ids=["linear", "onto the residual"])
 def test_the_few_rows_of_a_last_chunk_run_on_tensor_cores_without_spilling(
     residual: bool, arch: int, monkeypatch: pytest.MonkeyPatch
@@ -217,7 +216,10 @@ def test_the_few_rows_of_a_last_chunk_run_on_tensor_cores_without_spilling(
     assert asked == ["small"] and code.shared <= SHARED_MEMORY_LIMIT
     assert code.count("(IMMA|IGMMA)", code.hot_loop), "the tensor cores do not multiply int8 in the hot loop"
     assert code.count("(LDL|STL)") == 0, "it spills"
-=======
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("case", list(AT_ONCE))
 def test_rows_in_two_pieces_leave_room_for_others(case: str, arch: int) -> None:
     code = compiled(ROWS[case], arch)
@@ -229,7 +231,6 @@ def test_rows_in_two_pieces_leave_room_for_others(case: str, arch: int) -> None:
         assert len(re.findall(r"\bLDG", before_the_wait)) == 7, (
             "five vectors of the row, cos and sin are not asked for at once"
         )
->>>>>>> fusions
 
 
 @pytest.mark.slow
