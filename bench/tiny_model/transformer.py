@@ -163,6 +163,13 @@ def choose_frames(model: WanTransformer3DModel) -> FramesRope:
     return model.rope
 
 
+@torch.no_grad()
+def weaken_text(model: WanTransformer3DModel, scale: float) -> None:
+    """Let prompts move the tokens by so much of what they did; what every prompt adds stays in the biases."""
+    for block in model.blocks:
+        block.attn2.to_v.weight.mul_(scale)
+
+
 class HalfLinear(nn.Linear):
     """A projection computed in bfloat16 between float32 activations.
 
