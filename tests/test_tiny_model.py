@@ -80,9 +80,9 @@ def test_it_beats_the_cross_fade_on_unseen_clips_of_a_moving_shape(tmp_path: Pat
         gains.append(psnr(video, truth) - psnr(cross_fade(truth), truth))
         firsts.append(psnr(video[0], truth[0]) - psnr(round_trip(truth[0]), truth[0]))
         lasts.append(psnr(video[-1], truth[-1]) - psnr(round_trip(truth[-1]), truth[-1]))
-    assert sum(gain > 0 for gain in gains) >= 5 and np.mean(gains) > 0, gains
-    assert np.mean(firsts) > -2.5, firsts
-    assert np.mean(lasts) > -3.5, lasts
+    assert sum(gain > 0 for gain in gains) >= 5 and np.mean(gains) > 1, gains
+    assert np.mean(firsts) > -2, firsts
+    assert np.mean(lasts) > -3, lasts
 
 
 def test_its_checkpoint_is_small_and_its_card_says_what_it_is() -> None:
