@@ -439,15 +439,31 @@ def test_a_run_refused_half_way_is_not_kept(
     assert runs.find(settings, "refused") is None
 
 
-def test_who_takes_a_run_over_is_the_one_to_sweep_after(settings: Settings, stamps: Stamps, tmp_path: Path) -> None:
+def test_who_takes_a_run_over_or_drops_it_sweeps_its_partial_video(
+    settings: Settings, stamps: Stamps, tmp_path: Path
+) -> None:
+    """Known by the run and not by the process: in containers process numbers repeat."""
     run_until(settings, stamps.request, "swept", tmp_path / "x.mp4", "denoise", 2)
-    about = runs.runs_folder(settings) / "swept" / "run.json"
-    about.write_text(json.dumps(json.loads(about.read_text(encoding="utf-8")) | {"pid": 2**22 + 1}), encoding="utf-8")
-    (tmp_path / "elsewhere").mkdir()
-    runs.take(settings, "swept", tmp_path / "elsewhere" / "y.mp4").release(remove=False)
-    taken = json.loads(about.read_text(encoding="utf-8"))
-    assert taken["pid"] == os.getpid() and taken["output"] == str(tmp_path / "elsewhere" / "y.mp4")
-    assert runs.list_runs(settings)[0].state == "waiting"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    left, others = tmp_path / durable.partial_name("swept", ".mp4"), tmp_path / durable.partial_name("a-swept", ".mp4")
+    left_elsewhere = elsewhere / durable.partial_name("swept", ".json")
+    for path in (left, others, left_elsewhere):
+        path.touch()
+    runs.take(settings, "swept", elsewhere / "y.mp4").release(remove=False)
+    assert not left.exists() and others.exists() and left_elsewhere.exists()
+    assert runs.list_runs(settings)[0].about["output"] == str(elsewhere / "y.mp4")
+    runs.remove(settings, "swept")
+    assert not left_elsewhere.exists() and others.exists()
+
+
+def test_a_partial_video_is_named_after_its_run(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners, named = [], durable.partial_name
+    monkeypatch.setattr(durable, "partial_name", lambda owner, suffix: owners.append(owner) or named(owner, suffix))
+    list(Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="named"))
+    assert owners == ["named", "named"]
 
 
 def test_a_run_that_cannot_be_begun_is_not_left_locked(

@@ -48,6 +48,17 @@ def sweep(folder: Path, *, older_than_seconds: float = _STALE_SECONDS) -> None:
             continue  # its writer has just finished
 
 
+def partial_name(owner: str, suffix: str) -> str:
+    """Return a new name for a file that `owner`, a run or a process, is about to make: `sweep_after` knows it again."""
+    return f".wan_local-{owner}-{secrets.token_hex(4)}{suffix}{PARTIAL}"
+
+
+def sweep_after(owner: str, folder: Path) -> None:
+    """Remove what `owner`, who writes no more, left in `folder` under partial names."""
+    for partial in folder.glob(f".wan_local-{owner}-{'[0-9a-f]' * 8}.*{PARTIAL}"):
+        partial.unlink(missing_ok=True)
+
+
 def _flush_folder(folder: Path) -> None:
     """Make a rename last through a power cut, where a folder can be flushed at all (not on Windows)."""
     if sys.platform != "win32":

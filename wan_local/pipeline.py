@@ -177,18 +177,22 @@ def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Ge
             answers.finish(latents)
 
     with report.stage("decode"):
-        video = yield from _decode(job, space, latents)
+        video = yield from _decode(job, space, latents, owner=answers.folder.name if answers else None)
     report.acceleration = latents.acceleration
     saved = {"state": answers.cost()} if answers else {}
     compared = {"memory": report.beside(job.plan)}
     return _result(job, video, {**report.as_dict(), **compared, "model_calls": latents.calls, **saved})
 
 
-def _decode(job: Job, space: Workspace, final: Latents) -> Generator[Step, None, VideoReport]:
-    """Write the video, from its first frame on at every attempt; return what was written."""
+def _decode(job: Job, space: Workspace, final: Latents, *, owner: str | None) -> Generator[Step, None, VideoReport]:
+    """Write the video, from its first frame on at every attempt; return what was written. owner: the run's id."""
     total, report = job.geometry.generated_frames, space.report
     for attempt in space.attempts("decode"):
-        with attempt as rung, space.open("vae_decoder", rung) as vae, _writer(job, final.calls, report) as writer:
+        with (
+            attempt as rung,
+            space.open("vae_decoder", rung) as vae,
+            _writer(job, final.calls, report, owner) as writer,
+        ):
             latents, tiling = final.latents.to(rung.device), rung.plan.tiling
             frames = decode_frames(vae, latents, job.geometry, tiling=tiling, check=space.check)
             for decoded in checked_frames(job.switches, frames, job.geometry.num_frames, report):
@@ -279,7 +283,7 @@ def _latent_shape(job: Job) -> tuple[int, int, int, int]:
     return job.files.config.transformer.out_channels, job.geometry.latent_frames, latent.height, latent.width
 
 
-def _writer(job: Job, calls: int, report: Report) -> VideoWriter:
+def _writer(job: Job, calls: int, report: Report, owner: str | None) -> VideoWriter:
     config = job.files.config
     return VideoWriter(
         job.order.output,
@@ -295,6 +299,7 @@ def _writer(job: Job, calls: int, report: Report) -> VideoWriter:
             "generator": f"wan_local {__version__}",
         },
         embed_metadata=job.settings.embed_metadata,
+        owner=owner,
     )
 
 

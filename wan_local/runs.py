@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -107,7 +105,7 @@ def begin(settings: Settings, run_id: str, about: Mapping[str, Any]) -> RunFolde
     folder = _folder(settings, run_id)
     durable.make_folder(folder)
     lock = _locked(folder)
-    about = {"format": FORMAT, "id": run_id, "pid": os.getpid(), "began": time.time(), **about}
+    about = {"format": FORMAT, "id": run_id, "began": time.time(), **about}
     begun = RunFolder(folder, lock, about)
     with ExitStack() as undo:
         undo.callback(begun.release, remove=True)
@@ -133,8 +131,8 @@ def take(settings: Settings, run_id: str, output: Path | None = None) -> RunFold
     with ExitStack() as undo:
         undo.callback(lock.release)
         _sweep_after(run)
-        # whose partial video the next one sweeps, if this one dies too
-        about = {**run.about, "pid": os.getpid(), **({"output": str(output)} if output else {})}
+        # where the next one sweeps a partial video, if this one dies too
+        about = {**run.about, **({"output": str(output)} if output else {})}
         _write_about(run.folder, about)
         undo.pop_all()
     return RunFolder(run.folder, lock, about)
@@ -162,7 +160,9 @@ def remove(settings: Settings, run_id: str) -> Run:
     run = find(settings, run_id)
     if run is None:
         raise _not_there(settings, run_id)
-    RunFolder(run.folder, _locked(run.folder), run.about).release(remove=True)
+    held = RunFolder(run.folder, _locked(run.folder), run.about)
+    _sweep_after(run)
+    held.release(remove=True)
     return run
 
 
@@ -251,20 +251,6 @@ def _files(folder: Path) -> Iterator[tuple[str, int, float]]:
 def _sweep_after(run: Run) -> None:
     """Remove the partial files of the process that died: its records, and its video if it had begun one."""
     durable.sweep(run.folder, older_than_seconds=0.0)
-    pid, output = run.about.get("pid"), run.about.get("output")
-    if isinstance(pid, int) and isinstance(output, str) and not _lives(pid):
-        for partial in Path(output).parent.glob(f".wan_local-{pid}-*{durable.PARTIAL}"):
-            partial.unlink(missing_ok=True)
-
-
-def _lives(pid: int) -> bool:
-    """Tell whether there is such a process; on Windows it cannot be asked for without harm, so there may be one."""
-    if sys.platform == "win32":
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    output = run.about.get("output")
+    if isinstance(output, str):
+        durable.sweep_after(run.id, Path(output).parent)

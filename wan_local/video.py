@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from wan_local import durable
 from wan_local.errors import NotAvailable, OutputError
 from wan_local.geometry import NATIVE_FPS, Geometry, Size
 from wan_local.metadata import public, title, to_json
@@ -128,6 +128,8 @@ class VideoWriter:
 
     Use it in a `with` block and call `finish` at its end: a block that is left before that leaves no file.
     `metadata` is written as JSON; paths in it are cut to their last part, so that a file tells nothing of the machine.
+    owner: after whom the partial files are named, so that `durable.sweep_after` finds them if the process is killed;
+    the process itself unless given.
     """
 
     def __init__(
@@ -138,14 +140,15 @@ class VideoWriter:
         frames_per_second: int,
         metadata: Mapping[str, object],
         embed_metadata: bool = True,
+        owner: str | None = None,
     ) -> None:
         assert size.height % 2 == 0 and size.width % 2 == 0, f"yuv420p needs even sides, not {size}"
         _require_encoder()
         self._path = path.absolute()
         self._sidecar_path = _sidecar_path(self._path)
-        mark = f".wan_local-{os.getpid()}-{secrets.token_hex(4)}"  # not the file's name: that may be as long as can be
-        self._partial = self._path.parent / f"{mark}.mp4.part"
-        self._partial_sidecar = self._path.parent / f"{mark}.json.part"
+        owner = owner or str(os.getpid())  # not after the file: its name may be as long as can be
+        self._partial = self._path.with_name(durable.partial_name(owner, ".mp4"))
+        self._partial_sidecar = self._path.with_name(durable.partial_name(owner, ".json"))
         self._size = size
         self._frames_per_second = frames_per_second
         self._metadata = public(metadata)
