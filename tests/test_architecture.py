@@ -59,6 +59,7 @@ LINES = (
 )
 # Within a line, these alone, from left to right: (importer, imported).
 NEIGHBOURS = {
+    ("durable", "errors"),
     ("image", "download"),
     ("settings", "geometry"),
     ("settings", "switch_config"),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_local import cli, pipeline
+from wan_local import cli, durable, pipeline
 from wan_local.cli import flags, generate, terminal
 from wan_local.errors import Cancelled, ModelNotFound, OutputError, WanLocalError
 from wan_local.request import File, Request, Result, Step
@@ -280,3 +280,25 @@ def test_a_closed_terminal_ends_a_command_as_kill_does_unless_told_to_ignore_it(
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "command", [("runs",), ("cache",), ("resume", "x"), ("plan",), ("doctor",), ("download",), ("generate", *IMAGES)]
+)
+def test_a_wrong_setting_is_told_by_every_command(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WAN_LOCAL_KEEP_RUNS", "abc")
+    prompt = ("--prompt", "p") if command[0] == "generate" else ()
+    assert cli.main([*command, *prompt]) == terminal.WRONG_REQUEST
+    assert "A setting is wrong: keep_runs is 'abc'; it is a number of 0 or more" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="WAN_LOCAL_OUTPUT_DIR"):
+        durable.make_output_dir(tmp_path / "file" / "outputs")
+    assert cli.main(["serve", "--port", "0", "--output-dir", str(tmp_path / "file")]) == terminal.FAILED
+    assert "cannot be made" in capsys.readouterr().err

@@ -24,7 +24,7 @@ _NAMES_BY_MODULE = {
     "encoding": ("encode", "encode_file", "encode_image"),
     "errors": (
         "Busy", "Cancelled", "CorruptModel", "DoesNotFit", "InvalidRequest", "ModelNotFound", "NotAvailable",
-        "NotResumable", "NumericalError", "OutOfMemory", "OutputError", "WanLocalError", "WrongModel",
+        "NotResumable", "NumericalError", "OutOfMemory", "OutputError", "WanLocalError", "WrongModel", "WrongSetting",
     ),
     "handle": ("AsyncRequestHandle", "Completed", "InProgress", "Queued", "Status", "SyncRequestHandle"),
     "lifecycle": ("ObjectExpiration", "StorageACL", "StorageACLDecision", "StorageACLRule", "StorageSettings"),
@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from wan_local.errors import OutputError as OutputError
     from wan_local.errors import WanLocalError as WanLocalError
     from wan_local.errors import WrongModel as WrongModel
+    from wan_local.errors import WrongSetting as WrongSetting
     from wan_local.handle import AsyncRequestHandle as AsyncRequestHandle
     from wan_local.handle import Completed as Completed
     from wan_local.handle import InProgress as InProgress

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from wan_local.errors import OutputError
+
 PARTIAL = ".part"
 _STALE_SECONDS = 3600.0  # a partial file this old has no writer any more
 _PATIENCE_SECONDS = (0.0, 0.01, 0.04)
@@ -36,6 +38,15 @@ def write(path: Path, chunks: Iterable[bytes]) -> None:
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents that no other user of the machine can look into."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def make_output_dir(folder: Path) -> None:
+    """Create the folder of the videos and its parents. Raises OutputError where there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        way_out = "Choose another: --output-dir of `serve`, --output of `generate`, or WAN_LOCAL_OUTPUT_DIR."
+        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}. {way_out}") from error
 
 
 def sweep(folder: Path, *, older_than_seconds: float = _STALE_SECONDS) -> None:

@@ -2,6 +2,7 @@
 
     WanLocalError
     |-- InvalidRequest (ValueError)        the request is wrong; `detail` is the endpoint's 422 body
+    |-- WrongSetting (ValueError)          a setting is wrong; the message names it and what it can be
     |-- ModelNotFound (FileNotFoundError)  no weights where they were looked for
     |-- WrongModel (ValueError)            the files are sound, but of another model
     |-- CorruptModel (ValueError)          the files are damaged
@@ -53,6 +54,10 @@ class InvalidRequest(WanLocalError, ValueError):
             entry["ctx"] = ctx
         entry["input"] = value
         return cls([entry])
+
+
+class WrongSetting(WanLocalError, ValueError):
+    """A setting, from a call, a flag, the environment or a file, has a name or a value that does not exist."""
 
 
 class ModelNotFound(WanLocalError, FileNotFoundError):

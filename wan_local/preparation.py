@@ -20,6 +20,7 @@ from wan_local.cache import EncodingCache
 from wan_local.checkpoint import ModelFiles, find_model, model_config
 from wan_local.conditioning import picture_tensor
 from wan_local.device import card_model, compute_dtype, free_bytes, free_ram_bytes, resolve_device
+from wan_local.durable import make_output_dir
 from wan_local.fitting import WayOut, make_plan
 from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, Geometry, Size, output_size
 from wan_local.image import fit, load_image
@@ -238,5 +239,5 @@ def _profiled(request: Request, settings: Settings) -> tuple[Request, tuple[str,
 def _output_path(settings: Settings, seed: int, output: Path | str | None) -> Path:
     if output is not None:
         return Path(output).expanduser().absolute()
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    make_output_dir(settings.output_dir)
     return settings.output_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}-{secrets.token_hex(2)}.mp4"

@@ -161,8 +161,10 @@ def remove(settings: Settings, run_id: str) -> Run:
     if run is None:
         raise _not_there(settings, run_id)
     held = RunFolder(run.folder, _locked(run.folder), run.about)
-    _sweep_after(run)
-    held.release(remove=True)
+    try:
+        _sweep_after(run)
+    finally:
+        held.release(remove=True)
     return run
 
 

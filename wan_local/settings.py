@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from wan_local.errors import WrongSetting
 from wan_local.geometry import Canvas, Resolution, Size
 from wan_local.switch_config import ExpansionConfig, ExpansionModel, SafetyConfig
 from wan_local.weight_format import Int8Arithmetic
@@ -247,12 +248,12 @@ def load_settings(**overrides: Any) -> Settings:
     WAN_LOCAL_SAVE_STATE, WAN_LOCAL_KEEP_RUNS, WAN_LOCAL_KEEP_RUNS_GIGABYTES, WAN_LOCAL_CACHE_DIR,
     WAN_LOCAL_CACHE_GIGABYTES, WAN_LOCAL_ATTENTION, WAN_LOCAL_KERNELS, WAN_LOCAL_VRAM_GIBIBYTES,
     WAN_LOCAL_RAM_GIBIBYTES, WAN_LOCAL_LORAS (FILE:STRENGTH, several with `;`).
-    An override of None counts as not given. Raises ValueError for a name or a value that does not exist.
+    An override of None counts as not given. Raises WrongSetting for a name or a value that does not exist.
     """
     known = {entry.name for entry in fields(Settings)}
     unknown = sorted(set(overrides) - known)
     if unknown:
-        raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}")
+        raise WrongSetting(f"unknown settings {unknown}; known are {sorted(known)}")
     values: dict[str, Any] = {"output_dir": Path("outputs"), "models_dir": _data_dir() / "models"}
     values |= {"state_dir": _state_dir(), "cache_dir": _data_dir() / "encodings"}
     for name in known:
@@ -306,7 +307,7 @@ def load_model_config(name: str) -> ModelConfig:
 def load_acceleration_config(settings: Settings | None = None) -> AccelerationConfig:
     """Read what `acceleration="regular"` does: from `configs/`, the settings' file and the settings, the last first.
 
-    Raises ValueError for a file that cannot be read, or a table, name or value in it that does not exist.
+    Raises WrongSetting for a file that cannot be read, or a table, name or value in it that does not exist.
     """
     tables = read_toml("acceleration")
     if settings is not None and settings.acceleration_file is not None:
@@ -328,17 +329,19 @@ def _overlay(tables: dict[str, Any], path: Path) -> None:
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"acceleration_file {path} cannot be read: {error}") from error
+        raise WrongSetting(f"acceleration_file {path} cannot be read: {error}") from error
     for name, table in given.items():
         known = tables.get(name)
         if known is None or not isinstance(table, dict):
-            raise ValueError(f"acceleration_file {path} has [{name}]; it can have {', '.join(tables)}")
+            raise WrongSetting(f"acceleration_file {path} has [{name}]; it can have {', '.join(tables)}")
         for key, value in table.items():
             if key not in known:
-                raise ValueError(f"acceleration_file {path} has {key!r} in [{name}]; known are {', '.join(known)}")
+                raise WrongSetting(f"acceleration_file {path} has {key!r} in [{name}]; known are {', '.join(known)}")
             kind = (int, float) if isinstance(known[key], float) else type(known[key])
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{key} in acceleration_file {path} is {value!r}; it is a number like {known[key]!r}")
+                raise WrongSetting(
+                    f"{key} in acceleration_file {path} is {value!r}; it is a number like {known[key]!r}"
+                )
             known[key] = value
 
 
@@ -431,7 +434,7 @@ def _amount(name: str, value: object, kind: type[int | float]) -> int | float:
     except ValueError:
         amount = -1
     if not 0 <= amount < float("inf"):
-        raise ValueError(f"{name} is {value!r}; it is a number of 0 or more")
+        raise WrongSetting(f"{name} is {value!r}; it is a number of 0 or more")
     return amount
 
 
@@ -443,4 +446,4 @@ def _loras(given: str | Iterable[str | Path | LoraSetting]) -> tuple[str, ...]:
 
 def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it can be {', '.join(choice for choice in choices if choice)}")
+        raise WrongSetting(f"{name} is {value!r}; it can be {', '.join(choice for choice in choices if choice)}")

@@ -35,7 +35,7 @@ from wan_local.cli import (
 )
 from wan_local.cli.flags import flag, given
 from wan_local.cli.terminal import FAILED, INTERRUPTED, UNREAD, WRONG_REQUEST, say
-from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
+from wan_local.errors import Cancelled, InvalidRequest, WanLocalError, WrongSetting
 
 _COMMANDS = (
     generate,
@@ -73,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("The request is not valid:")
         for entry in error.detail:
             say(f"  {flag(str(entry['loc'][-1]))}: {entry['msg']}{given(entry)}")
+        return WRONG_REQUEST
+    except WrongSetting as error:
+        say(f"A setting is wrong: {error}")
         return WRONG_REQUEST
     except WanLocalError as error:
         say(f"{type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ from wan_local.cli.flags import (
     add_request_flags,
     settings_from,
 )
-from wan_local.cli.terminal import DONE, WRONG_REQUEST, progress, say
+from wan_local.cli.terminal import DONE, progress, say
 from wan_local.errors import OutputError
 from wan_local.runs import find, new_id
 
@@ -68,11 +68,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     given = vars(options)
     request = Request.from_arguments({name: given[name] for name in Request.model_fields if name in given})
-    try:
-        settings = settings_from(given)
-    except ValueError as error:
-        say(f"A setting is wrong: {error}")
-        return WRONG_REQUEST
+    settings = settings_from(given)
     from wan_local.pipeline import Pipeline
 
     run_id = new_id()

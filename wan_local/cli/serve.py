@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_local.cli.flags import add_kernel_flags, add_lora_flag, add_memory_flags, add_place_flags, settings_from
-from wan_local.cli.terminal import DONE, WRONG_REQUEST, say
+from wan_local.cli.terminal import DONE, say
 from wan_local.errors import NotAvailable
 
 if TYPE_CHECKING:
@@ -62,11 +62,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     given = vars(options)
     names = ("host", "port", "tls", "allow_local_files", "allow_private_urls")
-    try:
-        settings = settings_from(given)
-    except ValueError as error:
-        say(f"A setting is wrong: {error}")
-        return WRONG_REQUEST
+    settings = settings_from(given)
     origins = tuple(origin.lower().rstrip("/") for origin in given.get("cors_origin", ()))
     wanted = {name: given[name] for name in names if name in given}
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

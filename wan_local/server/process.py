@@ -17,6 +17,7 @@ import httpx
 import uvicorn
 
 from wan_local.download import check_public
+from wan_local.durable import make_output_dir
 from wan_local.errors import NotAvailable
 from wan_local.jobs import Engine
 from wan_local.journal import Journal
@@ -50,7 +51,8 @@ class Server:
 
 @contextmanager
 def opened(output_dir: Path, engine: Engine, options: ServerOptions) -> Iterator[Server]:
-    """Give a server on the folder, for as long as the block runs. Raises Busy if another one is on it."""
+    """Give a server on the folder, for as long as the block runs. Raises Busy, OutputError."""
+    make_output_dir(output_dir)
     folder = output_dir / "server"
     way_out = "Use that server, end it, or give this one another --output-dir."
     with holding(folder / "lock", what=f"the queue in {folder}", way_out=way_out):
