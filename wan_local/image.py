@@ -30,7 +30,7 @@ from wan_local.request import ImageSource, as_json
 MAX_BYTES = 50 * 2**20  # as the hosted service
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of 24-bit RGB: where Pillow, too, begins to suspect a bomb
 MIN_SIDE = 64
-MAX_ASPECT = 4
+MAX_ASPECT = 16  # `fit` scales all of the image before it crops
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 _FEWER_PIXELS = f"At most {MAX_PIXELS / 1e6:.1f} million pixels are accepted; make it smaller first."
