@@ -5,6 +5,7 @@ A call that ran out of memory is made again, so the loop goes on from the step i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -20,17 +21,54 @@ from wan_local.ladder import Rung
 from wan_local.models.transformer import Transformer
 from wan_local.workspace import Workspace
 
+_TOO_SLOW = 4.0
+
+
+class Pace:
+    """Watches the time from call to call and says once that the card is far slower than it should be.
+
+    expected_seconds: of one call, None where that is not known: then it says nothing.
+    """
+
+    def __init__(self, expected_seconds: float | None, note: Callable[[str], None]) -> None:
+        self._expected, self._note = expected_seconds, note
+        self._began: float | None = None
+
+    def call(self) -> None:
+        """Begin a call, and with that end the one before: only then has the card done what it was given."""
+        now = time.perf_counter()
+        if self._expected is not None and self._began is not None and now - self._began > _TOO_SLOW * self._expected:
+            self._note(
+                f"a model call took {now - self._began:.1f} s where about {self._expected:.1f} s were expected: either "
+                "another program uses the card, or its driver uses RAM for what does not fit (Windows' 'CUDA - Sysmem "
+                "Fallback Policy'). Give the run less with --vram, or make a smaller or shorter video."
+            )
+            self._expected = None
+        self._began = now
+
+    def rest(self) -> None:
+        """Forget the call before: what comes next is loading."""
+        self._began = None
+
 
 class Denoiser:
     """A predictor that owns the transformer's stage; use it in a `with` block, whose end frees it.
 
     guided: makes the predictor of a loaded transformer on a rung, for as long as its context lasts.
+    expected_seconds: see `Pace`.
     """
 
-    def __init__(self, space: Workspace, guided: Callable[[Transformer, Rung], AbstractContextManager[Guided]]) -> None:
+    def __init__(
+        self,
+        space: Workspace,
+        guided: Callable[[Transformer, Rung], AbstractContextManager[Guided]],
+        *,
+        expected_seconds: float | None = None,
+    ) -> None:
         self._space, self._guided = space, guided
         self._stage = ExitStack()
         self._loaded: Guided | None = None
+        self._pace = Pace(expected_seconds, space.report.note)
 
     def __enter__(self) -> Self:
         return self
@@ -42,6 +80,7 @@ class Denoiser:
 
     def predict(self, latents: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """Return the guided velocity and the prompt's own. Raises OutOfMemory after the last rung."""
+        self._pace.call()
         for attempt in self._space.attempts("denoise"):
             with attempt as rung:
                 return self._finite(self._on(rung), latents, timestep)
@@ -62,8 +101,10 @@ class Denoiser:
         if self._loaded is None:
             transformer = self._stage.enter_context(self._space.open("transformer", rung))
             self._loaded = self._stage.enter_context(self._guided(transformer, rung))
+            self._pace.rest()  # this call's time is mostly that of loading
         return self._loaded
 
     def _free(self) -> None:
+        self._pace.rest()
         self._loaded = None
         self._stage.close()

@@ -180,6 +180,14 @@ def capped(device: torch.device, limit_bytes: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(before, device)
 
 
+def spill_bytes(device: torch.device) -> int | None:
+    """Return the bytes of a card beyond which its driver would use RAM, silently and many times slower.
+
+    None where a driver says instead that memory ran out: everywhere but on Windows.
+    """
+    return free_bytes(device) if sys.platform == "win32" and device.type == "cuda" else None
+
+
 def reset_peak(device: torch.device) -> None:
     """Begin a new measurement for `peak_bytes`."""
     if device.type == "cuda":

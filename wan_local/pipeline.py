@@ -24,7 +24,7 @@ from wan_local.conditioning import initial_noise
 from wan_local.decode import decode_frames
 from wan_local.denoise import Guided, denoise
 from wan_local.denoiser import Denoiser
-from wan_local.device import capped, card_name, resolve_device
+from wan_local.device import capped, card_name, resolve_device, spill_bytes
 from wan_local.encoders import encode_frames, encode_images, encode_prompts
 from wan_local.errors import NotResumable
 from wan_local.ladder import Rung
@@ -144,8 +144,10 @@ class Pipeline:
         device, gibibytes = resolve_device(self.settings.device), self.settings.vram_gibibytes
         card = card_name(device)
         hold = nullcontext() if card is None else holding_card(card, shared=self.settings.share_device)
-        with hold, capped(device, None if gibibytes is None else int(gibibytes * GIB)):
-            yield
+        with hold:
+            limits = (None if gibibytes is None else int(gibibytes * GIB), spill_bytes(device))
+            with capped(device, min((limit for limit in limits if limit is not None), default=None)):
+                yield
 
 
 def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Generator[Step, None, Result]:
@@ -254,7 +256,10 @@ def sample(
     to_rgb = fit_latent_to_rgb(condition[:, _MASK_CHANNELS:], job.images)
     noise = initial_noise(job.order.seed, _latent_shape(job)).to(job.device)
     report.kernels = job.kernels.reason
-    with report.stage("denoise"), Denoiser(space, guided) as denoiser:
+    looped = job.plan.stage("denoise")
+    modelled = None if looped.source == "file" else looped.seconds  # how fast the disk is, is not known
+    expected = None if modelled is None else modelled / request.num_inference_steps
+    with report.stage("denoise"), Denoiser(space, guided, expected_seconds=expected) as denoiser:
         predictor = Remembering(denoiser, answers, both=not isinstance(policy, EveryStep)) if answers else denoiser
         for state in denoise(predictor, scheduler, noise, policy):
             preview = to_rgb.picture(state.clean)

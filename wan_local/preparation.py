@@ -130,7 +130,7 @@ def planned(
     machine = replace(machine, kernels=LoopKernels(chosen.fused, attention=chosen.attention, wide_residual=wide))
     sizes = network_sizes(config, files)
     plan = make_plan(geometry, config, sizes, machine, ways_out=_ways_out(geometry, smaller, config, sizes))
-    plan = plan.preceded_by(*switches.stages)
+    plan = _timed(plan, config, sizes, card_model(device), order.request).preceded_by(*switches.stages)
     check_output(order.output, largest_bytes(geometry))
     images = (picture_tensor(order.pictures[0]), picture_tensor(order.pictures[1]))
     return Job(order, settings, files, device, compute_dtype(device), images, machine, plan, switches, chosen)
@@ -164,16 +164,17 @@ def plan_run(
     geometry, small = Geometry(sizes[request.resolution], request.num_frames), Geometry(sizes["480p"], NATIVE_FRAMES)
     weight_sizes = network_sizes(config, weights)
     ways_out = _ways_out(geometry, small, config, weight_sizes)
-    plan = make_plan(geometry, config, weight_sizes, machine, ways_out=ways_out)
-    plan = timed(
-        plan,
-        config,
-        weight_sizes,
-        load_card_rates(card),
-        steps=request.num_inference_steps,
-        branches=1 if request.guide_scale == 1 else BRANCHES,
+    plan = _timed(
+        make_plan(geometry, config, weight_sizes, machine, ways_out=ways_out), config, weight_sizes, card, request
     )
     return config, plan.preceded_by(*planned_stages(request, settings, machine))
+
+
+def _timed(
+    plan: Plan, config: ModelConfig, sizes: Mapping[str, NetworkSize], card: str | None, request: Request
+) -> Plan:
+    branches = 1 if request.guide_scale == 1 else BRANCHES
+    return timed(plan, config, sizes, load_card_rates(card), steps=request.num_inference_steps, branches=branches)
 
 
 def _ways_out(

@@ -61,6 +61,9 @@ def main() -> None:
         "--cache-processes", type=int, default=0, help="fill the cache by so many processes while the rest trains"
     )
     parser.add_argument("--rounds", type=int, default=5, help="size of the latent cache")
+    parser.add_argument(
+        "--text-scale", type=float, default=TEXT_SCALE, help="of what prompts add to attention, on export"
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -179,7 +182,7 @@ def write(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
         transformer.load_state_dict(torch.load(done, weights_only=True, map_location="cpu"))
     else:
         transformer.load_state_dict(torch.load(partial, weights_only=True, map_location="cpu")["average"])
-    weaken_text(transformer, TEXT_SCALE)
+    weaken_text(transformer, args.text_scale)
     if args.base:
         export_networks(args.folder, args.work / "export", load_vae(args.work), transformer)
     else:

@@ -1,0 +1,56 @@
+"""A card that is far slower than it should be is told of once, and one whose driver spills is held to what is free."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+import torch
+
+from wan_local.denoiser import Pace
+from wan_local.device import spill_bytes
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def calls(pace: Pace, clock: list[float], *seconds: float) -> None:
+    for length in seconds:
+        pace.call()
+        clock[0] += length
+    pace.call()
+
+
+def test_a_call_that_takes_over_four_times_what_it_should_is_told_once(clock: list[float]) -> None:
+    notes: list[str] = []
+    pace = Pace(2.0, notes.append)
+    calls(pace, clock, 2.0, 7.9)
+    assert notes == []
+    calls(pace, clock, 8.1, 9.0)
+    assert len(notes) == 1 and "took 8.1 s where about 2.0 s were expected" in notes[0] and "--vram" in notes[0]
+
+
+def test_loading_is_no_slow_call_and_unknown_cards_are_not_judged(clock: list[float]) -> None:
+    notes: list[str] = []
+    pace = Pace(2.0, notes.append)
+    pace.call()
+    pace.rest()
+    clock[0] += 100.0
+    calls(pace, clock, 2.0)
+    calls(Pace(None, notes.append), clock, 100.0)
+    assert notes == []
+
+
+@pytest.mark.parametrize(("system", "device", "limit"), [("win32", "cuda:0", 5), ("linux", "cuda:0", None)])
+def test_only_windows_spills(system: str, device: str, limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 8))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    assert spill_bytes(torch.device(device)) == limit
+    assert spill_bytes(torch.device("cpu")) is None
