@@ -352,6 +352,14 @@ def test_what_quanto_saved_is_known(bits: int, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("dtype", "usable"), [("U8", True), ("I8", True), ("I32", False)])
+def test_quantos_shifts_may_be_whole_numbers_of_a_byte(dtype: str, usable: bool, tmp_path: Path) -> None:
+    header = quanto(transformer(table=True), bits=4)
+    header = {name: (dtype if name.endswith("._shift") else kind, shape) for name, (kind, shape) in header.items()}
+    part = one(kinds.write(tmp_path / "q" / "model.safetensors", header))
+    assert part.usable == usable and usable == ("stored as I32" not in part.problem)
+
+
 def test_a_transformer_with_tensors_missing_is_not_usable_and_says_which(tmp_path: Path) -> None:
     shapes = flf2v()
     del shapes["blocks.7.ffn.0.bias"]

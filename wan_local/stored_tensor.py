@@ -23,6 +23,8 @@ EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 _SCALED = ("I8", "U8")  # mean nothing without their scale; U8: two numbers of 4 bits in a byte
 _READABLE = {"F64", "F32", "F16", "BF16", *EIGHT_BITS, *_SCALED, *READABLE}
 _GGUF = {kind.name for kind in TYPES.values() if kind.items > 1}
+_FLOATS = ("F32", "F16", "BF16")  # of scales and shifts
+WHOLE_SHIFTS = ("U8", "I8")  # quanto's, where it was told to keep zero exact
 _INSTEAD = "Get it as bf16, fp16, fp8 or GGUF"
 _SHIFTS = (".weight._shift", ".weight_shift")  # quanto's, our own
 # of the activations, or of the whole file
@@ -118,6 +120,7 @@ def _in_groups(
     sound = len(info.shape) == 2 and 2 * math.prod(info.shape) == math.prod(shape) and scale is not None
     if not sound or {math.prod(entry.shape) for entry in (scale, shift) if entry} != {2 * info.shape[0]}:
         raise _no_int4(name, info, scale, shape)
+    _check_dtypes(name, {scale: _FLOATS, shift: (*_FLOATS, *WHOLE_SHIFTS)})
     return StoredTensor(name, info, shape, None, scale, shift)
 
 
@@ -131,6 +134,7 @@ def _in_pairs(
         raise _no_int4(name, info, scale, shape)
     if shape[1] % shift.shape[1]:
         raise _no_int4(name, info, scale, shape)
+    _check_dtypes(name, {scale: _FLOATS, shift: _FLOATS})
     return StoredTensor(name, info, shape, None, scale, shift, pairs=True)
 
 
@@ -139,6 +143,15 @@ def _no_int4(name: str, info: TensorInfo, scale: TensorInfo | None, shape: tuple
         f"{name!r} in {info.file.name!r} holds {info.dtype} {list(info.shape)} as int4 with "
         f"{list(scale.shape) if scale else 'no'} scales, which do not make a weight of {list(shape)}"
     )
+
+
+def _check_dtypes(name: str, known: Mapping[TensorInfo | None, tuple[str, ...]]) -> None:
+    for info, dtypes in known.items():
+        if info is not None and info.dtype not in dtypes:
+            raise NotAvailable(
+                f"the scales or shifts of {name!r} in {info.file.name!r} are stored as {info.dtype}; "
+                f"{', '.join(dtypes)} are read. {_INSTEAD}."
+            )
 
 
 def _scales_of(plain: Mapping[str, TensorInfo]) -> tuple[dict[str, str], list[str]]:
@@ -188,7 +201,7 @@ def _check_readable(name: str, info: TensorInfo, scale: TensorInfo | None, *, sc
         raise CorruptModel(f"{name!r} in {info.file.name!r} has no scale, where other weights in the file have one")
     if scale is not None:
         count = math.prod(scale.shape)
-        if count not in (1, info.shape[0]) or scale.dtype not in ("F32", "F16", "BF16"):
+        if count not in (1, info.shape[0]) or scale.dtype not in _FLOATS:
             raise CorruptModel(
                 f"the scale of {name!r} in {info.file.name!r} is {scale.dtype} {list(scale.shape)}; one number, or one "
                 f"for each of {info.shape[0]} rows, is known"
