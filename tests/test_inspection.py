@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,9 +16,11 @@ from tests import layouts
 from tests.checkpoint_kinds import Header, fp8, of, official, transformer
 from wan_local.cli import main
 from wan_local.convert import Conversion, convert
-from wan_local.errors import CorruptModel, ModelNotFound
+from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable
+from wan_local.header import read_safetensors
 from wan_local.inspection import Inspection, PartReport, inspect
-from wan_local.sources import open_source
+from wan_local.sources import open_part, open_source
+from wan_local.weight_files import read_weights
 from wan_local.weight_format import WeightFormat, WeightFormats
 
 FLF2V = "Wan2.1 FLF2V 14B 720P"
@@ -350,6 +353,66 @@ def test_what_quanto_saved_is_known(bits: int, tmp_path: Path) -> None:
         and part.parameters
         == one(kinds.write(tmp_path / "plain" / "model.safetensors", of("BF16", transformer(table=True)))).parameters
     )
+
+
+def comfy(dtype: str, form: object, place: str) -> tuple[Header, dict[str, str]]:
+    """Return a header of Comfy's with a scale for each row, and its metadata; the form of all layers is `form`."""
+    header, layers = of("BF16", flf2v(), "model.diffusion_model."), {}
+    for name, (_, shape) in list(header.items()):
+        if len(shape) == 2 and ".blocks." in name and name.endswith(".weight"):
+            header |= {name: (dtype, shape), f"{name}_scale": ("F32", (shape[0], 1))}
+            layers[name.removesuffix(".weight")] = form
+    if place == "metadata":
+        return header, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    mark = ("U8", (len(json.dumps(form)),))
+    return header | {f"{layer}.comfy_quant": mark for layer in layers}, {}
+
+
+COMFY: list[tuple[str, dict[str, object], str]] = [
+    ("F8_E4M3", {"format": "float8_e4m3fn"}, ""),
+    ("F8_E4M3", {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}, ""),
+    ("I8", {"format": "int8_tensorwise"}, ""),
+    ("I8", {"format": "int8_tensorwise", "convrot": False}, ""),
+    ("I8", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}, "'int8_tensorwise' with convrot"),
+    ("I8", {"format": "int8_blockwise", "group_size": 128}, "quantized as 'int8_blockwise', which"),
+    ("U8", {"format": "float8_e4m3fn"}, "stored as U8 without a shift"),
+    ("F8_E4M3", {}, "quantized as 'None'"),
+]
+
+
+@pytest.mark.parametrize("place", ["metadata", "tensors"])
+@pytest.mark.parametrize(("dtype", "form", "problem"), COMFY)
+def test_what_comfy_says_of_its_layers_counts_wherever_it_says_it(
+    dtype: str, form: dict[str, object], problem: str, place: str, tmp_path: Path
+) -> None:
+    header, metadata = comfy(dtype, form, place)
+    file = kinds.write(tmp_path / "c" / "model.safetensors", header, metadata)
+    with file.open("r+b") as stream:
+        for name, info in read_safetensors(file).tensors.items():
+            if name.endswith(".comfy_quant"):
+                stream.seek(info.offset)
+                stream.write(json.dumps(form).encode())
+    part = one(file)
+    assert part.kind.name == FLF2V and part.usable == (not problem) and problem in part.problem
+    if problem:
+        with pytest.raises(NotAvailable, match=re.escape(problem)):
+            open_part("transformer", read_weights(file), part.kind, kinds.REAL)
+
+
+@pytest.mark.parametrize("text", ["{", '"layers"', "[]", '{"layers": []}', "[" * 100_000], ids=lambda text: text[:16])
+def test_a_damaged_table_of_comfys_layers_is_damage(text: str, tmp_path: Path) -> None:
+    header, _ = comfy("F8_E4M3", {}, "metadata")
+    with pytest.raises(CorruptModel, match=r"_quantization_metadata of 'model\.safetensors' "):
+        inspect(kinds.write(tmp_path / "c" / "model.safetensors", header, {"_quantization_metadata": text}))
+
+
+def test_the_table_of_every_shard_counts(tmp_path: Path) -> None:
+    header, metadata = comfy("I8", {"format": "int8_tensorwise", "convrot": True}, "metadata")
+    names = list(header)
+    for number, said in ((1, {"_quantization_metadata": '{"layers": {}}'}), (2, metadata)):
+        some = {name: header[name] for name in names[number - 1 :: 2]}
+        kinds.write(tmp_path / f"model-{number:05d}-of-00002.safetensors", some, said)
+    assert "with convrot" in one(tmp_path / "model-00001-of-00002.safetensors").problem
 
 
 @pytest.mark.parametrize(("dtype", "usable"), [("U8", True), ("I8", True), ("I32", False)])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -189,6 +190,19 @@ def test_a_quantization_of_comfy_that_is_not_read_is_named(tmp_path: Path) -> No
     name = "model.diffusion_model.blocks.2.ffn.0.comfy_quant"
     with pytest.raises(NotAvailable, match="nvfp4"):
         open_source(spoil(folder, tmp_path, lambda state: state.update({name: mark})))
+
+
+def test_comfys_plain_int8_is_read(tmp_path: Path) -> None:
+    folder = layouts.write_comfy(tmp_path / "made", "fp8_marked")
+    file = next((folder / "diffusion_models").iterdir())
+    state = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(".comfy_quant")}
+    name = "model.diffusion_model.blocks.2.ffn.0.weight"
+    state[name] = torch.randint(-127, 128, state[name].shape, dtype=torch.int8)
+    state[f"{name}_scale"] = torch.rand(state[name].shape[0], 1) + 0.1
+    layers = {name.removesuffix(".weight"): {"format": "int8_tensorwise"}}
+    save_file(state, file, {"_quantization_metadata": json.dumps({"layers": layers})})
+    read = open_source(folder).part("transformer")["blocks.2.ffn.net.0.proj.weight"]
+    assert torch.equal(read, state[name].float() * state[f"{name}_scale"])
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4", "int4 that keeps zero", "fp8"])
