@@ -277,11 +277,17 @@ def _check_shapes(file: Path, target: str, change: _Change, shape: tuple[int, ..
         made = (up[0], *down[1:]) if fits else ()
     else:
         made = next(iter(sizes.values()))
-    if made != shape and not _widens(target, made, shape) and math.prod(made) != math.prod(shape):
+    if _long(made) != _long(shape) and not _widens(target, made, shape):
+        turned = sorted(_long(made)) == sorted(_long(shape))
         raise WrongModel(
-            f"{name!r} in {file.name!r} changes a tensor of {list(made)}, and {target!r} is {list(shape)}: it was "
-            "made for a model of another size"
+            f"{name!r} in {file.name!r} changes a tensor of {list(made)}, and {target!r} is {list(shape)}: "
+            + ("its axes are in another order" if turned else "it was made for a model of another size")
         )
+
+
+def _long(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without axes of length 1, which tools add and drop; the order of numbers is the same."""
+    return tuple(length for length in shape if length != 1)
 
 
 def _widens(target: str, made: tuple[int, ...], shape: tuple[int, ...]) -> bool:
