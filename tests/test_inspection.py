@@ -40,6 +40,26 @@ def one(path: Path) -> PartReport:
     return part
 
 
+def wan_lora(width: int) -> Header:
+    blocks = range(40 if width == 5120 else 30)
+    linears = {f"blocks.{index}.self_attn.{letter}": (width, width) for index in blocks for letter in "qkvo"}
+    return kinds.pairs("diffusion_model.", linears)
+
+
+OTHER_LORAS: dict[str, Callable[[], Header]] = {
+    "ltx": lambda: kinds.pairs("transformer.", {"transformer_blocks.3.attn1.to_q": (2048, 2048)}),
+    "ltx, comfy": lambda: kinds.pairs("diffusion_model.", {"transformer_blocks.3.attn1.to_q": (2048, 2048)}),
+    "cogvideox": lambda: kinds.pairs("transformer.", {"transformer_blocks.3.attn1.to_q": (3072, 3072)}),
+    "cosmos": lambda: kinds.pairs("diffusion_model.", {"blocks.3.self_attn.q_proj": (2048, 2048)}),
+    "sdxl": lambda: kinds.pairs(
+        "unet.", {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (640, 640)}, "lora.down lora.up"
+    ),
+    "flux, with a name of ours": lambda: kinds.pairs(
+        "transformer.", {"single_transformer_blocks.0.attn.to_q": (3072, 3072), "proj_out": (64, 3072)}
+    ),
+}
+
+
 # file name, header, what it is called, whether it can be used, and layers
 Case = tuple[str, Callable[[], Header], str, bool, int | None]
 CASES: dict[str, Case] = {
@@ -240,6 +260,19 @@ CASES: dict[str, Case] = {
         False,
         None,
     ),
+    **{
+        f"lora of {network}": ("lora.safetensors", header, "a LoRA for another network", False, None)
+        for network, header in OTHER_LORAS.items()
+    },
+    "lora of 1.3B": ("lora.safetensors", lambda: wan_lora(1536), "a LoRA for Wan T2V 1.3B", False, 30),
+    "lora of 5B": ("lora.safetensors", lambda: wan_lora(3072), "a LoRA for Wan TI2V 5B", False, 30),
+    "dora of peft": (
+        "lora.safetensors",
+        lambda: wan_lora(5120) | {"diffusion_model.blocks.0.self_attn.q.lora_magnitude_vector": ("F32", (5120,))},
+        "an adapter of the kind DoRA",
+        False,
+        None,
+    ),
     "lokr": (
         "lora.safetensors",
         lambda: {"lycoris_blocks_0_self_attn_q.lokr_w1": ("BF16", (16, 16))},
@@ -274,8 +307,23 @@ def test_a_checkpoint_is_called_by_its_name(case: str, tmp_path: Path) -> None:
     part = one(file)
     assert (part.kind.name, part.usable, part.kind.layers) == (expected, usable, layers)
     assert not part.problem
-    assert usable or "Get " in part.kind.advice or "only" in part.kind.advice or "names" in part.kind.advice
+    assert usable or any(words in part.kind.advice for words in ("Get ", "only", "names", "does not fit"))
     assert part.nbytes == sum(part.dtypes.values())
+
+
+def test_a_lora_that_does_not_fit_says_where(tmp_path: Path) -> None:
+    file = kinds.write(tmp_path / "lora.safetensors", wan_lora(1536))
+    assert "changes a tensor of [1536, 1536], and 'blocks.0.attn1.to_q.weight' is [5120, 5120]" in one(file).kind.advice
+    half = kinds.write(tmp_path / "half.safetensors", dict(list(wan_lora(5120).items())[:-1]))
+    assert not one(half).usable and "its other half is missing" in one(half).kind.advice
+    assert main(["inspect", str(file)]) == 1
+
+
+def test_a_lora_in_a_pickle_is_not_usable(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, (_, shape) in wan_lora(5120).items()}
+    torch.save(dict(list(tensors.items())[:2]), tmp_path / "lora.pt")
+    part = one(tmp_path / "lora.pt")
+    assert part.kind.usable and not part.usable and "as .safetensors only" in part.problem
 
 
 def test_twins_are_said_to_be_twins(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ Where two models have the same header, it says so, and lets the file's name deci
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from wan_local.errors import CorruptModel, NotAvailable, WrongModel
 from wan_local.header import TensorInfo
 from wan_local.key_map import dialect_of, weight_name, without_prefix
+from wan_local.lora_header import is_lora, match_header, piece_of, refused_adapter, targets_of
 from wan_local.settings import ModelConfig, TransformerConfig, known_models
 
 PartName = Literal["transformer", "vae", "text_encoder", "image_encoder", "lora", "other"]
@@ -30,7 +32,8 @@ GET_IMAGE = (
     "Get CLIP ViT-H/14 (image_encoder/ of the diffusers repository, "
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, or Comfy's clip_vision_h.safetensors)."
 )
-_SIZES = {1536: "1.3B", 2048: "1.7B", 3072: "5B", 5120: "14B"}
+_WIDTH_5B = 3072
+_SIZES = {1536: "1.3B", 2048: "1.7B", _WIDTH_5B: "5B", 5120: "14B"}
 _POSITION_TABLES = ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed")
 _TASKS = {"t2v": "text-to-video", "i2v": "image-to-video", "flf2v": "first and last frame to video"}
 _TASKS |= {"ti2v": "text or image to video", "vace": "editing and control", "control": "control by a video"}
@@ -64,9 +67,13 @@ class Kind:
 
 def identify(tensors: Mapping[str, TensorInfo], hint: str = "") -> Kind:
     """Return what the tensors of one file or set are. `hint`: names of file and folder, to tell twins apart."""
-    shapes = {name: info.shape for name, info in without_prefix(tensors).items()}
+    plain = without_prefix(tensors)
+    lora = _lora(plain)
+    if lora is not None:
+        return lora
+    shapes = {name: info.shape for name, info in plain.items()}
     shapes |= {weight_name(name): shape for name, shape in shapes.items() if name.endswith("._data")}
-    recognisers = (_lora, _quantized_by_others, _transformer, _vae, _text_encoder, _image_encoder, _neighbour)
+    recognisers = (_quantized_by_others, _transformer, _vae, _text_encoder, _image_encoder, _neighbour)
     for recognise in recognisers:
         kind = recognise(shapes, hint.lower())
         if kind is not None:
@@ -287,32 +294,56 @@ def _image_encoder(shapes: Shapes, hint: str) -> Kind | None:
     return Kind("image_encoder", name, False, dialect, layers=count, advice=advice)
 
 
-_DOWN = re.compile(r"\.(lora_down|lora_A(\.[^.]+)?|lora\.down)\.weight$")
-_OTHER_ADAPTERS = {".lokr_w1": "LoKr", ".lokr_w2": "LoKr", ".hada_w1_a": "LoHa", ".dora_scale": "DoRA", ".oft_": "OFT"}
-_OTHER_ADAPTERS |= {".lora_mid.": "LoRA with a middle matrix"}
-_OUTSIDE_BLOCKS = (
-    r"(\w+\.)*(img_emb\.proj|head\.(head|diff_m|modulation)|(text|time|patch)_embedding|time_projection)\."
-)
-_IN_BLOCKS = r"blocks\.\d+\.(self_attn\.|cross_attn\.|ffn\.|norm3\.|modulation\.|diff_m$)"
-_IN_KOHYAS_BLOCKS = r"(lora_unet|lycoris)_+blocks_\d+_(self_attn|cross_attn|ffn|attn[12])_"
-
-
-def _lora(shapes: Shapes, hint: str) -> Kind | None:
-    for ending, name in _OTHER_ADAPTERS.items():
-        if any(ending in tensor for tensor in shapes):
-            return Kind("lora", f"an adapter of the kind {name}", False, advice="wan_local applies LoRA only.")
-    downs = {name: shape for name, shape in shapes.items() if _DOWN.search(name)}
-    diffs = [name for name in shapes if name.endswith((".diff", ".diff_b", ".diff_m"))]
-    if not downs and not diffs:
+def _lora(tensors: Mapping[str, TensorInfo]) -> Kind | None:
+    refused = refused_adapter(tensors)
+    if refused is not None:
+        return Kind("lora", f"an adapter of the kind {refused[0]}", False, advice="wan_local applies LoRA only.")
+    if not is_lora(tensors):
         return None
-    dialect = _lora_dialect(shapes)
-    if dialect is None:
+    models, problems = known_models(), {}
+    targets = targets_of(tensors, models[0])
+    ours = {name: target for name, target in targets.items() if target is not None}
+    width = _lora_width({target: tensors[name].shape[-1] for name, target in ours.items() if _reads(tensors, name)})
+    for model in models:
+        problem = _lora_misfit(tensors, model)
+        if not problem:
+            return _wan_lora(tensors, ours, width)
+        problems[model.transformer.dim] = problem
+    if not ours or not (len(ours) == len(targets) or any(target.startswith("blocks.") for target in ours.values())):
         return Kind("lora", "a LoRA for another network", False, advice="Its modules have no names of Wan2.1.")
-    blocks = [int(found) for name in shapes for found in re.findall(r"blocks[._](\d+)[._]", name)]
-    images = any(re.search(r"k_img|add_k_proj", name) for name in shapes)
-    widths = {shape[-1] for name, shape in downs.items() if re.search(r"(self_attn|attn1).*?(q|to_q)\.", name)}
-    size = next((_SIZES.get(width, f"of width {width}") for width in sorted(widths)), "")
-    ranks = sorted({shape[0] for shape in downs.values() if shape})
+    advice = f"It does not fit: {problems.get(width, problems[models[0].transformer.dim])}."
+    return replace(_wan_lora(tensors, ours, width), usable=False, advice=advice)
+
+
+def _lora_misfit(tensors: Mapping[str, TensorInfo], model: ModelConfig) -> str:
+    """Return why a LoRA can't be applied to a model; empty if it can."""
+    file = next(iter(tensors.values())).file.name
+    try:
+        found = match_header(file, tensors, model)
+    except (CorruptModel, NotAvailable, WrongModel) as error:
+        return str(error)
+    return "" if found.changes else f"nothing in {file!r} changes it"
+
+
+def _reads(tensors: Mapping[str, TensorInfo], name: str) -> bool:
+    """Tell whether the last axis of a piece is as long as what its linear reads."""
+    return piece_of(name) in ("down", "diff") and len(tensors[name].shape) == 2
+
+
+def _lora_width(inputs: Mapping[str, int]) -> int:
+    """Return the model's width, from how much each linear reads; 0 where none tells."""
+    return next((count for name, count in inputs.items() if _READS_HIDDEN.fullmatch(name)), 0)
+
+
+_READS_HIDDEN = re.compile(r"blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_(q|out\.0)|ffn\.net\.0\.proj)\.weight")
+
+
+def _wan_lora(tensors: Mapping[str, TensorInfo], ours: Mapping[str, str], width: int) -> Kind:
+    """Describe a LoRA for Wan. `ours`: which tensor of ours each stored name changes."""
+    pieces = {name: piece_of(name) for name in ours}
+    downs = [name for name, piece in pieces.items() if piece == "down"]
+    diffs = [name for name, piece in pieces.items() if piece.startswith("diff")]
+    ranks = sorted({tensors[name].shape[0] for name in downs if tensors[name].shape})
     notes = [
         f"{len(downs)} low-rank pairs of rank {', '.join(map(str, ranks[:4]))}" if downs else "full differences only"
     ]
@@ -320,18 +351,22 @@ def _lora(shapes: Shapes, hint: str) -> Kind | None:
         notes.append(f"{len(diffs)} full differences (diff, diff_b, diff_m)")
     if downs and not any("ffn" in name for name in downs):
         notes.append("attention only")
-    task = "i2v" if images else "t2v"
+    blocks = [int(found[1]) for target in ours.values() if (found := re.match(r"blocks\.(\d+)\.", target))]
+    images = any("add_k_proj" in target for target in ours.values())
+    task = "ti2v" if width == _WIDTH_5B else "i2v" if images else "t2v"
+    size = _SIZES.get(width, f"of width {width}" if width else "")
     name = f"a LoRA for Wan {task.upper()} {size}".strip()
-    return Kind("lora", name, True, dialect, task, max(blocks) + 1 if blocks else None, notes=tuple(notes))
+    return Kind(
+        "lora", name, True, _lora_dialect(ours), task, max(blocks) + 1 if blocks else None, notes=tuple(notes)
+    )  # fmt: skip
 
 
-def _lora_dialect(shapes: Shapes) -> str | None:
-    rules: tuple[tuple[str, Callable[[str], object]], ...] = (
-        ("kohya/musubi", lambda name: re.match(_IN_KOHYAS_BLOCKS, name)),
-        ("diffusers/PEFT", lambda name: re.search(r"blocks\.\d+\.(attn[12]|ffn\.net)\.", name)),
-        ("original", lambda name: re.search(_IN_BLOCKS, name) or re.match(_OUTSIDE_BLOCKS, name)),
-    )
-    return next((dialect for dialect, rule in rules if any(rule(name) for name in shapes)), None)
+def _lora_dialect(names: Iterable[str]) -> str:
+    """Return who writes such names, of those that are Wan's."""
+    if any(name.startswith(("lora_unet_", "lycoris_")) for name in names):
+        return "kohya/musubi"
+    theirs = re.compile(r"(.*\.)?(blocks\.\d+\.(attn[12]|ffn\.net|scale_shift_table)|condition_embedder|proj_out)\.")
+    return "diffusers/PEFT" if any(theirs.match(name) for name in names) else "original"
 
 
 _QUANTIZERS = {
