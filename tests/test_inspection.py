@@ -46,6 +46,16 @@ def wan_lora(width: int) -> Header:
     return kinds.pairs("diffusion_model.", linears)
 
 
+TEXT_TO_VIDEO = {  # of folders and files, and what the transformer in them is called
+    "low_vram/wan2.1_t2v_14B_fp8.safetensors": "Wan2.1 T2V 14B",
+    "low_vram/t2v_14B.safetensors": "Wan2.1 T2V 14B",
+    "highres/Wan2_1-T2V-14B_high.safetensors": "Wan2.1 T2V 14B",
+    "wan2.2/wan2.1_t2v_14B.safetensors": "Wan2.1 T2V 14B",
+    "x/wan_t2v_lownoise.safetensors": "Wan2.2 T2V A14B (low noise)",
+    "x/Wan2_2-T2V-A14B-HIGH_fp8.safetensors": "Wan2.2 T2V A14B (high noise)",
+    "x/T2V-A14B-slow.safetensors": "Wan2.2 T2V A14B",
+    "x/wan22_t2v_14B.safetensors": "Wan2.2 T2V A14B",
+}
 OTHER_LORAS: dict[str, Callable[[], Header]] = {
     "ltx": lambda: kinds.pairs("transformer.", {"transformer_blocks.3.attn1.to_q": (2048, 2048)}),
     "ltx, comfy": lambda: kinds.pairs("diffusion_model.", {"transformer_blocks.3.attn1.to_q": (2048, 2048)}),
@@ -133,6 +143,48 @@ CASES: dict[str, Case] = {
         "model.safetensors",
         lambda: of("BF16", transformer(size="1.3B", channels=16, images=False)),
         "Wan2.1 T2V 1.3B",
+        False,
+        30,
+    ),
+    **{
+        f"named {place}": (place, lambda: of("BF16", transformer(channels=16, images=False)), name, False, 40)
+        for place, name in TEXT_TO_VIDEO.items()
+    },
+    "2.2 vace-fun high": (
+        "high_noise_model/model.safetensors",
+        lambda: of("BF16", kinds.vace("14B")),
+        "Wan2.2 VACE-Fun A14B (high noise)",
+        False,
+        40,
+    ),
+    "2.2 vace-fun": (
+        "Wan2.2-VACE-Fun-A14B.safetensors",
+        lambda: of("BF16", kinds.vace("14B")),
+        "Wan2.2 VACE-Fun A14B",
+        False,
+        40,
+    ),
+    "vace module": (
+        "Wan2_1-VACE_module_14B_bf16.safetensors",
+        lambda: {name: entry for name, entry in of("BF16", kinds.vace("14B")).items() if name.startswith("vace_")},
+        "the VACE blocks of Wan2.1 VACE 14B",
+        False,
+        8,
+    ),
+    "2.2 fun-inp 5B": (
+        "model.safetensors",
+        lambda: of("BF16", official("transformer", transformer(size="5B", channels=100, images=False, out=48))),
+        "Wan2.2 Fun-InP 5B",
+        False,
+        30,
+    ),
+    "2.2 fun-control 5B": (
+        "model.safetensors",
+        lambda: (
+            of("BF16", official("transformer", transformer(size="5B", channels=148, images=False, out=48)))
+            | {"ref_conv.weight": ("BF16", (3072, 48, 2, 2))}
+        ),
+        "Wan2.2 Fun-Control 5B",
         False,
         30,
     ),
@@ -331,6 +383,10 @@ def test_twins_are_said_to_be_twins(tmp_path: Path) -> None:
     assert "can't be told from the header" in i2v.kind.notes[0]
     t2v = one(kinds.write(tmp_path / "a" / "t.safetensors", of("BF16", transformer(channels=16, images=False))))
     assert "Wan2.2 T2V A14B" in t2v.kind.notes[0]
+    vace = one(kinds.write(tmp_path / "a" / "v.safetensors", of("BF16", kinds.vace("14B"))))
+    assert "Wan2.2 VACE-Fun A14B" in vace.kind.notes[1]
+    vae = one(kinds.write(tmp_path / "a" / "vae.safetensors", of("BF16", kinds.vae())))
+    assert vae.usable and "Qwen-Image" in vae.kind.notes[0]
 
 
 def test_bytes_of_the_loop_are_a_quarter_less_than_all(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ Where two models have the same header, it says so, and lets the file's name deci
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from wan_local.errors import CorruptModel, NotAvailable, WrongModel
 from wan_local.header import TensorInfo
 from wan_local.key_map import dialect_of, weight_name, without_prefix
-from wan_local.lora_header import is_lora, match_header, piece_of, refused_adapter, targets_of
+from wan_local.lora_header import is_lora, lora_dialect, match_header, piece_of, refused_adapter, targets_of, width_of
 from wan_local.settings import ModelConfig, TransformerConfig, known_models
 
 PartName = Literal["transformer", "vae", "text_encoder", "image_encoder", "lora", "other"]
@@ -91,6 +91,8 @@ def numbers_of(config: TransformerConfig) -> dict[str, int]:
 def _transformer(shapes: Shapes, hint: str) -> Kind | None:
     patch = shapes.get("patch_embedding.weight")
     block = "blocks.0.self_attn.q.weight" in shapes or "blocks.0.attn1.to_q.weight" in shapes
+    if patch is None and any(name.startswith("vace_blocks.") for name in shapes):
+        return _vace_module(shapes)
     if patch is None or not block or len(patch) != 5:
         return None
     net = _Denoiser.of(shapes, hint)
@@ -103,6 +105,13 @@ def _transformer(shapes: Shapes, hint: str) -> Kind | None:
                 kind.advice or ("" if kind.usable else GET_TRANSFORMER), kind.notes, kind.config,
             )  # fmt: skip
     return None
+
+
+def _vace_module(shapes: Shapes) -> Kind:
+    count, query = _count(shapes, "vace_blocks"), shapes.get("vace_blocks.0.self_attn.q.weight", (0,))
+    name = f"the VACE blocks of Wan2.1 VACE {_SIZES.get(query[0], '')}".strip()
+    notes = ("a module for Comfy: the transformer that it is added to is not in it",)
+    return Kind("transformer", name, False, task="vace", layers=count, notes=notes, advice=GET_TRANSFORMER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +149,7 @@ def _wan(name: str, task: str, *notes: str, advice: str = "") -> Kind:
 def _with_extra_modules(net: _Denoiser) -> Kind | None:
     """Recognise the relatives that add modules of their own."""
     if net.has("vace_blocks.", "vace_patch_embedding."):
-        return _wan(f"Wan2.1 VACE {net.size}", "vace", f"{_count(net.shapes, 'vace_blocks')} VACE blocks")
+        return _vace(net)
     if net.has("face_adapter.", "motion_encoder.", "pose_patch_embedding."):
         return _wan(f"Wan2.2 Animate {net.size}", "animate")
     if net.has("casual_audio_encoder.", "audio_injector."):
@@ -151,12 +160,23 @@ def _with_extra_modules(net: _Denoiser) -> Kind | None:
         return _wan(f"Wan Fun-Control-Camera {net.size}", "control")
     if net.has("fps_embedding."):
         return _wan(f"SkyReels-V2 {net.size}", "i2v" if net.has_image else "t2v")
-    if net.has("ref_conv.") or (net.channels in (48, 52) and net.dim != 3072):
-        version = (
-            "Wan2.2 Fun-Control A14B" if not net.has_image and net.dim == 5120 else f"Wan2.1 Fun-Control {net.size}"
-        )
-        return _wan(version, "control")
+    if net.dim == _WIDTH_5B and net.channels == 100:
+        return _wan("Wan2.2 Fun-InP 5B", "i2v")
+    if net.has("ref_conv.") or net.channels in ((148,) if net.dim == _WIDTH_5B else (48, 52)):
+        newer = net.dim == _WIDTH_5B or (net.dim == 5120 and not net.has_image)
+        size = "A14B" if newer and net.dim == 5120 else net.size
+        return _wan(f"{'Wan2.2' if newer else 'Wan2.1'} Fun-Control {size}", "control")
     return None
+
+
+def _vace(net: _Denoiser) -> Kind:
+    count = f"{_count(net.shapes, 'vace_blocks')} VACE blocks"
+    if net.dim != 5120:
+        return _wan(f"Wan2.1 VACE {net.size}", "vace", count)
+    if _is_2_2(net.hint):
+        note = "by its name: Wan2.1 VACE 14B has the same header"
+        return _wan(f"Wan2.2 VACE-Fun A14B{_noise(net.hint)}", "vace", count, note)
+    return _wan("Wan2.1 VACE 14B", "vace", count, "Wan2.2 VACE-Fun A14B (high and low noise) has the same header")
 
 
 def _flf2v(net: _Denoiser) -> Kind | None:
@@ -191,10 +211,10 @@ def _with_channels(net: _Denoiser) -> Kind:
             return _wan(f"Wan2.2 Fun-InP A14B{_noise(net.hint)}", "i2v")
         note = "the halves for high and low noise have the same header; so has Wan2.2 Fun-InP A14B"
         return _wan(f"Wan2.2 I2V A14B{_noise(net.hint)}", "i2v", note)
-    if net.channels == 48 and net.dim == 3072:
+    if net.channels == 48 and net.dim == _WIDTH_5B:
         return _wan("Wan2.2 TI2V 5B", "ti2v")
     if net.channels == 16 and net.dim == 5120:
-        if _noise(net.hint) or "2.2" in net.hint or "2_2" in net.hint or "a14b" in net.hint:
+        if _is_2_2(net.hint):
             return _wan(f"Wan2.2 T2V A14B{_noise(net.hint)}", "t2v", "by its name: Wan2.1 T2V 14B has the same header")
         return _wan("Wan2.1 T2V 14B", "t2v", "Wan2.2 T2V A14B (high and low noise) has the same header")
     if net.channels == 16:
@@ -222,12 +242,24 @@ def _image_to_video(net: _Denoiser) -> Kind:
     return _wan("Wan2.1 I2V 14B (480P or 720P)", "i2v", note)
 
 
+def _is_2_2(hint: str) -> bool:
+    return bool(_noise(hint)) or _version(hint) == "2" or (not _version(hint) and "a14b" in hint)
+
+
+def _version(hint: str) -> str:
+    """Return "1" or "2" for the 2.1 or 2.2 that is named first, the file before its folder; empty if none is."""
+    found = re.search(r"(?<![\d.])2[._]([12])(?!\d)|wan[-_ ]?2([12])(?!\d)", hint)
+    return (found[1] or found[2]) if found else ""
+
+
 def _noise(hint: str) -> str:
-    words = re.split(r"[^a-z0-9]+", hint)
-    for level in ("high", "low"):
-        if any(word.startswith(level) for word in words):
-            return f" ({level} noise)"
-    return ""
+    """Return which half of a Wan2.2 the name tells of; a bare `high` or `low` counts only beside 2.2 or A14B."""
+    if _version(hint) == "1":
+        return ""
+    bare = _version(hint) == "2" or "a14b" in hint
+    noise = r"([^a-z0-9]*noise|(?![a-z0-9]))" if bare else r"[^a-z0-9]*noise"
+    found = re.search(rf"(?<![a-z0-9])(high|low){noise}", hint)
+    return f" ({found[1]} noise)" if found else ""
 
 
 def _vae(shapes: Shapes, hint: str) -> Kind | None:
@@ -246,8 +278,10 @@ def _vae(shapes: Shapes, hint: str) -> Kind | None:
     if latent == 16 and stem[1] == 3 and dialect:
         widths = {config.vae.base_dim: config for config in known_models()}
         if stem[0] in widths:
-            name = "Wan2.1 VAE" if stem[0] == 96 else f"VAE of {_short(widths[stem[0]])}"
-            return Kind("vae", name, True, dialect)
+            twin = "the VAE of Qwen-Image has the same header and other weights: see that this is Wan's"
+            if stem[0] == 96:
+                return Kind("vae", "Wan2.1 VAE", True, dialect, notes=(twin,))
+            return Kind("vae", f"VAE of {_short(widths[stem[0]])}", True, dialect)
         return Kind("vae", f"a VAE like Wan2.1's of width {stem[0]} (96 is needed)", False, dialect, advice=GET_VAE)
     return Kind("vae", f"a video VAE of another model ({latent} latent channels)", False, advice=GET_VAE)
 
@@ -303,7 +337,7 @@ def _lora(tensors: Mapping[str, TensorInfo]) -> Kind | None:
     models, problems = known_models(), {}
     targets = targets_of(tensors, models[0])
     ours = {name: target for name, target in targets.items() if target is not None}
-    width = _lora_width({target: tensors[name].shape[-1] for name, target in ours.items() if _reads(tensors, name)})
+    width = width_of(tensors, ours)
     for model in models:
         problem = _lora_misfit(tensors, model)
         if not problem:
@@ -325,19 +359,6 @@ def _lora_misfit(tensors: Mapping[str, TensorInfo], model: ModelConfig) -> str:
     return "" if found.changes else f"nothing in {file!r} changes it"
 
 
-def _reads(tensors: Mapping[str, TensorInfo], name: str) -> bool:
-    """Tell whether the last axis of a piece is as long as what its linear reads."""
-    return piece_of(name) in ("down", "diff") and len(tensors[name].shape) == 2
-
-
-def _lora_width(inputs: Mapping[str, int]) -> int:
-    """Return the model's width, from how much each linear reads; 0 where none tells."""
-    return next((count for name, count in inputs.items() if _READS_HIDDEN.fullmatch(name)), 0)
-
-
-_READS_HIDDEN = re.compile(r"blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_(q|out\.0)|ffn\.net\.0\.proj)\.weight")
-
-
 def _wan_lora(tensors: Mapping[str, TensorInfo], ours: Mapping[str, str], width: int) -> Kind:
     """Describe a LoRA for Wan. `ours`: which tensor of ours each stored name changes."""
     pieces = {name: piece_of(name) for name in ours}
@@ -357,16 +378,8 @@ def _wan_lora(tensors: Mapping[str, TensorInfo], ours: Mapping[str, str], width:
     size = _SIZES.get(width, f"of width {width}" if width else "")
     name = f"a LoRA for Wan {task.upper()} {size}".strip()
     return Kind(
-        "lora", name, True, _lora_dialect(ours), task, max(blocks) + 1 if blocks else None, notes=tuple(notes)
+        "lora", name, True, lora_dialect(ours), task, max(blocks) + 1 if blocks else None, notes=tuple(notes)
     )  # fmt: skip
-
-
-def _lora_dialect(names: Iterable[str]) -> str:
-    """Return who writes such names, of those that are Wan's."""
-    if any(name.startswith(("lora_unet_", "lycoris_")) for name in names):
-        return "kohya/musubi"
-    theirs = re.compile(r"(.*\.)?(blocks\.\d+\.(attn[12]|ffn\.net|scale_shift_table)|condition_embedder|proj_out)\.")
-    return "diffusers/PEFT" if any(theirs.match(name) for name in names) else "original"
 
 
 _QUANTIZERS = {

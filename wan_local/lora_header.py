@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from wan_local.anatomy import transformer_shapes
 from wan_local.errors import CorruptModel, NotAvailable, WrongModel
@@ -33,6 +32,9 @@ _REFUSED |= {".lora_mid.": "LoRA with a middle matrix"}
 _ADAPTER = re.compile(r"(\.lora_[AB])\.([^.]+)(\.weight)")  # PEFT may put the adapter's name into the tensor's
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _INTEGERS = ("I64", "I32", "I16")  # alphas that are ranks
+
+_READS_HIDDEN = re.compile(r"blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_(q|out\.0)|ffn\.net\.0\.proj)\.weight")
+_DIFFUSERS = re.compile(r"(.*\.)?(blocks\.\d+\.(attn[12]|ffn\.net|scale_shift_table)|condition_embedder|proj_out)\.")
 
 Pieces = Mapping[str, tuple[str, TensorInfo]]
 """The pieces of one change, by which they are: stored name and place."""
@@ -71,6 +73,26 @@ def targets_of(names: Iterable[str], config: ModelConfig) -> dict[str, str | Non
     shapes = transformer_shapes(config.transformer)
     modules = _aliases(shapes)
     return {name: _target(name, modules, shapes) for name in names if not name.startswith(_TEXT_ENCODER)}
+
+
+def width_of(tensors: Mapping[str, TensorInfo], targets: Mapping[str, str]) -> int:
+    """Return the width of the model that a LoRA is for, from what its linears read; 0 where none tells.
+
+    targets: which tensor of ours each stored name changes.
+    """
+    for name, target in targets.items():
+        shape = tensors[name].shape
+        if _READS_HIDDEN.fullmatch(target) and piece_of(name) in ("down", "diff") and len(shape) == 2:
+            return shape[1]
+    return 0
+
+
+def lora_dialect(names: Iterable[str]) -> str:
+    """Return who writes such names, all of them of tensors of Wan."""
+    every = list(names)
+    if any(name.startswith(("lora_unet_", "lycoris_")) for name in every):
+        return "kohya/musubi"
+    return "diffusers/PEFT" if any(_DIFFUSERS.match(name) for name in every) else "original"
 
 
 def match_header(file: str, tensors: Mapping[str, TensorInfo], config: ModelConfig) -> LoraHeader:
@@ -145,7 +167,7 @@ def _check_dtypes(file: str, pieces: Pieces) -> None:
 
 
 def _check_shapes(file: str, target: str, pieces: Pieces, shape: tuple[int, ...]) -> None:
-    made, name = made_shape(file, pieces), next(iter(pieces.values()))[0]
+    made, name = _made_shape(file, pieces), next(iter(pieces.values()))[0]
     if _long(made) != _long(shape) and not widens(target, made, shape):
         turned = sorted(_long(made)) == sorted(_long(shape))
         raise WrongModel(
@@ -154,15 +176,15 @@ def _check_shapes(file: str, target: str, pieces: Pieces, shape: tuple[int, ...]
         )
 
 
-def made_shape(file: str, pieces: Pieces) -> tuple[int, ...]:
+def _made_shape(file: str, pieces: Pieces) -> tuple[int, ...]:
     """Return the shape of a change; empty for a pair whose halves do not fit. Raises CorruptModel for half a pair."""
-    sizes: dict[str, Any] = {piece: info.shape for piece, (_, info) in pieces.items()}
+    sizes: dict[str, tuple[int, ...]] = {piece: info.shape for piece, (_, info) in pieces.items()}
     name = next(iter(pieces.values()))[0]
     if "alpha" in sizes and math.prod(sizes["alpha"]) != 1:
         raise CorruptModel(f"the alpha of {name!r} in {file!r} has shape {list(sizes['alpha'])}; it is one number")
     if not sizes.keys() & {"down", "up", "alpha"}:
         (made,) = sizes.values()
-        return tuple(made)
+        return made
     if "down" not in sizes or "up" not in sizes:
         raise CorruptModel(f"{name!r} in {file!r} is one half of a pair: its other half is missing")
     down, up = sizes["down"], sizes["up"]
