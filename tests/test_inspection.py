@@ -171,6 +171,13 @@ CASES: dict[str, Case] = {
         False,
         8,
     ),
+    "2.2 vace module": (
+        "Wan2_2_Fun_VACE_module_A14B_HIGH_bf16.safetensors",
+        lambda: {name: entry for name, entry in of("BF16", kinds.vace("14B")).items() if name.startswith("vace_")},
+        "the VACE blocks of Wan2.2 VACE-Fun A14B (high noise)",
+        False,
+        8,
+    ),
     "2.2 fun-inp 5B": (
         "model.safetensors",
         lambda: of("BF16", official("transformer", transformer(size="5B", channels=100, images=False, out=48))),

@@ -92,7 +92,7 @@ def _transformer(shapes: Shapes, hint: str) -> Kind | None:
     patch = shapes.get("patch_embedding.weight")
     block = "blocks.0.self_attn.q.weight" in shapes or "blocks.0.attn1.to_q.weight" in shapes
     if patch is None and any(name.startswith("vace_blocks.") for name in shapes):
-        return _vace_module(shapes)
+        return _vace_module(shapes, hint)
     if patch is None or not block or len(patch) != 5:
         return None
     net = _Denoiser.of(shapes, hint)
@@ -107,11 +107,15 @@ def _transformer(shapes: Shapes, hint: str) -> Kind | None:
     return None
 
 
-def _vace_module(shapes: Shapes) -> Kind:
-    count, query = _count(shapes, "vace_blocks"), shapes.get("vace_blocks.0.self_attn.q.weight", (0,))
-    name = f"the VACE blocks of Wan2.1 VACE {_SIZES.get(query[0], '')}".strip()
-    notes = ("a module for Comfy: the transformer that it is added to is not in it",)
-    return Kind("transformer", name, False, task="vace", layers=count, notes=notes, advice=GET_TRANSFORMER)
+def _vace_module(shapes: Shapes, hint: str) -> Kind:
+    query = shapes.get("vace_blocks.0.self_attn.q.weight", (0,))
+    name, *twin = _vace_names(query[0], hint)
+    notes = ("a module for Comfy: the transformer that it is added to is not in it", *twin)
+    layers = _count(shapes, "vace_blocks")
+    return Kind(
+        "transformer", f"the VACE blocks of {name}", False, task="vace", layers=layers, notes=notes,
+        advice=GET_TRANSFORMER,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,8 @@ def _wan(name: str, task: str, *notes: str, advice: str = "") -> Kind:
 def _with_extra_modules(net: _Denoiser) -> Kind | None:
     """Recognise the relatives that add modules of their own."""
     if net.has("vace_blocks.", "vace_patch_embedding."):
-        return _vace(net)
+        name, *twin = _vace_names(net.dim, net.hint)
+        return _wan(name, "vace", f"{_count(net.shapes, 'vace_blocks')} VACE blocks", *twin)
     if net.has("face_adapter.", "motion_encoder.", "pose_patch_embedding."):
         return _wan(f"Wan2.2 Animate {net.size}", "animate")
     if net.has("casual_audio_encoder.", "audio_injector."):
@@ -169,14 +174,13 @@ def _with_extra_modules(net: _Denoiser) -> Kind | None:
     return None
 
 
-def _vace(net: _Denoiser) -> Kind:
-    count = f"{_count(net.shapes, 'vace_blocks')} VACE blocks"
-    if net.dim != 5120:
-        return _wan(f"Wan2.1 VACE {net.size}", "vace", count)
-    if _is_2_2(net.hint):
-        note = "by its name: Wan2.1 VACE 14B has the same header"
-        return _wan(f"Wan2.2 VACE-Fun A14B{_noise(net.hint)}", "vace", count, note)
-    return _wan("Wan2.1 VACE 14B", "vace", count, "Wan2.2 VACE-Fun A14B (high and low noise) has the same header")
+def _vace_names(dim: int, hint: str) -> tuple[str, ...]:
+    """Return what a network with VACE blocks is called, and what is to be noted of its twin."""
+    if dim != 5120:
+        return (f"Wan2.1 VACE {_SIZES.get(dim, f'of width {dim}')}",)
+    if _is_2_2(hint):
+        return f"Wan2.2 VACE-Fun A14B{_noise(hint)}", "by its name: Wan2.1 VACE 14B has the same header"
+    return "Wan2.1 VACE 14B", "Wan2.2 VACE-Fun A14B (high and low noise) has the same header"
 
 
 def _flf2v(net: _Denoiser) -> Kind | None:
