@@ -145,6 +145,16 @@ def lora(style: str, *, images: bool = True, attention_only: bool = False, rank:
     return header
 
 
+def pairs(prefix: str, linears: Mapping[str, tuple[int, int]], style: str = "lora_A lora_B") -> Header:
+    """Return low-rank pairs for linears of whatever network, by name and shape."""
+    down, up = style.split()
+    header: Header = {}
+    for name, (rows, columns) in linears.items():
+        header[f"{prefix}{name}.{down}.weight"] = ("BF16", (16, columns))
+        header[f"{prefix}{name}.{up}.weight"] = ("BF16", (rows, 16))
+    return header
+
+
 def text_encoder() -> Shapes:
     return text_encoder_shapes(REAL.text_encoder)
 

@@ -22,6 +22,7 @@ LINES = (
     ("failure", "hub", "planner", "key_map", "header", "manifest", "runs"),
     ("timing", "fitting"),
     ("anatomy", "gguf_header", "pickle_header"),
+    ("lora_header",),
     ("weight_files", "kinds", "scales"),
     ("stored_tensor",),
     ("inspection",),
@@ -86,7 +87,7 @@ WITHOUT_TORCH = (
     "gguf_header",
 )
 WITHOUT_TORCH += ("tiling", "vae_cost", "network_cost", "timing")
-WITHOUT_TORCH += ("pickle_header", "weight_files", "kinds", "scales", "stored_tensor", "inspection")
+WITHOUT_TORCH += ("pickle_header", "weight_files", "lora_header", "kinds", "scales", "stored_tensor", "inspection")
 WITHOUT_TORCH += ("hub", "durable", "runs")
 IMPORTERS_OF_KERNELS = ("attention", "fusions", "layers", "device", "doctor")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")

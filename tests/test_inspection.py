@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,9 +16,11 @@ from tests import layouts
 from tests.checkpoint_kinds import Header, fp8, of, official, transformer
 from wan_local.cli import main
 from wan_local.convert import Conversion, convert
-from wan_local.errors import CorruptModel, ModelNotFound
+from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable
+from wan_local.header import read_safetensors
 from wan_local.inspection import Inspection, PartReport, inspect
-from wan_local.sources import open_source
+from wan_local.sources import open_part, open_source
+from wan_local.weight_files import read_weights
 from wan_local.weight_format import WeightFormat, WeightFormats
 
 FLF2V = "Wan2.1 FLF2V 14B 720P"
@@ -35,6 +38,36 @@ def one(path: Path) -> PartReport:
     (part,) = found.parts
     assert json.loads(json.dumps(found.as_json()))["parts"][0]["name"] == part.kind.name
     return part
+
+
+def wan_lora(width: int) -> Header:
+    blocks = range(40 if width == 5120 else 30)
+    linears = {f"blocks.{index}.self_attn.{letter}": (width, width) for index in blocks for letter in "qkvo"}
+    return kinds.pairs("diffusion_model.", linears)
+
+
+TEXT_TO_VIDEO = {  # of folders and files, and what the transformer in them is called
+    "low_vram/wan2.1_t2v_14B_fp8.safetensors": "Wan2.1 T2V 14B",
+    "low_vram/t2v_14B.safetensors": "Wan2.1 T2V 14B",
+    "highres/Wan2_1-T2V-14B_high.safetensors": "Wan2.1 T2V 14B",
+    "wan2.2/wan2.1_t2v_14B.safetensors": "Wan2.1 T2V 14B",
+    "x/wan_t2v_lownoise.safetensors": "Wan2.2 T2V A14B (low noise)",
+    "x/Wan2_2-T2V-A14B-HIGH_fp8.safetensors": "Wan2.2 T2V A14B (high noise)",
+    "x/T2V-A14B-slow.safetensors": "Wan2.2 T2V A14B",
+    "x/wan22_t2v_14B.safetensors": "Wan2.2 T2V A14B",
+}
+OTHER_LORAS: dict[str, Callable[[], Header]] = {
+    "ltx": lambda: kinds.pairs("transformer.", {"transformer_blocks.3.attn1.to_q": (2048, 2048)}),
+    "ltx, comfy": lambda: kinds.pairs("diffusion_model.", {"transformer_blocks.3.attn1.to_q": (2048, 2048)}),
+    "cogvideox": lambda: kinds.pairs("transformer.", {"transformer_blocks.3.attn1.to_q": (3072, 3072)}),
+    "cosmos": lambda: kinds.pairs("diffusion_model.", {"blocks.3.self_attn.q_proj": (2048, 2048)}),
+    "sdxl": lambda: kinds.pairs(
+        "unet.", {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (640, 640)}, "lora.down lora.up"
+    ),
+    "flux, with a name of ours": lambda: kinds.pairs(
+        "transformer.", {"single_transformer_blocks.0.attn.to_q": (3072, 3072), "proj_out": (64, 3072)}
+    ),
+}
 
 
 # file name, header, what it is called, whether it can be used, and layers
@@ -110,6 +143,55 @@ CASES: dict[str, Case] = {
         "model.safetensors",
         lambda: of("BF16", transformer(size="1.3B", channels=16, images=False)),
         "Wan2.1 T2V 1.3B",
+        False,
+        30,
+    ),
+    **{
+        f"named {place}": (place, lambda: of("BF16", transformer(channels=16, images=False)), name, False, 40)
+        for place, name in TEXT_TO_VIDEO.items()
+    },
+    "2.2 vace-fun high": (
+        "high_noise_model/model.safetensors",
+        lambda: of("BF16", kinds.vace("14B")),
+        "Wan2.2 VACE-Fun A14B (high noise)",
+        False,
+        40,
+    ),
+    "2.2 vace-fun": (
+        "Wan2.2-VACE-Fun-A14B.safetensors",
+        lambda: of("BF16", kinds.vace("14B")),
+        "Wan2.2 VACE-Fun A14B",
+        False,
+        40,
+    ),
+    "vace module": (
+        "Wan2_1-VACE_module_14B_bf16.safetensors",
+        lambda: {name: entry for name, entry in of("BF16", kinds.vace("14B")).items() if name.startswith("vace_")},
+        "the VACE blocks of Wan2.1 VACE 14B",
+        False,
+        8,
+    ),
+    "2.2 vace module": (
+        "Wan2_2_Fun_VACE_module_A14B_HIGH_bf16.safetensors",
+        lambda: {name: entry for name, entry in of("BF16", kinds.vace("14B")).items() if name.startswith("vace_")},
+        "the VACE blocks of Wan2.2 VACE-Fun A14B (high noise)",
+        False,
+        8,
+    ),
+    "2.2 fun-inp 5B": (
+        "model.safetensors",
+        lambda: of("BF16", official("transformer", transformer(size="5B", channels=100, images=False, out=48))),
+        "Wan2.2 Fun-InP 5B",
+        False,
+        30,
+    ),
+    "2.2 fun-control 5B": (
+        "model.safetensors",
+        lambda: (
+            of("BF16", official("transformer", transformer(size="5B", channels=148, images=False, out=48)))
+            | {"ref_conv.weight": ("BF16", (3072, 48, 2, 2))}
+        ),
+        "Wan2.2 Fun-Control 5B",
         False,
         30,
     ),
@@ -237,6 +319,19 @@ CASES: dict[str, Case] = {
         False,
         None,
     ),
+    **{
+        f"lora of {network}": ("lora.safetensors", header, "a LoRA for another network", False, None)
+        for network, header in OTHER_LORAS.items()
+    },
+    "lora of 1.3B": ("lora.safetensors", lambda: wan_lora(1536), "a LoRA for Wan T2V 1.3B", False, 30),
+    "lora of 5B": ("lora.safetensors", lambda: wan_lora(3072), "a LoRA for Wan TI2V 5B", False, 30),
+    "dora of peft": (
+        "lora.safetensors",
+        lambda: wan_lora(5120) | {"diffusion_model.blocks.0.self_attn.q.lora_magnitude_vector": ("F32", (5120,))},
+        "an adapter of the kind DoRA",
+        False,
+        None,
+    ),
     "lokr": (
         "lora.safetensors",
         lambda: {"lycoris_blocks_0_self_attn_q.lokr_w1": ("BF16", (16, 16))},
@@ -271,8 +366,23 @@ def test_a_checkpoint_is_called_by_its_name(case: str, tmp_path: Path) -> None:
     part = one(file)
     assert (part.kind.name, part.usable, part.kind.layers) == (expected, usable, layers)
     assert not part.problem
-    assert usable or "Get " in part.kind.advice or "only" in part.kind.advice or "names" in part.kind.advice
+    assert usable or any(words in part.kind.advice for words in ("Get ", "only", "names", "does not fit"))
     assert part.nbytes == sum(part.dtypes.values())
+
+
+def test_a_lora_that_does_not_fit_says_where(tmp_path: Path) -> None:
+    file = kinds.write(tmp_path / "lora.safetensors", wan_lora(1536))
+    assert "changes a tensor of [1536, 1536], and 'blocks.0.attn1.to_q.weight' is [5120, 5120]" in one(file).kind.advice
+    half = kinds.write(tmp_path / "half.safetensors", dict(list(wan_lora(5120).items())[:-1]))
+    assert not one(half).usable and "its other half is missing" in one(half).kind.advice
+    assert main(["inspect", str(file)]) == 1
+
+
+def test_a_lora_in_a_pickle_is_not_usable(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, (_, shape) in wan_lora(5120).items()}
+    torch.save(dict(list(tensors.items())[:2]), tmp_path / "lora.pt")
+    part = one(tmp_path / "lora.pt")
+    assert part.kind.usable and not part.usable and "as .safetensors only" in part.problem
 
 
 def test_twins_are_said_to_be_twins(tmp_path: Path) -> None:
@@ -280,6 +390,10 @@ def test_twins_are_said_to_be_twins(tmp_path: Path) -> None:
     assert "can't be told from the header" in i2v.kind.notes[0]
     t2v = one(kinds.write(tmp_path / "a" / "t.safetensors", of("BF16", transformer(channels=16, images=False))))
     assert "Wan2.2 T2V A14B" in t2v.kind.notes[0]
+    vace = one(kinds.write(tmp_path / "a" / "v.safetensors", of("BF16", kinds.vace("14B"))))
+    assert "Wan2.2 VACE-Fun A14B" in vace.kind.notes[1]
+    vae = one(kinds.write(tmp_path / "a" / "vae.safetensors", of("BF16", kinds.vae())))
+    assert vae.usable and "Qwen-Image" in vae.kind.notes[0]
 
 
 def test_bytes_of_the_loop_are_a_quarter_less_than_all(tmp_path: Path) -> None:
@@ -350,6 +464,74 @@ def test_what_quanto_saved_is_known(bits: int, tmp_path: Path) -> None:
         and part.parameters
         == one(kinds.write(tmp_path / "plain" / "model.safetensors", of("BF16", transformer(table=True)))).parameters
     )
+
+
+def comfy(dtype: str, form: object, place: str) -> tuple[Header, dict[str, str]]:
+    """Return a header of Comfy's with a scale for each row, and its metadata; the form of all layers is `form`."""
+    header, layers = of("BF16", flf2v(), "model.diffusion_model."), {}
+    for name, (_, shape) in list(header.items()):
+        if len(shape) == 2 and ".blocks." in name and name.endswith(".weight"):
+            header |= {name: (dtype, shape), f"{name}_scale": ("F32", (shape[0], 1))}
+            layers[name.removesuffix(".weight")] = form
+    if place == "metadata":
+        return header, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    mark = ("U8", (len(json.dumps(form)),))
+    return header | {f"{layer}.comfy_quant": mark for layer in layers}, {}
+
+
+COMFY: list[tuple[str, dict[str, object], str]] = [
+    ("F8_E4M3", {"format": "float8_e4m3fn"}, ""),
+    ("F8_E4M3", {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}, ""),
+    ("I8", {"format": "int8_tensorwise"}, ""),
+    ("I8", {"format": "int8_tensorwise", "convrot": False}, ""),
+    ("I8", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}, "'int8_tensorwise' with convrot"),
+    ("I8", {"format": "int8_blockwise", "group_size": 128}, "quantized as 'int8_blockwise', which"),
+    ("U8", {"format": "float8_e4m3fn"}, "stored as U8 without a shift"),
+    ("F8_E4M3", {}, "quantized as 'None'"),
+]
+
+
+@pytest.mark.parametrize("place", ["metadata", "tensors"])
+@pytest.mark.parametrize(("dtype", "form", "problem"), COMFY)
+def test_what_comfy_says_of_its_layers_counts_wherever_it_says_it(
+    dtype: str, form: dict[str, object], problem: str, place: str, tmp_path: Path
+) -> None:
+    header, metadata = comfy(dtype, form, place)
+    file = kinds.write(tmp_path / "c" / "model.safetensors", header, metadata)
+    with file.open("r+b") as stream:
+        for name, info in read_safetensors(file).tensors.items():
+            if name.endswith(".comfy_quant"):
+                stream.seek(info.offset)
+                stream.write(json.dumps(form).encode())
+    part = one(file)
+    assert part.kind.name == FLF2V and part.usable == (not problem) and problem in part.problem
+    if problem:
+        with pytest.raises(NotAvailable, match=re.escape(problem)):
+            open_part("transformer", read_weights(file), part.kind, kinds.REAL)
+
+
+@pytest.mark.parametrize("text", ["{", '"layers"', "[]", '{"layers": []}', "[" * 100_000], ids=lambda text: text[:16])
+def test_a_damaged_table_of_comfys_layers_is_damage(text: str, tmp_path: Path) -> None:
+    header, _ = comfy("F8_E4M3", {}, "metadata")
+    with pytest.raises(CorruptModel, match=r"_quantization_metadata of 'model\.safetensors' "):
+        inspect(kinds.write(tmp_path / "c" / "model.safetensors", header, {"_quantization_metadata": text}))
+
+
+def test_the_table_of_every_shard_counts(tmp_path: Path) -> None:
+    header, metadata = comfy("I8", {"format": "int8_tensorwise", "convrot": True}, "metadata")
+    names = list(header)
+    for number, said in ((1, {"_quantization_metadata": '{"layers": {}}'}), (2, metadata)):
+        some = {name: header[name] for name in names[number - 1 :: 2]}
+        kinds.write(tmp_path / f"model-{number:05d}-of-00002.safetensors", some, said)
+    assert "with convrot" in one(tmp_path / "model-00001-of-00002.safetensors").problem
+
+
+@pytest.mark.parametrize(("dtype", "usable"), [("U8", True), ("I8", True), ("I32", False)])
+def test_quantos_shifts_may_be_whole_numbers_of_a_byte(dtype: str, usable: bool, tmp_path: Path) -> None:
+    header = quanto(transformer(table=True), bits=4)
+    header = {name: (dtype if name.endswith("._shift") else kind, shape) for name, (kind, shape) in header.items()}
+    part = one(kinds.write(tmp_path / "q" / "model.safetensors", header))
+    assert part.usable == usable and usable == ("stored as I32" not in part.problem)
 
 
 def test_a_transformer_with_tensors_missing_is_not_usable_and_says_which(tmp_path: Path) -> None:

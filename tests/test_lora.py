@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import layouts
+from wan_local.cli import main
 from wan_local.errors import CorruptModel, NotAvailable, WanLocalError, WrongModel
 from wan_local.inspection import inspect
 from wan_local.key_map import to_official
@@ -229,6 +230,39 @@ def test_a_lora_of_another_size_is_an_error(tmp_path: Path) -> None:
         open_lora(save(tmp_path / "lora.safetensors", diffusers(pairs(linears()))), 1.0, REAL)
 
 
+NOT_SQUARE = "blocks.0.ffn.net.0.proj.weight"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("form", ["diff", "pair"])
+def test_a_change_whose_axes_are_in_another_order_is_refused(form: str, turned: bool, tmp_path: Path) -> None:
+    rows, columns = ours()[NOT_SQUARE].shape
+    if turned:
+        rows, columns = columns, rows
+    name = "diffusion_model.blocks.0.ffn.0"
+    state = {f"{name}.diff": torch.randn(rows, columns)}
+    if form == "pair":
+        state = {
+            f"{name}.lora_down.weight": torch.ones(RANK, columns),
+            f"{name}.lora_up.weight": torch.ones(rows, RANK),
+        }
+    file = save(tmp_path / "lora.safetensors", state)
+    if not turned:
+        assert open_lora(file, 1.0, TINY).targets == {NOT_SQUARE}
+        return
+    with pytest.raises(WrongModel, match=rf"\[{rows}, {columns}\].*in another order"):
+        open_lora(file, 1.0, TINY)
+
+
+def test_axes_of_length_one_may_be_added_and_dropped(tmp_path: Path) -> None:
+    name = "blocks.2.scale_shift_table"
+    flat, more = torch.randn(ours()[name].shape[1:]), torch.randn(*ours()[NOT_SQUARE].shape, 1, 1)
+    state = {"blocks.2.diff_m": flat, "blocks.0.ffn.0.diff": more}
+    lora = open_lora(save(tmp_path / "lora.safetensors", state), 1.0, TINY)
+    assert torch.equal(lora.delta(name, (1, *flat.shape)), flat[None])
+    assert torch.equal(lora.delta(NOT_SQUARE, tuple(more.shape[:2])), more[..., 0, 0])
+
+
 def test_strength_zero_is_an_error_that_says_that_all_is_zero(tmp_path: Path) -> None:
     with pytest.raises(WrongModel, match=rf"{len(linears())} changes are zero"):
         open_lora(save(tmp_path / "lora.safetensors", diffusers(pairs(linears()))), 0.0, TINY)
@@ -293,6 +327,18 @@ def test_what_diffusers_saves_is_read(tmp_path: Path) -> None:
 )
 def test_an_argument_is_a_file_and_a_strength(text: str, file: str, strength: float) -> None:
     assert LoraSetting.parse(text) == LoraSetting(Path(file), strength)
+
+
+@pytest.mark.parametrize("command", ["generate", "convert"])
+@pytest.mark.parametrize("strength", ["inf", "nan", "1e999"])
+def test_a_strength_that_is_no_number_is_an_error_in_words(
+    command: str, strength: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save(tmp_path / "l.safetensors", diffusers(pairs(linears()[:1])))
+    arguments = {"convert": [str(layouts.TINY), str(tmp_path / "store"), "--format", "int8"]}
+    arguments["generate"] = ["--model", "tiny", "--prompt", "x", "--start-image", "a.png", "--end-image", "b.png"]
+    assert main([command, *arguments[command], "--lora", f"{tmp_path / 'l.safetensors'}:{strength}"]) == 1
+    assert f"there is no file '{tmp_path / 'l.safetensors'}:{strength}'" in capsys.readouterr().err
 
 
 NAMES = st.sampled_from(

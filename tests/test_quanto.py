@@ -75,3 +75,10 @@ def test_what_quanto_saved_is_read_number_for_number(kind: str, shape: tuple[int
     theirs = model[0].weight
     assert weight.shape == shape
     assert torch.equal(dequantize(weight, torch.float32).to(dtype), theirs.dequantize())
+
+
+def test_shifts_that_are_whole_numbers_are_refused_by_name() -> None:
+    linear = {"0.weight._data._data": torch.zeros(8, 128, dtype=torch.uint8), "0.weight._scale": torch.ones(16, 1)}
+    linear["0.weight._shift"] = torch.ones(16, 1, dtype=torch.uint8)
+    with pytest.raises(NotAvailable, match=r"shifts of '0' are torch\.uint8"):
+        quanto_weight(linear, "0", (16, 128))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -191,13 +192,32 @@ def test_a_quantization_of_comfy_that_is_not_read_is_named(tmp_path: Path) -> No
         open_source(spoil(folder, tmp_path, lambda state: state.update({name: mark})))
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4", "fp8"])
+def test_comfys_plain_int8_is_read(tmp_path: Path) -> None:
+    folder = layouts.write_comfy(tmp_path / "made", "fp8_marked")
+    file = next((folder / "diffusion_models").iterdir())
+    state = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(".comfy_quant")}
+    name = "model.diffusion_model.blocks.2.ffn.0.weight"
+    state[name] = torch.randint(-127, 128, state[name].shape, dtype=torch.int8)
+    state[f"{name}_scale"] = torch.rand(state[name].shape[0], 1) + 0.1
+    layers = {name.removesuffix(".weight"): {"format": "int8_tensorwise"}}
+    save_file(state, file, {"_quantization_metadata": json.dumps({"layers": layers})})
+    read = open_source(folder).part("transformer")["blocks.2.ffn.net.0.proj.weight"]
+    assert torch.equal(read, state[name].float() * state[f"{name}_scale"])
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4", "int4 that keeps zero", "fp8"])
 def test_what_quanto_saved_reads_as_quanto_reads_it(bits: str, tmp_path: Path) -> None:
     """Its int4 in groups of 128 inputs, as it makes them itself; the numbers are quanto's, bit for bit."""
-    from optimum.quanto import freeze, qfloat8_e4m3fn, qint4, qint8, quantize
+    from optimum.quanto import MaxOptimizer, freeze, qfloat8_e4m3fn, qint4, qint8, quantize
 
     from wan_local.models.transformer import Transformer
     from wan_local.settings import known_models
+
+    class Zeropoint(MaxOptimizer):  # type: ignore[misc]
+        """Quanto's own, told to make shifts that are whole numbers."""
+
+        def __call__(self, *args: object, **named: object) -> object:
+            return super().__call__(*args, **named, zeropoint=True)
 
     with torch.device("meta"):
         shapes = Transformer(known_models()[1].transformer)
@@ -212,7 +232,8 @@ def test_what_quanto_saved_reads_as_quanto_reads_it(bits: str, tmp_path: Path) -
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
         linear.load_state_dict({"weight": weight, "bias": state[f"{name}.bias"].float()})
         whole.add_module(name.replace(".", "/"), linear)
-    quantize(whole, weights={"int8": qint8, "int4": qint4, "fp8": qfloat8_e4m3fn}[bits])
+    kind = {"int8": qint8, "fp8": qfloat8_e4m3fn}.get(bits, qint4)
+    quantize(whole, weights=kind, optimizer=Zeropoint() if "zero" in bits else None)
     freeze(whole)
     stored = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in linears}
     stored |= {name.replace("/", "."): tensor for name, tensor in whole.state_dict().items()}
@@ -225,7 +246,8 @@ def test_what_quanto_saved_reads_as_quanto_reads_it(bits: str, tmp_path: Path) -
     for name in linears:
         expected = whole.get_submodule(name.replace(".", "/")).weight.dequantize()
         got = tensors[f"{name}.weight"]
-        assert tensors.stored(f"{name}.weight").scale is not None
+        stored_as = tensors.stored(f"{name}.weight")
+        assert stored_as.scale is not None and ("zero" in bits) == (getattr(stored_as.shift, "dtype", "") == "U8")
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)
         assert torch.equal(tensors.row_range(f"{name}.weight", 3, 9), got[3:9])
 

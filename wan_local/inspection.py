@@ -142,6 +142,8 @@ def _report(weights: WeightFiles) -> PartReport:
         if part == "transformer" and not problem:
             ours = _our_names(part, kind, plain)
             once_bytes = sum(plain[name].nbytes for name, our in ours.items() if in_context(our))
+    if kind.part == "lora" and kind.usable and weights.container != "safetensors":
+        problem = f"It is a {weights.container} file; LoRAs are read as .safetensors only."
     return PartReport(
         kind, weights.path, len(weights.files), weights.nbytes, _parameters(part, plain),
         dict(sorted(dtypes.items(), key=lambda entry: -entry[1])), _quantization(weights, plain), once_bytes, problem,

@@ -7,12 +7,14 @@ Where two models have the same header, it says so, and lets the file's name deci
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from wan_local.errors import CorruptModel, NotAvailable, WrongModel
 from wan_local.header import TensorInfo
 from wan_local.key_map import dialect_of, weight_name, without_prefix
+from wan_local.lora_header import is_lora, lora_dialect, match_header, piece_of, refused_adapter, targets_of, width_of
 from wan_local.settings import ModelConfig, TransformerConfig, known_models
 
 PartName = Literal["transformer", "vae", "text_encoder", "image_encoder", "lora", "other"]
@@ -30,7 +32,8 @@ GET_IMAGE = (
     "Get CLIP ViT-H/14 (image_encoder/ of the diffusers repository, "
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, or Comfy's clip_vision_h.safetensors)."
 )
-_SIZES = {1536: "1.3B", 2048: "1.7B", 3072: "5B", 5120: "14B"}
+_WIDTH_5B = 3072
+_SIZES = {1536: "1.3B", 2048: "1.7B", _WIDTH_5B: "5B", 5120: "14B"}
 _POSITION_TABLES = ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed")
 _TASKS = {"t2v": "text-to-video", "i2v": "image-to-video", "flf2v": "first and last frame to video"}
 _TASKS |= {"ti2v": "text or image to video", "vace": "editing and control", "control": "control by a video"}
@@ -64,9 +67,13 @@ class Kind:
 
 def identify(tensors: Mapping[str, TensorInfo], hint: str = "") -> Kind:
     """Return what the tensors of one file or set are. `hint`: names of file and folder, to tell twins apart."""
-    shapes = {name: info.shape for name, info in without_prefix(tensors).items()}
+    plain = without_prefix(tensors)
+    lora = _lora(plain)
+    if lora is not None:
+        return lora
+    shapes = {name: info.shape for name, info in plain.items()}
     shapes |= {weight_name(name): shape for name, shape in shapes.items() if name.endswith("._data")}
-    recognisers = (_lora, _quantized_by_others, _transformer, _vae, _text_encoder, _image_encoder, _neighbour)
+    recognisers = (_quantized_by_others, _transformer, _vae, _text_encoder, _image_encoder, _neighbour)
     for recognise in recognisers:
         kind = recognise(shapes, hint.lower())
         if kind is not None:
@@ -84,6 +91,8 @@ def numbers_of(config: TransformerConfig) -> dict[str, int]:
 def _transformer(shapes: Shapes, hint: str) -> Kind | None:
     patch = shapes.get("patch_embedding.weight")
     block = "blocks.0.self_attn.q.weight" in shapes or "blocks.0.attn1.to_q.weight" in shapes
+    if patch is None and any(name.startswith("vace_blocks.") for name in shapes):
+        return _vace_module(shapes, hint)
     if patch is None or not block or len(patch) != 5:
         return None
     net = _Denoiser.of(shapes, hint)
@@ -96,6 +105,17 @@ def _transformer(shapes: Shapes, hint: str) -> Kind | None:
                 kind.advice or ("" if kind.usable else GET_TRANSFORMER), kind.notes, kind.config,
             )  # fmt: skip
     return None
+
+
+def _vace_module(shapes: Shapes, hint: str) -> Kind:
+    query = shapes.get("vace_blocks.0.self_attn.q.weight", (0,))
+    name, *twin = _vace_names(query[0], hint)
+    notes = ("a module for Comfy: the transformer that it is added to is not in it", *twin)
+    layers = _count(shapes, "vace_blocks")
+    return Kind(
+        "transformer", f"the VACE blocks of {name}", False, task="vace", layers=layers, notes=notes,
+        advice=GET_TRANSFORMER,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +153,8 @@ def _wan(name: str, task: str, *notes: str, advice: str = "") -> Kind:
 def _with_extra_modules(net: _Denoiser) -> Kind | None:
     """Recognise the relatives that add modules of their own."""
     if net.has("vace_blocks.", "vace_patch_embedding."):
-        return _wan(f"Wan2.1 VACE {net.size}", "vace", f"{_count(net.shapes, 'vace_blocks')} VACE blocks")
+        name, *twin = _vace_names(net.dim, net.hint)
+        return _wan(name, "vace", f"{_count(net.shapes, 'vace_blocks')} VACE blocks", *twin)
     if net.has("face_adapter.", "motion_encoder.", "pose_patch_embedding."):
         return _wan(f"Wan2.2 Animate {net.size}", "animate")
     if net.has("casual_audio_encoder.", "audio_injector."):
@@ -144,12 +165,22 @@ def _with_extra_modules(net: _Denoiser) -> Kind | None:
         return _wan(f"Wan Fun-Control-Camera {net.size}", "control")
     if net.has("fps_embedding."):
         return _wan(f"SkyReels-V2 {net.size}", "i2v" if net.has_image else "t2v")
-    if net.has("ref_conv.") or (net.channels in (48, 52) and net.dim != 3072):
-        version = (
-            "Wan2.2 Fun-Control A14B" if not net.has_image and net.dim == 5120 else f"Wan2.1 Fun-Control {net.size}"
-        )
-        return _wan(version, "control")
+    if net.dim == _WIDTH_5B and net.channels == 100:
+        return _wan("Wan2.2 Fun-InP 5B", "i2v")
+    if net.has("ref_conv.") or net.channels in ((148,) if net.dim == _WIDTH_5B else (48, 52)):
+        newer = net.dim == _WIDTH_5B or (net.dim == 5120 and not net.has_image)
+        size = "A14B" if newer and net.dim == 5120 else net.size
+        return _wan(f"{'Wan2.2' if newer else 'Wan2.1'} Fun-Control {size}", "control")
     return None
+
+
+def _vace_names(dim: int, hint: str) -> tuple[str, ...]:
+    """Return what a network with VACE blocks is called, and what is to be noted of its twin."""
+    if dim != 5120:
+        return (f"Wan2.1 VACE {_SIZES.get(dim, f'of width {dim}')}",)
+    if _is_2_2(hint):
+        return f"Wan2.2 VACE-Fun A14B{_noise(hint)}", "by its name: Wan2.1 VACE 14B has the same header"
+    return "Wan2.1 VACE 14B", "Wan2.2 VACE-Fun A14B (high and low noise) has the same header"
 
 
 def _flf2v(net: _Denoiser) -> Kind | None:
@@ -184,10 +215,10 @@ def _with_channels(net: _Denoiser) -> Kind:
             return _wan(f"Wan2.2 Fun-InP A14B{_noise(net.hint)}", "i2v")
         note = "the halves for high and low noise have the same header; so has Wan2.2 Fun-InP A14B"
         return _wan(f"Wan2.2 I2V A14B{_noise(net.hint)}", "i2v", note)
-    if net.channels == 48 and net.dim == 3072:
+    if net.channels == 48 and net.dim == _WIDTH_5B:
         return _wan("Wan2.2 TI2V 5B", "ti2v")
     if net.channels == 16 and net.dim == 5120:
-        if _noise(net.hint) or "2.2" in net.hint or "2_2" in net.hint or "a14b" in net.hint:
+        if _is_2_2(net.hint):
             return _wan(f"Wan2.2 T2V A14B{_noise(net.hint)}", "t2v", "by its name: Wan2.1 T2V 14B has the same header")
         return _wan("Wan2.1 T2V 14B", "t2v", "Wan2.2 T2V A14B (high and low noise) has the same header")
     if net.channels == 16:
@@ -215,12 +246,24 @@ def _image_to_video(net: _Denoiser) -> Kind:
     return _wan("Wan2.1 I2V 14B (480P or 720P)", "i2v", note)
 
 
+def _is_2_2(hint: str) -> bool:
+    return bool(_noise(hint)) or _version(hint) == "2" or (not _version(hint) and "a14b" in hint)
+
+
+def _version(hint: str) -> str:
+    """Return "1" or "2" for the 2.1 or 2.2 that is named first, the file before its folder; empty if none is."""
+    found = re.search(r"(?<![\d.])2[._]([12])(?!\d)|wan[-_ ]?2([12])(?!\d)", hint)
+    return (found[1] or found[2]) if found else ""
+
+
 def _noise(hint: str) -> str:
-    words = re.split(r"[^a-z0-9]+", hint)
-    for level in ("high", "low"):
-        if any(word.startswith(level) for word in words):
-            return f" ({level} noise)"
-    return ""
+    """Return which half of a Wan2.2 the name tells of; a bare `high` or `low` counts only beside 2.2 or A14B."""
+    if _version(hint) == "1":
+        return ""
+    bare = _version(hint) == "2" or "a14b" in hint
+    noise = r"([^a-z0-9]*noise|(?![a-z0-9]))" if bare else r"[^a-z0-9]*noise"
+    found = re.search(rf"(?<![a-z0-9])(high|low){noise}", hint)
+    return f" ({found[1]} noise)" if found else ""
 
 
 def _vae(shapes: Shapes, hint: str) -> Kind | None:
@@ -239,8 +282,10 @@ def _vae(shapes: Shapes, hint: str) -> Kind | None:
     if latent == 16 and stem[1] == 3 and dialect:
         widths = {config.vae.base_dim: config for config in known_models()}
         if stem[0] in widths:
-            name = "Wan2.1 VAE" if stem[0] == 96 else f"VAE of {_short(widths[stem[0]])}"
-            return Kind("vae", name, True, dialect)
+            twin = "the VAE of Qwen-Image has the same header and other weights: see that this is Wan's"
+            if stem[0] == 96:
+                return Kind("vae", "Wan2.1 VAE", True, dialect, notes=(twin,))
+            return Kind("vae", f"VAE of {_short(widths[stem[0]])}", True, dialect)
         return Kind("vae", f"a VAE like Wan2.1's of width {stem[0]} (96 is needed)", False, dialect, advice=GET_VAE)
     return Kind("vae", f"a video VAE of another model ({latent} latent channels)", False, advice=GET_VAE)
 
@@ -287,32 +332,43 @@ def _image_encoder(shapes: Shapes, hint: str) -> Kind | None:
     return Kind("image_encoder", name, False, dialect, layers=count, advice=advice)
 
 
-_DOWN = re.compile(r"\.(lora_down|lora_A(\.[^.]+)?|lora\.down)\.weight$")
-_OTHER_ADAPTERS = {".lokr_w1": "LoKr", ".lokr_w2": "LoKr", ".hada_w1_a": "LoHa", ".dora_scale": "DoRA", ".oft_": "OFT"}
-_OTHER_ADAPTERS |= {".lora_mid.": "LoRA with a middle matrix"}
-_OUTSIDE_BLOCKS = (
-    r"(\w+\.)*(img_emb\.proj|head\.(head|diff_m|modulation)|(text|time|patch)_embedding|time_projection)\."
-)
-_IN_BLOCKS = r"blocks\.\d+\.(self_attn\.|cross_attn\.|ffn\.|norm3\.|modulation\.|diff_m$)"
-_IN_KOHYAS_BLOCKS = r"(lora_unet|lycoris)_+blocks_\d+_(self_attn|cross_attn|ffn|attn[12])_"
-
-
-def _lora(shapes: Shapes, hint: str) -> Kind | None:
-    for ending, name in _OTHER_ADAPTERS.items():
-        if any(ending in tensor for tensor in shapes):
-            return Kind("lora", f"an adapter of the kind {name}", False, advice="wan_local applies LoRA only.")
-    downs = {name: shape for name, shape in shapes.items() if _DOWN.search(name)}
-    diffs = [name for name in shapes if name.endswith((".diff", ".diff_b", ".diff_m"))]
-    if not downs and not diffs:
+def _lora(tensors: Mapping[str, TensorInfo]) -> Kind | None:
+    refused = refused_adapter(tensors)
+    if refused is not None:
+        return Kind("lora", f"an adapter of the kind {refused[0]}", False, advice="wan_local applies LoRA only.")
+    if not is_lora(tensors):
         return None
-    dialect = _lora_dialect(shapes)
-    if dialect is None:
+    models, problems = known_models(), {}
+    targets = targets_of(tensors, models[0])
+    ours = {name: target for name, target in targets.items() if target is not None}
+    width = width_of(tensors, ours)
+    for model in models:
+        problem = _lora_misfit(tensors, model)
+        if not problem:
+            return _wan_lora(tensors, ours, width)
+        problems[model.transformer.dim] = problem
+    if not ours or not (len(ours) == len(targets) or any(target.startswith("blocks.") for target in ours.values())):
         return Kind("lora", "a LoRA for another network", False, advice="Its modules have no names of Wan2.1.")
-    blocks = [int(found) for name in shapes for found in re.findall(r"blocks[._](\d+)[._]", name)]
-    images = any(re.search(r"k_img|add_k_proj", name) for name in shapes)
-    widths = {shape[-1] for name, shape in downs.items() if re.search(r"(self_attn|attn1).*?(q|to_q)\.", name)}
-    size = next((_SIZES.get(width, f"of width {width}") for width in sorted(widths)), "")
-    ranks = sorted({shape[0] for shape in downs.values() if shape})
+    advice = f"It does not fit: {problems.get(width, problems[models[0].transformer.dim])}."
+    return replace(_wan_lora(tensors, ours, width), usable=False, advice=advice)
+
+
+def _lora_misfit(tensors: Mapping[str, TensorInfo], model: ModelConfig) -> str:
+    """Return why a LoRA can't be applied to a model; empty if it can."""
+    file = next(iter(tensors.values())).file.name
+    try:
+        found = match_header(file, tensors, model)
+    except (CorruptModel, NotAvailable, WrongModel) as error:
+        return str(error)
+    return "" if found.changes else f"nothing in {file!r} changes it"
+
+
+def _wan_lora(tensors: Mapping[str, TensorInfo], ours: Mapping[str, str], width: int) -> Kind:
+    """Describe a LoRA for Wan. `ours`: which tensor of ours each stored name changes."""
+    pieces = {name: piece_of(name) for name in ours}
+    downs = [name for name, piece in pieces.items() if piece == "down"]
+    diffs = [name for name, piece in pieces.items() if piece.startswith("diff")]
+    ranks = sorted({tensors[name].shape[0] for name in downs if tensors[name].shape})
     notes = [
         f"{len(downs)} low-rank pairs of rank {', '.join(map(str, ranks[:4]))}" if downs else "full differences only"
     ]
@@ -320,18 +376,14 @@ def _lora(shapes: Shapes, hint: str) -> Kind | None:
         notes.append(f"{len(diffs)} full differences (diff, diff_b, diff_m)")
     if downs and not any("ffn" in name for name in downs):
         notes.append("attention only")
-    task = "i2v" if images else "t2v"
+    blocks = [int(found[1]) for target in ours.values() if (found := re.match(r"blocks\.(\d+)\.", target))]
+    images = any("add_k_proj" in target for target in ours.values())
+    task = "ti2v" if width == _WIDTH_5B else "i2v" if images else "t2v"
+    size = _SIZES.get(width, f"of width {width}" if width else "")
     name = f"a LoRA for Wan {task.upper()} {size}".strip()
-    return Kind("lora", name, True, dialect, task, max(blocks) + 1 if blocks else None, notes=tuple(notes))
-
-
-def _lora_dialect(shapes: Shapes) -> str | None:
-    rules: tuple[tuple[str, Callable[[str], object]], ...] = (
-        ("kohya/musubi", lambda name: re.match(_IN_KOHYAS_BLOCKS, name)),
-        ("diffusers/PEFT", lambda name: re.search(r"blocks\.\d+\.(attn[12]|ffn\.net)\.", name)),
-        ("original", lambda name: re.search(_IN_BLOCKS, name) or re.match(_OUTSIDE_BLOCKS, name)),
-    )
-    return next((dialect for dialect, rule in rules if any(rule(name) for name in shapes)), None)
+    return Kind(
+        "lora", name, True, lora_dialect(ours), task, max(blocks) + 1 if blocks else None, notes=tuple(notes)
+    )  # fmt: skip
 
 
 _QUANTIZERS = {

@@ -104,7 +104,8 @@ def is_quanto(folder: Path) -> bool:
 
 
 def quanto_weight(tensors: Mapping[str, Tensor], linear: str, shape: tuple[int, int]) -> QuantizedWeight:
-    """Return linear `linear` of a file of quanto's as plain tensors, number for number. Raises CorruptModel.
+    """Return linear `linear` of a file of quanto's as plain tensors, number for number. Raises CorruptModel, and
+    NotAvailable for shifts that are whole numbers, which such tensors cannot hold.
 
     shape: [N, K] of its weight. Groups larger than 64 have their scale and shift repeated.
     """
@@ -116,8 +117,10 @@ def quanto_weight(tensors: Mapping[str, Tensor], linear: str, shape: tuple[int, 
             raise CorruptModel(f"{linear!r} is {list(data.shape)} with {scale.numel()} scales, not {list(shape)}")
         return QuantizedWeight(data, scale.float().reshape(rows))
     packed, shift = tensors[f"{linear}.weight._data._data"], tensors[f"{linear}.weight._shift"]
+    if not shift.is_floating_point():
+        raise NotAvailable(f"the shifts of {linear!r} are {shift.dtype}; convert its file instead, which reads them.")
     groups, group = scale.numel(), packed.shape[1]
-    if groups * group != rows * columns or group % GROUP or shift.numel() != groups or not shift.is_floating_point():
+    if groups * group != rows * columns or group % GROUP or shift.numel() != groups:
         raise CorruptModel(f"{linear!r} has {groups} groups of {group} inputs, which do not make up {list(shape)}")
     numbers = torch.cat((packed & 15, packed >> 4))[:groups].reshape(shape)
     repeat = group // GROUP

@@ -47,8 +47,8 @@ class LoraSetting:
 
     @classmethod
     def parse(cls, text: str) -> LoraSetting:
-        """Read FILE or FILE:STRENGTH; the colon behind a drive's letter is none of ours."""
-        match = re.fullmatch(r"(?P<file>.+):(?P<strength>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", text)
+        """Read FILE or FILE:STRENGTH, a finite number; any other colon, as behind a drive's letter, is the file's."""
+        match = re.fullmatch(r"(?P<file>.+):(?P<strength>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d\d?)?)", text)
         return cls(Path(match["file"]), float(match["strength"])) if match else cls(Path(text))
 
 

@@ -2,6 +2,9 @@
 
 `stored_tensors` finds it out and checks that all of it can be read; `misfit` tells what a part lacks. No torch, and of
 the data only Comfy's marks are read; `wan_local.tensor_reader` reads the tensors.
+
+Comfy says how a layer is quantized in a tensor `X.comfy_quant` of JSON, or for all layers in the file's metadata:
+`{"layers": {"X": {"format": "float8_e4m3fn"}, ...}}`. Both are checked alike.
 """
 
 from __future__ import annotations
@@ -17,16 +20,19 @@ from wan_local.gguf_header import READABLE, TYPES
 from wan_local.header import TensorInfo
 from wan_local.key_map import Part, canonical_names, ignorable, weight_name, without_prefix
 from wan_local.scales import SCALES
-from wan_local.weight_files import WeightFiles
+from wan_local.weight_files import COMFY_KEY, WeightFiles
 
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 _SCALED = ("I8", "U8")  # mean nothing without their scale; U8: two numbers of 4 bits in a byte
 _READABLE = {"F64", "F32", "F16", "BF16", *EIGHT_BITS, *_SCALED, *READABLE}
 _GGUF = {kind.name for kind in TYPES.values() if kind.items > 1}
+_FLOATS = ("F32", "F16", "BF16")  # of scales and shifts
+WHOLE_SHIFTS = ("U8", "I8")  # quanto's, where it was told to keep zero exact
 _INSTEAD = "Get it as bf16, fp16, fp8 or GGUF"
 _SHIFTS = (".weight._shift", ".weight_shift")  # quanto's, our own
 # of the activations, or of the whole file
 _MARKERS = (".scale_input", ".input_scale", ".output_scale", ".comfy_quant", "scaled_fp8")
+_COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # numbers times a scale, of a tensor or a row
 _BLOCKS = ("blocks.", "encoder.block.")  # where a file that scales any linear scales all of them
 
 
@@ -73,9 +79,7 @@ def stored_tensors(
     ours_packed = {weight_name(name) for name in plain if name.endswith(".weight_shift")}
     plain = {_quanto_weight(name): info for name, info in plain.items() if not name.endswith(_SHIFTS)}
     scales, ignored = _scales_of(plain)
-    for name, info in plain.items():
-        if name.endswith(".comfy_quant"):
-            _check_comfy_format(name, info)
+    _check_comfy_formats(weights, plain)
     names = [name for name in plain if name not in scales.values() and name not in ignored]
     ignored += [name for name in names if ignorable(part, name)]
     stored: dict[str, StoredTensor] = {}
@@ -86,6 +90,10 @@ def stored_tensors(
             packed = _in_pairs if name in ours_packed else _in_groups
             stored[ours] = packed(name, plain[name], scale, shifts[name], expected.get(ours, ()))
             continue
+        if plain[name].dtype == "U8":
+            raise NotAvailable(
+                f"{name!r} in {plain[name].file.name!r} is stored as U8 without a shift: no known format. {_INSTEAD}."
+            )
         for entry_name, entry in _entries(part, name, ours, plain[name], scale):
             twin = stored.setdefault(entry_name, entry)
             if twin is not entry and not (part == "text_encoder" and entry_name == "shared.weight"):
@@ -118,6 +126,7 @@ def _in_groups(
     sound = len(info.shape) == 2 and 2 * math.prod(info.shape) == math.prod(shape) and scale is not None
     if not sound or {math.prod(entry.shape) for entry in (scale, shift) if entry} != {2 * info.shape[0]}:
         raise _no_int4(name, info, scale, shape)
+    _check_dtypes(name, {scale: _FLOATS, shift: (*_FLOATS, *WHOLE_SHIFTS)})
     return StoredTensor(name, info, shape, None, scale, shift)
 
 
@@ -131,6 +140,7 @@ def _in_pairs(
         raise _no_int4(name, info, scale, shape)
     if shape[1] % shift.shape[1]:
         raise _no_int4(name, info, scale, shape)
+    _check_dtypes(name, {scale: _FLOATS, shift: _FLOATS})
     return StoredTensor(name, info, shape, None, scale, shift, pairs=True)
 
 
@@ -139,6 +149,15 @@ def _no_int4(name: str, info: TensorInfo, scale: TensorInfo | None, shape: tuple
         f"{name!r} in {info.file.name!r} holds {info.dtype} {list(info.shape)} as int4 with "
         f"{list(scale.shape) if scale else 'no'} scales, which do not make a weight of {list(shape)}"
     )
+
+
+def _check_dtypes(name: str, known: Mapping[TensorInfo | None, tuple[str, ...]]) -> None:
+    for info, dtypes in known.items():
+        if info is not None and info.dtype not in dtypes:
+            raise NotAvailable(
+                f"the scales or shifts of {name!r} in {info.file.name!r} are stored as {info.dtype}; "
+                f"{', '.join(dtypes)} are read. {_INSTEAD}."
+            )
 
 
 def _scales_of(plain: Mapping[str, TensorInfo]) -> tuple[dict[str, str], list[str]]:
@@ -188,25 +207,49 @@ def _check_readable(name: str, info: TensorInfo, scale: TensorInfo | None, *, sc
         raise CorruptModel(f"{name!r} in {info.file.name!r} has no scale, where other weights in the file have one")
     if scale is not None:
         count = math.prod(scale.shape)
-        if count not in (1, info.shape[0]) or scale.dtype not in ("F32", "F16", "BF16"):
+        if count not in (1, info.shape[0]) or scale.dtype not in _FLOATS:
             raise CorruptModel(
                 f"the scale of {name!r} in {info.file.name!r} is {scale.dtype} {list(scale.shape)}; one number, or one "
                 f"for each of {info.shape[0]} rows, is known"
             )
 
 
-def _check_comfy_format(name: str, info: TensorInfo) -> None:
+def _check_comfy_formats(weights: WeightFiles, plain: Mapping[str, TensorInfo]) -> None:
+    """Check every layer that Comfy's tools say is quantized, wherever they say it."""
+    for name, info in plain.items():
+        if name.endswith(".comfy_quant"):
+            _check_comfy_format(info.file.name, name, _parsed(f"{name!r} in {info.file.name!r}", _mark(name, info)))
+    for file, text in weights.comfy.items():
+        place = f"the {COMFY_KEY} of {file!r}"
+        table = _parsed(place, text) if isinstance(text, str) else text
+        layers = table.get("layers") if isinstance(table, dict) else None
+        if not isinstance(layers, dict):
+            raise CorruptModel(f"{place} has no table of layers. Download it again.")
+        for layer, form in layers.items():
+            _check_comfy_format(file, layer, form)
+
+
+def _mark(name: str, info: TensorInfo) -> bytes:
     if info.nbytes > 4096:
         raise CorruptModel(f"{name!r} in {info.file.name!r} has {info.nbytes} bytes, too many for what it should be")
     with info.file.open("rb") as stream:
         stream.seek(info.offset)
-        content = stream.read(info.nbytes)
+        return stream.read(info.nbytes)
+
+
+def _parsed(place: str, content: bytes | str) -> Any:
     try:
-        table: Any = json.loads(content)
-    except ValueError as error:
-        raise CorruptModel(f"{name!r} in {info.file.name!r} is not JSON: {error}") from error
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CorruptModel(f"{place} is not JSON: {error}. Download it again.") from error
+
+
+def _check_comfy_format(file: str, layer: str, table: Any) -> None:
     form = table.get("format") if isinstance(table, dict) else None
-    if form not in ("float8_e4m3fn", "float8_e5m2"):
+    turned = isinstance(table, dict) and bool(table.get("convrot"))
+    if turned or form not in _COMFY_FORMATS:
+        rotation = " with convrot (its inputs are rotated)" if turned else ""
         raise NotAvailable(
-            f"{info.file.name!r} is quantized as {form!r}, which wan_local does not read. Get it as bf16, fp8 or GGUF."
+            f"{layer!r} in {file!r} is quantized as {str(form)[:60]!r}{rotation}, which wan_local does not read. "
+            "Get it as bf16, fp8 or GGUF."
         )

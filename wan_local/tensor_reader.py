@@ -18,7 +18,7 @@ from wan_local.gguf_header import TYPES
 from wan_local.header import Container
 from wan_local.key_map import without_prefix
 from wan_local.pickle_header import unwrapped
-from wan_local.stored_tensor import EIGHT_BITS, StoredTensor
+from wan_local.stored_tensor import EIGHT_BITS, WHOLE_SHIFTS, StoredTensor
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -105,7 +105,8 @@ def _read_rows(stored: StoredTensor, start: int, stop: int | None) -> Tensor:
 
 
 def _read_packed(stored: StoredTensor) -> Tensor:
-    """Return int4 as numbers: scale * q - shift for each group (quanto's quantize_affine, float shift)."""
+    """Return int4 as numbers, group by group, as quanto does: scale * q - shift; where shifts are whole numbers, those
+    of q that stand for zero: scale * (q - shift)."""
     info, shift = stored.info, stored.shift
     assert shift is not None, stored
     packed = _bytes(info.file, info.offset, info.nbytes).view(info.shape)
@@ -113,8 +114,9 @@ def _read_packed(stored: StoredTensor) -> Tensor:
     numbers = torch.stack(halves, dim=2).flatten(1) if stored.pairs else torch.cat(halves)
     groups = numbers.float().view(math.prod(shift.shape), -1)
     shifts = _bytes(shift.file, shift.offset, shift.nbytes).view(_DTYPES[shift.dtype]).float().view(-1, 1)
-    groups = groups.mul_(_scale_numbers(stored).view(-1, 1)).sub_(shifts)
-    return groups.view(stored.shape)
+    scales = _scale_numbers(stored).view(-1, 1)
+    whole = shift.dtype in WHOLE_SHIFTS
+    return (groups.sub_(shifts).mul_(scales) if whole else groups.mul_(scales).sub_(shifts)).view(stored.shape)
 
 
 def _numbers(dtype: str, content: Tensor) -> Tensor:

@@ -20,19 +20,22 @@ from wan_local.pickle_header import read_pickle_header
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 ROTATED_KEY = "wan_local.rotated"
 """In the metadata of a store's file: how the names of its rotated linears end, with spaces between."""
+COMFY_KEY = "_quantization_metadata"
+"""In the metadata of Comfy's files: JSON that says how each layer is quantized."""
 _SHARD = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 _MAX_INDEX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """One network's weights as they lie on disk."""
+    """One network's weights as they lie on disk. `comfy`: what stands under COMFY_KEY, by the file's name."""
 
     path: Path
     files: tuple[Path, ...]
     container: Container
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Any]
+    comfy: Mapping[str, Any]
 
     @property
     def nbytes(self) -> int:
@@ -177,7 +180,12 @@ def _read_set(path: Path, files: Sequence[Path], index: Path | None = None) -> W
     if len(containers) > 1:
         raise CorruptModel(f"{str(path)!r} is several files of different kinds: {', '.join(sorted(containers))}")
     metadata = {key: value for header in reversed(headers) for key, value in header.metadata.items()}
-    return WeightFiles(path, tuple(files), headers[0].container, tensors, metadata)
+    comfy = {
+        file.name: header.metadata[COMFY_KEY]
+        for file, header in zip(files, headers, strict=True)
+        if COMFY_KEY in header.metadata
+    }
+    return WeightFiles(path, tuple(files), headers[0].container, tensors, metadata, comfy)
 
 
 def _check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:

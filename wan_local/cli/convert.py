@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from wan_local.cli.terminal import DONE, INTERRUPTED, say
+from wan_local.settings import LoraSetting
 from wan_local.weight_format import WeightFormat, WeightFormats
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def add(commands: Commands) -> None:
     encoders.add_argument("--image-encoder-format", choices=_FORMATS, help="bf16 unless told")
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--lora", action="append", default=[], type=_lora, metavar="FILE:STRENGTH",
+        "--lora", action="append", default=[], type=LoraSetting.parse, metavar="FILE[:STRENGTH]",
         help="merge a LoRA into the transformer; can be given several times",
     )  # fmt: skip
     how.add_argument("--keep-edges", action="store_true", help="keep the first two and last three blocks in bf16")
@@ -43,15 +44,6 @@ def add(commands: Commands) -> None:
     parts.add_argument("--image-encoder", type=Path, metavar="FILE")
     parts.add_argument("--vae", type=Path, metavar="FILE")
     parts.add_argument("--tokenizer", type=Path, metavar="DIR")
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    """Read FILE:STRENGTH; a file without a strength counts fully."""
-    name, colon, strength = text.rpartition(":")
-    try:
-        return (Path(name), float(strength)) if colon else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0  # the colon is the name's, as in C:\lora.safetensors
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -67,7 +59,7 @@ def _convert(options: argparse.Namespace) -> int:
         tokenizer=options.tokenizer,
     )
     say(f"{source.kind.name}, {sum(source.files.values()) / 1e9:.2f} GB in {len(source.files)} files")
-    loras = [open_lora(file.expanduser(), strength, source.config) for file, strength in options.lora]
+    loras = [open_lora(lora.file.expanduser(), lora.strength, source.config) for lora in options.lora]
     for lora in loras:
         say(lora.report.describe())
     formats = WeightFormats.converted(
