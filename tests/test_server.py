@@ -394,6 +394,8 @@ def test_uploads_and_bodies_are_bounded_and_leave_nothing_half(
         assert live.http.put(f"{many['upload_url']}/2", content=b"x" * 600).status_code == 413
         assert live.http.put(f"{many['upload_url']}/1001", content=b"x").status_code == 413
         assert live.http.post(f"{many['upload_url']}/complete", json={"parts": []}).status_code == 400
+        twice = {"parts": [{"partNumber": 1}, {"partNumber": 1}]}
+        assert live.http.post(f"{many['upload_url']}/complete", json=twice).status_code == 400
         assert live.http.post(live.run, json={"prompt": "x" * 1000}).status_code == 413
         assert not list(live.folder.rglob("*.part"))
 
@@ -441,6 +443,10 @@ def test_with_a_key_only_those_who_show_it_get_in(tmp_path: Path, engine: StubEn
             assert live.http.post(live.queue, json=body, headers={"authorization": wrong}).status_code == 401
         for path in ("/files/upload", "/files/upload/multipart", "/storage/upload/initiate", "/api/fal/proxy"):
             assert live.http.post(path, content=b"x").status_code == 401, path
+        invented = f"{'A' * 32}/{'A' * 32}.png"
+        for path in (f"/put/{invented}", f"/mput/{invented}/1", f"/files/{invented}/multipart/x/1"):
+            assert live.http.put(path, content=b"x").status_code == 404, path
+        assert [path.name for path in (live.folder / "uploads").iterdir()] == [".secret"]
         assert live.http.get("/health").status_code == 200
         assert live.http.get("/").status_code == 200
         key = {"authorization": "Key open sesame"}

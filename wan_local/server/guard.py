@@ -29,7 +29,7 @@ PROXY_PATH = "/api/fal/proxy"
 
 _PREFIX_BY_HOST = {"fal.run": "/run", "queue.fal.run": "/queue", "rest.fal.ai": "", "rest.alpha.fal.ai": ""}
 _OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")
-_OPEN_PREFIXES = ("/files/", "/put/", "/mput/")  # their addresses cannot be guessed
+_OPEN_PREFIXES = ("/files/", "/put/", "/mput/")  # their addresses cannot be guessed: `ServedFiles` signs them
 _UPLOADS = "/files/upload"  # except where something new is begun
 _CORS = {
     b"access-control-allow-methods": b"GET, HEAD, POST, PUT, OPTIONS",
