@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -346,6 +347,23 @@ def test_local_files_are_opened_where_that_is_allowed(
     with live_server(tmp_path, engine, allow_local_files=True) as live:
         for source in (str(frame), frame.as_uri()):
             assert live.http.post(live.run, json=body | {"start_image_url": source}).status_code == 200
+
+
+def test_a_job_that_is_cancelled_while_an_image_is_fetched_ends_as_cancelled(
+    tmp_path: Path, engine: StubEngine, body: dict[str, Any]
+) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        live_server(tmp_path, engine, allow_private_urls=True) as live,
+    ):
+        body["start_image_url"] = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
+        request_id = live.http.post(live.queue, json=body).json()["request_id"]
+        connection, _ = silent.accept()
+        live.http.put(f"{live.queue}/requests/{request_id}/cancel")
+        assert live.ended(request_id, 2)["error_type"] == "client_cancelled"
+        assert live.http.get(f"{live.queue}/requests/{request_id}").status_code == 499
+        assert engine.requests == []
+        connection.close()
 
 
 # Files
