@@ -35,7 +35,7 @@ class ServerOptions:
 
     @property
     def loopback(self) -> bool:
-        return self.host == "localhost" or is_loopback(self.host)
+        return is_loopback(self.host)
 
     @property
     def base_url(self) -> str:
@@ -53,6 +53,8 @@ class ServerOptions:
 
 
 def is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
