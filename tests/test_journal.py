@@ -45,12 +45,15 @@ def recovered(folder: Path) -> Recovered:
 def test_waiting_and_running_jobs_come_back_in_their_order(tmp_path: Path) -> None:
     engine = Engine()
     queue = Queue(engine, records=Journal(tmp_path))
-    low = queue.submit(request("low"), priority="low", webhook_url="http://127.0.0.1/hook", start_timeout=500)
+    low = queue.submit(
+        request("low"), priority="low", webhook_url="http://127.0.0.1/hook", base_url="http://a:1", start_timeout=500
+    )
     jobs = [queue.submit(request(str(number), seed=number)) for number in range(20)]
     found = recovered(tmp_path)  # as after a kill: nothing was closed
     assert [job.id for job in found.waiting] == [low.id, *(job.id for job in jobs)]
     again = found.waiting[0]
     assert (again.priority, again.webhook_url, again.start_timeout) == ("low", "http://127.0.0.1/hook", 500)
+    assert again.base_url == "http://a:1"
     assert found.waiting[3].request == jobs[2].request
     assert abs(found.waiting[3].submitted_at - jobs[2].submitted_at) < 1
     engine.gate.set()

@@ -14,8 +14,10 @@ import httpx
 import pytest
 from PIL import Image
 
+from tests.live_server import live_server
 from tests.stub_engine import SOON, StubEngine
 from wan_local.client import SyncClient
+from wan_local.encoding import encode_file
 from wan_local.server.options import ServerOptions
 from wan_local.server.process import _webhook_check
 from wan_local.service import Service
@@ -147,3 +149,15 @@ def test_a_server_on_loopback_posts_to_this_machine_and_to_public_addresses() ->
     assert beyond is not None
     with pytest.raises(httpx.UnsupportedProtocol, match="not a public address"):
         beyond("http://localhost:3000/hook")
+
+
+def test_a_webhook_names_the_video_as_its_caller_reaches_the_server(receiver: Receiver, tmp_path: Path) -> None:
+    Image.new("RGB", (80, 64)).save(tmp_path / "frame.png")
+    frame = encode_file(tmp_path / "frame.png")
+    body = {"prompt": "x", "start_image_url": frame, "end_image_url": frame, "num_inference_steps": 2}
+    with live_server(tmp_path, StubEngine(tmp_path)) as live:
+        caller = f"localhost:{live.url.rpartition(':')[2]}"
+        live.http.post(live.queue, json=body, params={"fal_webhook": receiver.url}, headers={"host": caller})
+        (told,) = receiver.wait_for(1)
+        assert told["payload"]["video"]["url"].startswith(f"http://{caller}/files/")
+        assert live.http.get(told["payload"]["video"]["url"]).status_code == 200

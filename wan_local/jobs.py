@@ -55,6 +55,7 @@ class Job:
     priority: Priority = "normal"
     start_timeout: float | None = None
     webhook_url: str | None = None
+    base_url: str | None = None
     state: State = "IN_QUEUE"
     cancelled: bool = False
     logs: list[dict[str, Any]] = field(default_factory=list)
@@ -128,13 +129,15 @@ class Queue:
         priority: Priority = "normal",
         start_timeout: float | None = None,
         webhook_url: str | None = None,
+        base_url: str | None = None,
         attached: bool = False,
     ) -> Job:
         """Line up a request. Not begun within `start_timeout` seconds, it fails with StartTimeout.
 
-        `attached`: its caller waits on a connection that ends with this process, so no later process takes it up.
+        `base_url`: where its caller reaches this process's files, for the webhook. `attached`: its caller waits on a
+        connection that ends with this process, so no later process takes it up.
         """
-        job = Job(str(uuid.uuid4()), request, priority, start_timeout, webhook_url)
+        job = Job(str(uuid.uuid4()), request, priority, start_timeout, webhook_url, base_url)
         with self._changed:
             if self._closed:
                 raise Cancelled("The queue is closed; no job is taken any more.")

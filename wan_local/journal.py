@@ -70,6 +70,7 @@ class Journal:
             "priority": job.priority,
             "start_timeout": job.start_timeout,
             "webhook_url": job.webhook_url,
+            "base_url": job.base_url,
             "submitted_at": now,
             "request": _request_as_json(job.request),
         }
@@ -138,6 +139,7 @@ class Journal:
         try:
             request = Request(**_request_from_json(record["request"]))
             job = Job(record["id"], request, record["priority"], record["start_timeout"], record["webhook_url"])
+            job.base_url = record.get("base_url")  # journals of earlier versions have none
             job.submitted_at = time.perf_counter() - (time.time() - record["submitted_at"])
         except (ValidationError, LookupError, TypeError) as error:
             _log.error("%s cannot be read and is left there: %s", path, error)
