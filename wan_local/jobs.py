@@ -87,6 +87,8 @@ class Records(Protocol):
 
     def accept(self, job: Job) -> None: ...
 
+    def begin(self, job: Job) -> None: ...
+
     def end(self, job: Job) -> None: ...
 
     def forget(self, job_id: str) -> None: ...
@@ -266,6 +268,8 @@ class Queue:
                 self._waiting[job.priority].popleft()
                 job.state = "IN_PROGRESS"
                 job.started_at = time.perf_counter()
+                if self._records is not None:
+                    self._records.begin(job)
                 self._changed.notify_all()
             self._run(job)
 
