@@ -315,8 +315,8 @@ class Queue:
             self._changed.notify_all()
 
     def _finish(self, job: Job, *, result: Result | None = None, error: BaseException | None = None) -> None:
-        job.result, job.error = result, error
-        job.request = None  # it may hold images
+        job.result, job.error = result, error.shortened() if isinstance(error, InvalidRequest) else error
+        job.request = None  # it may hold images, as a wrong one's values and frames may
         job.steps = [replace(step, preview=None) for step in job.steps]
         job.finished_at = time.perf_counter()
         if self._records is not None:
