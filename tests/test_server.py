@@ -77,9 +77,32 @@ def test_run_answers_with_the_output_and_a_request_id(live: Live, body: dict[str
         (b"[1]", "application/json", "model_attributes_type", ["body"]),
         (b"{}", "text/plain", "model_attributes_type", ["body"]),
         (b"[" * 100_000, "application/json", "json_invalid", ["body", 0]),
+        (
+            b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b', "start_image_url": "a", "end_image_url": "b"}',
+            "application/json",
+            "string_type",
+            ["body", "prompt"],
+        ),
+        (
+            b'{"\\ud800": 1, "prompt": "x", "start_image_url": "a"}',
+            "application/json",
+            "missing",
+            ["body", "end_image_url"],
+        ),
         (b'{"seed": ' + b"9" * 5000 + b"}", "application/json", "json_invalid", ["body", 0]),
     ],
-    ids=["bad json", "not utf-8", "empty", "null", "list", "text", "deep", "long number"],
+    ids=[
+        "bad json",
+        "not utf-8",
+        "empty",
+        "null",
+        "list",
+        "text",
+        "deep",
+        "deep value",
+        "surrogate key",
+        "long number",
+    ],
 )
 def test_a_wrong_body_is_a_422(live: Live, content: bytes, content_type: str, type_: str, loc: list[Any]) -> None:
     answer = live.http.post(live.run, content=content, headers={"content-type": content_type})
