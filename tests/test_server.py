@@ -17,6 +17,8 @@ from PIL import Image
 from tests.live_server import APPLICATION, Live, live_server
 from tests.stub_engine import SOON, StubEngine
 from wan_local.encoding import encode_file
+from wan_local.server.guard import Guard, Receive, Scope, Send
+from wan_local.server.options import ServerOptions
 
 
 @pytest.fixture
@@ -454,6 +456,14 @@ def test_a_foreign_host_or_origin_is_refused(live: Live, body: dict[str, Any]) -
         assert answer.status_code == 403, origin
         assert "access-control-allow-origin" not in answer.headers
     assert live.http.post(live.queue, json=body, headers={"origin": live.url}).status_code == 200
+
+
+def test_a_host_is_ours_in_capitals_too() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("not asked")
+
+    guard = Guard(app, ServerOptions(host="Studio.Local", port=8787, api_key="x"))
+    assert all(guard._host_is_ours(host) for host in ("Studio.Local:8787", "studio.local:8787", "STUDIO.LOCAL"))
 
 
 def test_an_origin_that_was_named_may_use_it(tmp_path: Path, engine: StubEngine, body: dict[str, Any]) -> None:

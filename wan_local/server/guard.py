@@ -96,7 +96,7 @@ class Guard:
             return False
         if port not in (self._options.port, None) or parts.path or parts.username is not None:
             return False
-        if name in ("127.0.0.1", "localhost", "::1", self._options.host):
+        if name in ("127.0.0.1", "localhost", "::1", self._options.host.lower()):
             return True
         return not self._options.loopback and _is_address(name)
 
