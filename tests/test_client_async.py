@@ -156,6 +156,25 @@ def test_client_timeout_cancels_and_raises(
     asyncio.run(main())
 
 
+def test_a_client_timeout_after_the_end_gives_the_output(client: AsyncClient, arguments: dict[str, Any]) -> None:
+    """The job ends while the next look at it is slept for."""
+    output = asyncio.run(client.subscribe(APPLICATION, arguments, client_timeout=1.1, interval=60))
+    assert set(output) == {"video", "seed"}
+
+
+def test_a_callbacks_own_timeout_is_not_the_clients(
+    client: AsyncClient, engine: StubEngine, arguments: dict[str, Any], service: Service
+) -> None:
+    def mine(_: str) -> None:
+        raise TimeoutError("mine")
+
+    engine.hold()
+    with pytest.raises(TimeoutError, match="mine") as caught:
+        asyncio.run(client.subscribe(APPLICATION, arguments, client_timeout=30, on_enqueue=mine))
+    assert not isinstance(caught.value, FalClientTimeoutError)
+    assert service.queue.unfinished == 1  # as after any other error of a callback
+
+
 def test_a_start_timeout_beyond_the_client_timeout_is_warned_of(client: AsyncClient, arguments: dict[str, Any]) -> None:
     with pytest.warns(UserWarning, match="start_timeout"):
         asyncio.run(client.subscribe(APPLICATION, arguments, client_timeout=30, start_timeout=40))

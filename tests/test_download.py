@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 
+from tests.stub_engine import SOON
 from wan_local.download import DownloadError, TooManyBytes, check_public, download
+from wan_local.errors import Cancelled
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -46,6 +50,67 @@ def test_redirects_are_followed_and_bounded(port: int) -> None:
         download(f"{base}/file-scheme", max_bytes=100)
     with pytest.raises(TooManyBytes):
         download(f"{base}/there", max_bytes=3)
+
+
+@pytest.fixture
+def slow() -> Iterator[Callable[[bytes], str]]:
+    """Give the maker of an address that answers with these bytes, and then with one byte more each 20 ms."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    gone = threading.Event()
+
+    def serve(head: bytes) -> None:
+        with listening.accept()[0] as connection, contextlib.suppress(OSError):
+            connection.sendall(head)
+            while not gone.wait(0.02):
+                connection.sendall(b"x")
+
+    def address(head: bytes) -> str:
+        threading.Thread(target=serve, args=(head,), daemon=True).start()
+        return f"http://127.0.0.1:{listening.getsockname()[1]}/"
+
+    yield address
+    gone.set()
+    listening.close()
+
+
+DRIPS = pytest.mark.parametrize(
+    "head",
+    [b"HTTP/1.1 200 OK\r\nx-a: ", b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n"],
+    ids=["headers", "body"],
+)
+
+
+def no_thread_is_left() -> bool:
+    deadline = time.monotonic() + SOON
+    while any(thread.name == "wan-local-download" for thread in threading.enumerate()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@DRIPS
+def test_a_server_that_drips_is_left_at_the_deadline(
+    slow: Callable[[bytes], str], head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan_local.download._DOWNLOAD_SECONDS", 0.3)
+    begun = time.monotonic()
+    with pytest.raises(DownloadError, match="not done after"):
+        download(slow(head), max_bytes=10**6)
+    assert time.monotonic() - begun < 2
+    assert no_thread_is_left()
+
+
+@DRIPS
+def test_what_check_raises_ends_the_download_at_once(slow: Callable[[bytes], str], head: bytes) -> None:
+    def check() -> None:
+        raise Cancelled("Request was cancelled")
+
+    begun = time.monotonic()
+    with pytest.raises(Cancelled):
+        download(slow(head), max_bytes=10**6, check=check)
+    assert time.monotonic() - begun < 2
+    assert no_thread_is_left()
 
 
 @pytest.mark.parametrize(

@@ -338,7 +338,8 @@ def test_whatever_a_job_raises_is_its_own_error_and_the_worker_lives_on(
 
     queue = make(engine)
     bad, good = queue.submit(request("bad")), queue.submit(request("good"))
-    assert finished(queue, bad).error is fault
+    error = finished(queue, bad).error
+    assert error is fault or (isinstance(error, InvalidRequest) and describe(error) == describe(fault))
     assert finished(queue, good).result == result(5)
 
 
@@ -389,8 +390,34 @@ def test_a_rejected_request_is_a_finished_job(make: Make) -> None:
     queue = make(StubEngine())
     job = queue.reject(error)
     status = queue.status(job)
-    assert (status.state, status.error, status.metrics) == ("COMPLETED", error, {})
+    assert isinstance(status.error, InvalidRequest) and status.error.detail == error.detail
+    assert (status.state, status.metrics) == ("COMPLETED", {})
     assert queue.find(job.id) is job
+
+
+def test_of_a_rejected_request_no_long_text_is_kept_and_nothing_that_its_check_held(make: Make) -> None:
+    class Body(dict[str, Any]):
+        pass
+
+    def rejected() -> Job:
+        uri = "data:image/png;base64," + "A" * 100_000
+        body = Body(prompt="short", start_image_url=uri)
+        held.append(weakref.ref(body))
+        try:
+            Request.from_arguments(body)
+        except InvalidRequest as error:
+            return queue.reject(error)
+        raise AssertionError("it lacks an image")
+
+    held: list[weakref.ref[Any]] = []
+    queue = make(StubEngine())
+    error = rejected().error
+    assert isinstance(error, InvalidRequest)
+    (entry,) = error.detail
+    assert (entry["loc"], entry["input"]["prompt"]) == (["body", "end_image_url"], "short")
+    assert len(entry["input"]["start_image_url"]) < 2100
+    assert entry["input"]["start_image_url"].endswith("... (100022 characters)")
+    assert held[0]() is None
 
 
 # Memory

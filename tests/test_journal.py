@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,14 +46,13 @@ def recovered(folder: Path) -> Recovered:
 def test_waiting_and_running_jobs_come_back_in_their_order(tmp_path: Path) -> None:
     engine = Engine()
     queue = Queue(engine, records=Journal(tmp_path))
-    low = queue.submit(request("low"), priority="low", webhook_url="http://127.0.0.1/hook", start_timeout=500)
+    low = queue.submit(request("low"), priority="low", webhook_url="http://127.0.0.1/hook", base_url="http://a:1")
     jobs = [queue.submit(request(str(number), seed=number)) for number in range(20)]
     found = recovered(tmp_path)  # as after a kill: nothing was closed
     assert [job.id for job in found.waiting] == [low.id, *(job.id for job in jobs)]
     again = found.waiting[0]
-    assert (again.priority, again.webhook_url, again.start_timeout) == ("low", "http://127.0.0.1/hook", 500)
+    assert (again.priority, again.webhook_url, again.base_url) == ("low", "http://127.0.0.1/hook", "http://a:1")
     assert found.waiting[3].request == jobs[2].request
-    assert abs(found.waiting[3].submitted_at - jobs[2].submitted_at) < 1
     engine.gate.set()
     queue.close()
 
@@ -64,6 +64,27 @@ def test_waiting_and_running_jobs_come_back_in_their_order(tmp_path: Path) -> No
         assert queue.wait(job, SOON)
     assert second.prompts == [*map(str, range(20)), "low"]
     queue.close()
+
+
+def test_a_start_timeout_is_kept_once_and_counts_from_the_restart(tmp_path: Path) -> None:
+    engine = Engine()
+    queue = Queue(engine, records=Journal(tmp_path))
+    running = queue.submit(request("running"), start_timeout=0.4)
+    while queue.status(running).state == "IN_QUEUE":
+        time.sleep(0.001)
+    queue.submit(request("waiting"), start_timeout=0.4)
+    time.sleep(0.5)  # the process dies, and it is a while until the next one
+    found = recovered(tmp_path)
+    assert [job.start_timeout for job in found.waiting] == [None, 0.4]
+    second = Engine()
+    second.gate.set()
+    later = Queue(second, records=Journal(tmp_path / "later"))
+    later.restore([], found.waiting)
+    for job in found.waiting:
+        assert later.wait(job, SOON) and job.result is not None, job.error
+    engine.gate.set()
+    queue.close()
+    later.close()
 
 
 def test_outcomes_come_back_as_they_were(tmp_path: Path) -> None:
@@ -153,7 +174,6 @@ def _record(job: Job) -> dict[str, object]:
     fields = {"prompt": "x", "start_image_url": "a", "end_image_url": "b"}
     return {
         "id": job.id, "request": fields, "priority": "normal", "start_timeout": None, "webhook_url": None,
-        "submitted_at": 0.0,
     }  # fmt: skip
 
 

@@ -222,6 +222,16 @@ def test_lone_surrogates_are_refused_and_their_echo_can_be_sent() -> None:
     assert detail({"start_image_url": Path("a\udcffb")})[0]["input"] == {"start_image_url": r"a\udcffb"}
 
 
+def test_any_key_and_any_depth_can_be_sent_back() -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = {"a": [deep]}
+    with pytest.raises(InvalidRequest) as error:
+        Request.from_arguments({"prompt": deep, "\ud800": 1})
+    told = json.dumps(error.value.detail, ensure_ascii=False).encode()
+    assert b'"..."' in told and rb"\\ud800" in told and len(told) < 5000
+
+
 def test_keywords_raise_pydantics_own_error() -> None:
     with pytest.raises(ValidationError):
         Request(prompt="x", start_image_url="a", end_image_url="b", num_frames=80)

@@ -69,6 +69,13 @@ def test_an_open_host_without_a_key_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("port", ["-1", "65536", "99999"])
+def test_a_port_that_there_is_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], port: str) -> None:
+    assert cli.main(["serve", "--port", port, "--output-dir", str(tmp_path)]) == FAILED
+    assert f"--port {port}: ports go from 1 to 65535" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_wrong_setting_is_told_before_anything_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--output-dir", str(tmp_path), "--kernels", "maybe"]) == WRONG_REQUEST
     assert "A setting is wrong: kernels is 'maybe'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from PIL import Image
 from tests.live_server import APPLICATION, Live, live_server
 from tests.stub_engine import SOON, StubEngine
 from wan_local.encoding import encode_file
+from wan_local.server.guard import Guard, Receive, Scope, Send
+from wan_local.server.options import ServerOptions
 
 
 @pytest.fixture
@@ -76,9 +79,32 @@ def test_run_answers_with_the_output_and_a_request_id(live: Live, body: dict[str
         (b"[1]", "application/json", "model_attributes_type", ["body"]),
         (b"{}", "text/plain", "model_attributes_type", ["body"]),
         (b"[" * 100_000, "application/json", "json_invalid", ["body", 0]),
+        (
+            b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b', "start_image_url": "a", "end_image_url": "b"}',
+            "application/json",
+            "string_type",
+            ["body", "prompt"],
+        ),
+        (
+            b'{"\\ud800": 1, "prompt": "x", "start_image_url": "a"}',
+            "application/json",
+            "missing",
+            ["body", "end_image_url"],
+        ),
         (b'{"seed": ' + b"9" * 5000 + b"}", "application/json", "json_invalid", ["body", 0]),
     ],
-    ids=["bad json", "not utf-8", "empty", "null", "list", "text", "deep", "long number"],
+    ids=[
+        "bad json",
+        "not utf-8",
+        "empty",
+        "null",
+        "list",
+        "text",
+        "deep",
+        "deep value",
+        "surrogate key",
+        "long number",
+    ],
 )
 def test_a_wrong_body_is_a_422(live: Live, content: bytes, content_type: str, type_: str, loc: list[Any]) -> None:
     answer = live.http.post(live.run, content=content, headers={"content-type": content_type})
@@ -348,6 +374,23 @@ def test_local_files_are_opened_where_that_is_allowed(
             assert live.http.post(live.run, json=body | {"start_image_url": source}).status_code == 200
 
 
+def test_a_job_that_is_cancelled_while_an_image_is_fetched_ends_as_cancelled(
+    tmp_path: Path, engine: StubEngine, body: dict[str, Any]
+) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        live_server(tmp_path, engine, allow_private_urls=True) as live,
+    ):
+        body["start_image_url"] = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
+        request_id = live.http.post(live.queue, json=body).json()["request_id"]
+        connection, _ = silent.accept()
+        live.http.put(f"{live.queue}/requests/{request_id}/cancel")
+        assert live.ended(request_id, 2)["error_type"] == "client_cancelled"
+        assert live.http.get(f"{live.queue}/requests/{request_id}").status_code == 499
+        assert engine.requests == []
+        connection.close()
+
+
 # Files
 
 
@@ -394,6 +437,8 @@ def test_uploads_and_bodies_are_bounded_and_leave_nothing_half(
         assert live.http.put(f"{many['upload_url']}/2", content=b"x" * 600).status_code == 413
         assert live.http.put(f"{many['upload_url']}/1001", content=b"x").status_code == 413
         assert live.http.post(f"{many['upload_url']}/complete", json={"parts": []}).status_code == 400
+        twice = {"parts": [{"partNumber": 1}, {"partNumber": 1}]}
+        assert live.http.post(f"{many['upload_url']}/complete", json=twice).status_code == 400
         assert live.http.post(live.run, json={"prompt": "x" * 1000}).status_code == 413
         assert not list(live.folder.rglob("*.part"))
 
@@ -411,6 +456,14 @@ def test_a_foreign_host_or_origin_is_refused(live: Live, body: dict[str, Any]) -
         assert answer.status_code == 403, origin
         assert "access-control-allow-origin" not in answer.headers
     assert live.http.post(live.queue, json=body, headers={"origin": live.url}).status_code == 200
+
+
+def test_a_host_is_ours_in_capitals_too() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("not asked")
+
+    guard = Guard(app, ServerOptions(host="Studio.Local", port=8787, api_key="x"))
+    assert all(guard._host_is_ours(host) for host in ("Studio.Local:8787", "studio.local:8787", "STUDIO.LOCAL"))
 
 
 def test_an_origin_that_was_named_may_use_it(tmp_path: Path, engine: StubEngine, body: dict[str, Any]) -> None:
@@ -441,6 +494,10 @@ def test_with_a_key_only_those_who_show_it_get_in(tmp_path: Path, engine: StubEn
             assert live.http.post(live.queue, json=body, headers={"authorization": wrong}).status_code == 401
         for path in ("/files/upload", "/files/upload/multipart", "/storage/upload/initiate", "/api/fal/proxy"):
             assert live.http.post(path, content=b"x").status_code == 401, path
+        invented = f"{'A' * 32}/{'A' * 32}.png"
+        for path in (f"/put/{invented}", f"/mput/{invented}/1", f"/files/{invented}/multipart/x/1"):
+            assert live.http.put(path, content=b"x").status_code == 404, path
+        assert [path.name for path in (live.folder / "uploads").iterdir()] == [".secret"]
         assert live.http.get("/health").status_code == 200
         assert live.http.get("/").status_code == 200
         key = {"authorization": "Key open sesame"}

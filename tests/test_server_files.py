@@ -107,12 +107,56 @@ def test_what_an_earlier_process_left_unfinished_is_removed(tmp_path: Path) -> N
     upload = files.begin("image/png")
     asyncio.run(files.write_part(upload, 1, chunks(b"x")))
     (tmp_path / "cut.png.part").write_bytes(b"x")
+    (tmp_path / f"{upload.token}.parts" / "2.ab.part").write_bytes(b"x")
     files_in(tmp_path)
     assert names(tmp_path) == [f"{upload.token}.parts"]  # it may go on
+    assert names(tmp_path / f"{upload.token}.parts") == ["1"]
     long_ago = time.time() - 2 * 24 * 3600
     os.utime(tmp_path / f"{upload.token}.parts", (long_ago, long_ago))
     files_in(tmp_path)
     assert names(tmp_path) == []
+
+
+def test_only_what_was_begun_on_this_folder_can_be_found(tmp_path: Path) -> None:
+    files = files_in(tmp_path / "a")
+    upload = files.begin("image/png")
+    assert files_in(tmp_path / "a").find(upload.token, ".png") == upload  # by a later process
+    kept = files.keep(b"x", "image/png")
+    for token, suffix in (
+        ("A" * 32, ".png"), (upload.token[::-1], ".png"), (upload.token, ".html"), (upload.token[:16] * 2, ".png"),
+        (kept.token, ".png"), (files_in(tmp_path / "b").begin("image/png").token, ".png"),
+    ):  # fmt: skip
+        assert files.find(token, suffix) is None, (token, suffix)
+
+
+def test_parts_that_are_named_twice_or_together_too_much_are_not_joined(tmp_path: Path) -> None:
+    files = files_in(tmp_path)
+    upload = files.begin("image/png")
+    asyncio.run(files.write_part(upload, 1, chunks(b"x" * 600)))
+    with pytest.raises(LookupError, match="named twice"):
+        files.join(upload, [1, 1])
+    (tmp_path / f"{upload.token}.parts" / "2").write_bytes(b"x" * 600)  # as of two that came at the same time
+    with pytest.raises(TooLarge, match="1200 bytes"):
+        files.join(upload, [1, 2])
+    assert names(tmp_path) == [f"{upload.token}.parts"]
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_parts_count_and_no_upload_goes_beyond_the_bound(tmp_path: Path, earlier: bool) -> None:
+    files = files_in(tmp_path, max_uploads_bytes=2500)
+    begun = [files.begin("image/png") for _ in range(4)]
+    for upload in begun[:2]:
+        asyncio.run(files.write_part(upload, 1, chunks(b"x" * 1000)))
+    if earlier:
+        files = files_in(tmp_path, max_uploads_bytes=2500)
+    with pytest.raises(TooLarge, match="at most 2500 are kept"):
+        asyncio.run(files.write(begun[2], chunks(b"x" * 400, b"x" * 400)))
+    asyncio.run(files.write(begun[2], chunks(b"x" * 400)))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file() and path.name != ".secret") == 2400
+    long_ago = time.time() - 7200
+    os.utime(tmp_path / f"{begun[0].token}.parts", (long_ago, long_ago))
+    asyncio.run(files.write(begun[3], chunks(b"x" * 800)))
+    assert names(tmp_path) == sorted([f"{begun[1].token}.parts", begun[2].path.name, begun[3].path.name])
 
 
 def test_names_never_come_from_the_sender(tmp_path: Path) -> None:

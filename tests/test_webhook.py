@@ -14,8 +14,12 @@ import httpx
 import pytest
 from PIL import Image
 
+from tests.live_server import live_server
 from tests.stub_engine import SOON, StubEngine
 from wan_local.client import SyncClient
+from wan_local.encoding import encode_file
+from wan_local.server.options import ServerOptions
+from wan_local.server.process import _webhook_check
 from wan_local.service import Service
 from wan_local.webhook import Webhooks
 
@@ -30,6 +34,7 @@ class Receiver(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.bodies: list[Any] = []
+        self.hosts: list[str] = []
         self.answers: list[int] = []
         self.url = f"http://127.0.0.1:{self.server_port}/hook"
 
@@ -44,6 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Receiver
 
     def do_POST(self) -> None:
+        self.server.hosts.append(self.headers["host"])
         self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
         self.send_response(self.server.answers.pop(0) if self.server.answers else 200)
         self.send_header("content-length", "0")
@@ -112,7 +118,7 @@ def test_it_gives_up_after_the_last_attempt_and_goes_on_with_others(
 
 
 def test_a_check_may_refuse_an_address(receiver: Receiver) -> None:
-    def check(url: str) -> None:
+    def check(url: str) -> str:
         raise httpx.UnsupportedProtocol(f"{url} is not public")
 
     hooks = Webhooks(retry_seconds=(), check=check)
@@ -120,3 +126,38 @@ def test_a_check_may_refuse_an_address(receiver: Receiver) -> None:
     time.sleep(0.1)
     assert receiver.bodies == []
     hooks.close()
+
+
+def test_a_body_goes_to_the_address_that_was_checked(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is not asked for again: it could mean something else by then. Nor does a proxy ask."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    hooks = Webhooks(retry_seconds=(), check=lambda _: "127.0.0.1")
+    hooks.send(f"http://hooks.invalid:{receiver.server_port}/hook", lambda: {"n": 4})
+    assert receiver.wait_for(1) == [{"n": 4}]
+    assert receiver.hosts == [f"hooks.invalid:{receiver.server_port}"]
+    hooks.close()
+
+
+def test_a_server_on_loopback_posts_to_this_machine_and_to_public_addresses() -> None:
+    check = _webhook_check(ServerOptions())
+    assert check is not None and _webhook_check(ServerOptions(allow_private_urls=True)) is None
+    assert [check(f"http://{host}:3000/hook") for host in ("127.0.0.1", "localhost", "[::1]")] == [None] * 3
+    assert check("https://1.1.1.1/hook") == "1.1.1.1"
+    with pytest.raises(httpx.UnsupportedProtocol, match="not a public address"):
+        check("http://10.1.2.3/hook")
+    beyond = _webhook_check(ServerOptions(host="0.0.0.0", api_key="x"))
+    assert beyond is not None
+    with pytest.raises(httpx.UnsupportedProtocol, match="not a public address"):
+        beyond("http://localhost:3000/hook")
+
+
+def test_a_webhook_names_the_video_as_its_caller_reaches_the_server(receiver: Receiver, tmp_path: Path) -> None:
+    Image.new("RGB", (80, 64)).save(tmp_path / "frame.png")
+    frame = encode_file(tmp_path / "frame.png")
+    body = {"prompt": "x", "start_image_url": frame, "end_image_url": frame, "num_inference_steps": 2}
+    with live_server(tmp_path, StubEngine(tmp_path)) as live:
+        caller = f"localhost:{live.url.rpartition(':')[2]}"
+        live.http.post(live.queue, json=body, params={"fal_webhook": receiver.url}, headers={"host": caller})
+        (told,) = receiver.wait_for(1)
+        assert told["payload"]["video"]["url"].startswith(f"http://{caller}/files/")
+        assert live.http.get(told["payload"]["video"]["url"]).status_code == 200

@@ -87,6 +87,8 @@ class AsyncClient:
     ) -> dict[str, Any]:  # fmt: skip
         """Make a video and return the output, calling `on_queue_update` with the status every `interval` seconds."""
         start_timeout = within_client_timeout(start_timeout, client_timeout)
+        now = asyncio.get_running_loop().time()
+        limit = asyncio.timeout_at(None if client_timeout is None else now + client_timeout)
         service = self._service()
         job = submit_job(service, application, arguments, path=path, priority=priority, start_timeout=start_timeout)
         handle = await self.get_handle(APPLICATION, job.id)
@@ -100,14 +102,17 @@ class AsyncClient:
             return await handle.get(interval=interval)
 
         try:
-            return await asyncio.wait_for(follow(), client_timeout)
+            async with limit:
+                return await follow()
         except asyncio.CancelledError:
             service.queue.cancel(job)
             raise
         except TimeoutError as error:
-            if client_timeout is None or not service.queue.cancel(job):
+            if client_timeout is None or not limit.expired():  # a callback's own
                 raise
-            raise FalClientTimeoutError(client_timeout, job.id) from error
+            if service.queue.cancel(job):
+                raise FalClientTimeoutError(client_timeout, job.id) from error
+        return service.output(job)  # it had ended while the last look at it was awaited
 
     async def get_handle(self, application: str, request_id: str) -> AsyncRequestHandle:
         return AsyncRequestHandle.from_request_id(self, application, request_id)

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_KEPT_CHARACTERS = 2000  # of a text in an error that is kept
+
 
 class WanLocalError(Exception):
     """Root of everything that wan_local raises on purpose."""
@@ -54,6 +56,17 @@ class InvalidRequest(WanLocalError, ValueError):
             entry["ctx"] = ctx
         entry["input"] = value
         return cls([entry])
+
+    def shortened(self) -> InvalidRequest:
+        """Return the error as it is kept: without its traceback, and long texts in `input` and `ctx`, such as an image
+        as a data URI, cut after their first 2,000 characters.
+        """
+        return InvalidRequest(
+            [
+                {name: _shortened(value) if name in ("input", "ctx") else value for name, value in entry.items()}
+                for entry in self.detail
+            ]
+        )
 
 
 class WrongSetting(WanLocalError, ValueError):
@@ -102,3 +115,13 @@ class OutputError(WanLocalError, OSError):
 
 class Cancelled(WanLocalError):
     """The caller stopped the run. No part of a video was left; steps that were done are kept, to be resumed."""
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, str) and len(value) > _KEPT_CHARACTERS:
+        return f"{value[:_KEPT_CHARACTERS]}... ({len(value)} characters)"
+    if isinstance(value, dict):
+        return {_shortened(key): _shortened(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shortened(item) for item in value]
+    return value

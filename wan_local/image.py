@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from wan_local.errors import InvalidRequest
 from wan_local.geometry import Size
-from wan_local.request import ImageSource, as_json
+from wan_local.request import Check, ImageSource, as_json, unchecked
 
 MAX_BYTES = 50 * 2**20  # as the hosted service
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of 24-bit RGB: where Pillow, too, begins to suspect a bomb
@@ -86,12 +86,19 @@ def load_image(source: ImageSource, *, field: str, allow_local: bool = True) -> 
         raise refusal.because("image_load_error", f"The image is damaged or of an unknown kind ({error}).") from error
 
 
-def fetch(source: str | Path | bytes, *, field: str, allow_local: bool = True, allow_private: bool = True) -> bytes:
-    """Return the bytes of the image file at `source`, undecoded; `allow_private=False` as in `download`.
+def fetch(
+    source: str | Path | bytes,
+    *,
+    field: str,
+    allow_local: bool = True,
+    allow_private: bool = True,
+    check: Check = unchecked,
+) -> bytes:
+    """Return the bytes of the image file at `source`, undecoded; `allow_private=False` and `check` as in `download`.
 
     Raises InvalidRequest as `load_image` does.
     """
-    return _read(source, _Refusal(field, source), allow_local=allow_local, allow_private=allow_private)
+    return _read(source, _Refusal(field, source), allow_local=allow_local, allow_private=allow_private, check=check)
 
 
 def fit(image: Image.Image, size: Size) -> Image.Image:
@@ -128,7 +135,14 @@ class _Refusal:
         return self.because("file_too_large", msg, max_size=MAX_BYTES)
 
 
-def _read(source: str | Path | bytes, refusal: _Refusal, *, allow_local: bool, allow_private: bool = True) -> bytes:
+def _read(
+    source: str | Path | bytes,
+    refusal: _Refusal,
+    *,
+    allow_local: bool,
+    allow_private: bool = True,
+    check: Check = unchecked,
+) -> bytes:
     """Return the file's bytes, at most MAX_BYTES of them."""
     if isinstance(source, bytes):
         if len(source) > MAX_BYTES:
@@ -137,7 +151,7 @@ def _read(source: str | Path | bytes, refusal: _Refusal, *, allow_local: bool, a
     if isinstance(source, str):
         scheme = source.partition(":")[0].lower() if ":" in source else ""
         if scheme in ("http", "https"):
-            return _download(source, refusal, allow_private=allow_private)
+            return _download(source, refusal, allow_private=allow_private, check=check)
         if scheme == "data":
             return _decode_data_uri(source, refusal)
         if scheme != "file" and "://" in source:
@@ -147,11 +161,11 @@ def _read(source: str | Path | bytes, refusal: _Refusal, *, allow_local: bool, a
     return _read_local(source, refusal)
 
 
-def _download(url: str, refusal: _Refusal, *, allow_private: bool) -> bytes:
+def _download(url: str, refusal: _Refusal, *, allow_private: bool, check: Check) -> bytes:
     from wan_local.download import DownloadError, TooManyBytes, download  # here, not above: most images are local
 
     try:
-        return download(url, max_bytes=MAX_BYTES, allow_private=allow_private)
+        return download(url, max_bytes=MAX_BYTES, allow_private=allow_private, check=check)
     except DownloadError as error:
         raise refusal.unreachable(str(error)) from error
     except TooManyBytes:

@@ -55,6 +55,7 @@ class Job:
     priority: Priority = "normal"
     start_timeout: float | None = None
     webhook_url: str | None = None
+    base_url: str | None = None
     state: State = "IN_QUEUE"
     cancelled: bool = False
     logs: list[dict[str, Any]] = field(default_factory=list)
@@ -85,6 +86,8 @@ class Records(Protocol):
     """What keeps a queue's jobs beyond its process: a `journal.Journal`."""
 
     def accept(self, job: Job) -> None: ...
+
+    def begin(self, job: Job) -> None: ...
 
     def end(self, job: Job) -> None: ...
 
@@ -128,13 +131,15 @@ class Queue:
         priority: Priority = "normal",
         start_timeout: float | None = None,
         webhook_url: str | None = None,
+        base_url: str | None = None,
         attached: bool = False,
     ) -> Job:
         """Line up a request. Not begun within `start_timeout` seconds, it fails with StartTimeout.
 
-        `attached`: its caller waits on a connection that ends with this process, so no later process takes it up.
+        `base_url`: where its caller reaches this process's files, for the webhook. `attached`: its caller waits on a
+        connection that ends with this process, so no later process takes it up.
         """
-        job = Job(str(uuid.uuid4()), request, priority, start_timeout, webhook_url)
+        job = Job(str(uuid.uuid4()), request, priority, start_timeout, webhook_url, base_url)
         with self._changed:
             if self._closed:
                 raise Cancelled("The queue is closed; no job is taken any more.")
@@ -263,6 +268,8 @@ class Queue:
                 self._waiting[job.priority].popleft()
                 job.state = "IN_PROGRESS"
                 job.started_at = time.perf_counter()
+                if self._records is not None:
+                    self._records.begin(job)
                 self._changed.notify_all()
             self._run(job)
 
@@ -308,8 +315,8 @@ class Queue:
             self._changed.notify_all()
 
     def _finish(self, job: Job, *, result: Result | None = None, error: BaseException | None = None) -> None:
-        job.result, job.error = result, error
-        job.request = None  # it may hold images
+        job.result, job.error = result, error.shortened() if isinstance(error, InvalidRequest) else error
+        job.request = None  # it may hold images, as a wrong one's values and frames may
         job.steps = [replace(step, preview=None) for step in job.steps]
         job.finished_at = time.perf_counter()
         if self._records is not None:

@@ -48,7 +48,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
 
     def recover(self) -> Recovered:
-        """Read everything; what cannot be read is left where it is and said so."""
+        """Read everything; what cannot be read is left where it is and said so. Start timeouts count from now on."""
         durable.sweep(self._folder, older_than_seconds=0.0)
         ended = [job for path in self._records(_OUTCOME) if (job := self._outcome(path))]
         done = {job.id for job in ended}
@@ -63,22 +63,21 @@ class Journal:
 
     def accept(self, job: Job) -> None:
         """Write down a request that is about to be lined up. Raises OutputError, and then it must not be accepted."""
-        assert job.request is not None, "a job that waits has its request"
-        now = time.time() - (time.perf_counter() - job.submitted_at)
-        record = {
-            "id": job.id,
-            "priority": job.priority,
-            "start_timeout": job.start_timeout,
-            "webhook_url": job.webhook_url,
-            "submitted_at": now,
-            "request": _request_as_json(job.request),
-        }
         self._last += 1
         self._numbers[job.id] = self._last
         try:
-            durable.write(self._path(job.id, _REQUEST), [json.dumps(record).encode()])
+            self._write_request(job, start_timeout=job.start_timeout)
         except OSError as error:
             raise OutputError(f"the request could not be written to {self._folder}: {error}") from error
+
+    def begin(self, job: Job) -> None:
+        """Write down that a job has begun: begun again by a later process, it has kept its start timeout already."""
+        if self._closed or job.start_timeout is None or job.id not in self._numbers:
+            return
+        try:
+            self._write_request(job, start_timeout=None)
+        except OSError as error:  # it runs all the same
+            _log.error("that request %s has begun could not be written: %s", job.id, error)
 
     def end(self, job: Job) -> None:
         """Write down what came of a job. After `close`, nothing: what is stopped now will be started again."""
@@ -114,6 +113,18 @@ class Journal:
         """Write nothing any more."""
         self._closed = True
 
+    def _write_request(self, job: Job, *, start_timeout: float | None) -> None:
+        assert job.request is not None, "a job that has not ended has its request"
+        record = {
+            "id": job.id,
+            "priority": job.priority,
+            "start_timeout": start_timeout,
+            "webhook_url": job.webhook_url,
+            "base_url": job.base_url,
+            "request": _request_as_json(job.request),
+        }
+        durable.write(self._path(job.id, _REQUEST), [json.dumps(record).encode()])
+
     def _records(self, ending: str) -> list[Path]:
         return sorted(self._folder.glob(f"*{ending}"))
 
@@ -138,7 +149,7 @@ class Journal:
         try:
             request = Request(**_request_from_json(record["request"]))
             job = Job(record["id"], request, record["priority"], record["start_timeout"], record["webhook_url"])
-            job.submitted_at = time.perf_counter() - (time.time() - record["submitted_at"])
+            job.base_url = record.get("base_url")  # journals of earlier versions have none
         except (ValidationError, LookupError, TypeError) as error:
             _log.error("%s cannot be read and is left there: %s", path, error)
             return None

@@ -44,6 +44,7 @@ Stage = Literal["plan", "safety", "expansion", "text", "image", "condition", "co
 
 _DEFAULT_FRAMES = 81
 _DEFAULT_RATE = 16
+_MAX_DEPTH = 100  # of lists and dicts in one another that an error shows
 _SEED_MIN, _SEED_MAX = -(2**63), 2**64 - 1  # what torch.Generator.manual_seed takes
 
 
@@ -132,18 +133,23 @@ def _detail(error: ValidationError) -> list[dict[str, Any]]:
     return detail
 
 
-def as_json(value: object) -> Any:
-    """Return `value` as JSON can carry it; an image, bytes, NaN or a lone surrogate becomes a few words."""
+def as_json(value: object, *, depth: int = 0) -> Any:
+    """Return `value` as JSON can carry it; an image, bytes, NaN or a lone surrogate becomes a few words.
+
+    Lists and dicts more than 100 deep in one another become "...".
+    """
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float):
         return value
+    if isinstance(value, Mapping | list | tuple) and depth >= _MAX_DEPTH:
+        return "..."
     if isinstance(value, Mapping):
-        return {str(key): as_json(item) for key, item in value.items()}
+        return {as_json(str(key)): as_json(item, depth=depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
+        return [as_json(item, depth=depth + 1) for item in value]
     if isinstance(value, bytes):
         return f"<binary {len(value)} bytes>"
     if isinstance(value, Image.Image):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -89,18 +90,25 @@ class Service:
         priority: Priority = "normal",
         start_timeout: float | None = None,
         webhook_url: str | None = None,
+        base_url: str | None = None,
         attached: bool = False,
     ) -> Job:
         """Queue a request. A wrong one gives a job too: as on the hosted service, it is the result that says so.
 
-        `webhook_url` is sent the outcome, as the hosted service does, but not signed. `attached`: see `Queue.submit`.
+        `webhook_url` is sent the outcome, as the hosted service does, but not signed. `base_url`, `attached`: see
+        `Queue.submit`.
         """
         try:
             request = Request.from_arguments(arguments)
         except InvalidRequest as error:
             return self.queue.reject(error, webhook_url=webhook_url)
         return self.queue.submit(
-            request, priority=priority, start_timeout=start_timeout, webhook_url=webhook_url, attached=attached
+            request,
+            priority=priority,
+            start_timeout=start_timeout,
+            webhook_url=webhook_url,
+            base_url=base_url,
+            attached=attached,
         )
 
     def find(self, application: str, request_id: str) -> Job:
@@ -117,11 +125,14 @@ class Service:
         assert job.result is not None, "a job ends with a result or with an error"
         return self.described(job.result)
 
-    def described(self, result: Result) -> dict[str, Any]:
-        """Return a result as the endpoint's output, with a url at which its video is served."""
+    def described(self, result: Result, base_url: str | None = None) -> dict[str, Any]:
+        """Return a result as the endpoint's output, with a url at which its video is served: below `base_url` for a
+        caller who knows the server by that.
+        """
         output = result.model_dump()
         if result.video.path is not None:
-            output["video"]["url"] = self.files.url_of(result.video.path)
+            url = self.files.url_of(result.video.path)
+            output["video"]["url"] = url if base_url is None else base_url + urlsplit(url).path
         return output
 
     def close(self) -> None:
@@ -136,7 +147,7 @@ class Service:
 
     def _outcome(self, job: Job) -> dict[str, Any]:
         if job.result is not None:
-            return succeeded(job.id, self.described(job.result))
+            return succeeded(job.id, self.described(job.result, job.base_url))
         assert job.error is not None, "a job ends with a result or with an error"
         return failed(job.id, describe(job.error))
 

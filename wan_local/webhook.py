@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from wan_local.download import LOOPBACK, bound_request
 from wan_local.failure import Failure
 
 RETRY_SECONDS = (1.0, 5.0, 25.0, 125.0)  # the waits before the second and each later attempt
@@ -46,10 +47,12 @@ def failed(request_id: str, failure: Failure) -> dict[str, Any]:
 
 
 class Webhooks:
-    """Delivers bodies in the order in which they are due. `check` may raise httpx.HTTPError to refuse an address."""
+    """Delivers bodies in the order in which they are due. `check` may raise httpx.HTTPError to refuse a url, or return
+    the address that its host has, to which the body then goes; None leaves the host to be looked up.
+    """
 
     def __init__(
-        self, *, retry_seconds: Sequence[float] = RETRY_SECONDS, check: Callable[[str], object] | None = None
+        self, *, retry_seconds: Sequence[float] = RETRY_SECONDS, check: Callable[[str], str | None] | None = None
     ) -> None:
         self._retry_seconds = retry_seconds
         self._check = check
@@ -100,11 +103,13 @@ class Webhooks:
     def _post(self, url: str, body: Body) -> str | None:
         """Return None, or what went wrong. Redirects are not followed: they would lead past the check."""
         try:
-            if self._check is not None:
-                self._check(url)
-            loopback = httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
-            with httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=not loopback) as client:
-                response = client.post(url, content=json.dumps(body()), headers={"content-type": "application/json"})
+            target = httpx.URL(url)
+            address = None if self._check is None else self._check(url)
+            trust_env = address is None and target.host not in LOOPBACK
+            content, headers = json.dumps(body()), {"content-type": "application/json"}
+            with httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=trust_env) as client:
+                request = bound_request(client, "POST", target, address, headers=headers, content=content)
+                response = client.send(request)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return None if response.is_success else f"HTTP {response.status_code}"

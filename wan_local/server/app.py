@@ -175,6 +175,7 @@ class Endpoint:
             priority=wanted.priority,
             start_timeout=wanted.start_timeout,
             webhook_url=wanted.webhook_url,
+            base_url=wanted.base_url,
             attached=wanted.attached,
         )
 
@@ -197,10 +198,7 @@ class Endpoint:
     def _output(self, job: Job, request: HttpRequest) -> dict[str, Any]:
         """Return the endpoint's output, the video's address by the name that the client knows this server by."""
         assert job.result is not None, "a job ends with a result or with an error"
-        output = self._service.described(job.result)
-        if job.result.video.path is not None:
-            output["video"]["url"] = base_url(request) + self._files.target_of(job.result.video.path)
-        return output
+        return self._service.described(job.result, base_url(request))
 
     def _envelope(self, job: Job, request: HttpRequest, *, logs: int | None) -> dict[str, Any]:
         """Return the status as the hosted service words it, with the logs from the `logs`-th on; None for none."""

@@ -1,7 +1,8 @@
 """The server's files: uploads that it is given, videos that it gives out, each at an address that cannot be guessed.
 
-An upload's name is drawn here and never taken from its sender; a video's address follows from its path and a secret of
-this folder, so both are good across restarts. Nothing else can be reached.
+An upload's name is drawn here and never taken from its sender, and signed with a secret of this folder, so that bytes
+are taken for what was begun here and nothing else; a video's address follows from its path and that secret. Both are
+good across restarts. Nothing else can be reached.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import shutil
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -26,6 +27,7 @@ from urllib.parse import quote, unquote, urlsplit
 from wan_local.errors import OutputError, WanLocalError
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
+_NONCE_BYTES = 12  # half of an upload's token, whose other half signs it
 _UNFINISHED = (".part", ".parts")
 _MAX_VIDEOS = 100_000  # of which the oldest is forgotten first
 _MAX_PARTS = 1000
@@ -54,6 +56,7 @@ class ServedFiles:
         self._max_upload_bytes = max_upload_bytes
         self._max_uploads_bytes = max_uploads_bytes
         self._videos: OrderedDict[str, Path] = OrderedDict()
+        self._coming_bytes = 0  # of what is being written
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         self._secret = _secret(folder / ".secret")
@@ -100,12 +103,14 @@ class ServedFiles:
         """Return a new upload; the file appears when `write` or `join` has ended. Raises TooLarge without room."""
         self._make_room()
         suffix = mimetypes.guess_extension(content_type.partition(";")[0].strip().lower()) or ".bin"
-        token = secrets.token_urlsafe(24)
+        token = self._signed(secrets.token_urlsafe(_NONCE_BYTES), suffix)
         return Upload(token, self._folder / f"{token}{suffix}")
 
     def find(self, token: str, suffix: str) -> Upload | None:
-        """Return the upload that was begun under this token, or None for what cannot be one."""
+        """Return the upload that was begun here, by whatever process, under this token; None for any other."""
         if not _TOKEN.fullmatch(token) or not re.fullmatch(r"\.[a-z0-9]{1,10}", suffix):
+            return None
+        if not hmac.compare_digest(token, self._signed(token[: len(token) // 2], suffix)):
             return None
         return Upload(token, self._folder / f"{token}{suffix}")
 
@@ -150,18 +155,31 @@ class ServedFiles:
         return await self._stream(folder / str(number), chunks, self._max_upload_bytes - others)
 
     def join(self, upload: Upload, numbers: Sequence[int]) -> None:
-        """Put the parts together in this order. Raises LookupError for a part that was not uploaded."""
+        """Put the parts together in this order. Raises LookupError for a part that was not uploaded or is named twice,
+        and TooLarge when all together are too much.
+        """
         folder = self._parts(upload)
+        if len(set(numbers)) < len(numbers):
+            raise LookupError("a part is named twice")
         missing = [number for number in numbers if not (folder / str(number)).is_file()]
         if missing or not numbers:
             raise LookupError(f"parts {missing} were not uploaded" if missing else "an upload has at least one part")
-        part = upload.path.with_name(f"{upload.path.name}.part")
-        with part.open("wb") as whole:
-            for number in numbers:
-                with (folder / str(number)).open("rb") as piece:
-                    shutil.copyfileobj(piece, whole)
-        part.replace(upload.path)
-        shutil.rmtree(folder)
+        size = sum((folder / str(number)).stat().st_size for number in numbers)
+        if size > self._max_upload_bytes:
+            raise TooLarge(f"the parts are {size} bytes; an upload has at most {self._max_upload_bytes}")
+        part = upload.path.with_name(f"{upload.path.name}.{secrets.token_hex(4)}.part")
+        os.utime(folder)  # so that room is not made by removing it
+        with self._coming() as coming:
+            coming(size)
+            try:
+                with part.open("wb") as whole:
+                    for number in numbers:
+                        with (folder / str(number)).open("rb") as piece:
+                            shutil.copyfileobj(piece, whole)
+                part.replace(upload.path)
+            finally:
+                part.unlink(missing_ok=True)
+            shutil.rmtree(folder)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -171,9 +189,31 @@ class ServedFiles:
         digest = hmac.new(self._secret, what, hashlib.sha256).digest()
         return base64.urlsafe_b64encode(digest[:24]).decode()
 
+    def _signed(self, nonce: str, suffix: str) -> str:
+        """Return the token of an upload: a nonce, and as many characters that only this folder's secret gives."""
+        return nonce + self._token(f"upload {nonce}{suffix}".encode())[: len(nonce)]
+
     def _count(self, size: int) -> None:
         with self._lock:
             self._total_bytes += size
+
+    @contextmanager
+    def _coming(self) -> Iterator[Callable[[int], None]]:
+        """Give what bytes are counted with before they are written; it makes room for them, or raises TooLarge."""
+        counted = 0
+
+        def coming(size: int) -> None:
+            nonlocal counted
+            counted += size
+            with self._lock:
+                self._coming_bytes += size
+            self._make_room()
+
+        try:
+            yield coming
+        finally:
+            with self._lock:
+                self._coming_bytes -= counted
 
     def _parts(self, upload: Upload) -> Path:
         return self._folder / f"{upload.token}.parts"
@@ -181,65 +221,74 @@ class ServedFiles:
     async def _stream(self, path: Path, chunks: AsyncIterator[bytes], max_bytes: int) -> str:
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         digest, size = hashlib.md5(usedforsecurity=False), 0
-        try:
-            with part.open("wb") as file:
-                async for chunk in chunks:
-                    size += len(chunk)
-                    if size > max_bytes:
-                        raise TooLarge(f"an upload has at most {self._max_upload_bytes} bytes")
-                    digest.update(chunk)
-                    file.write(chunk)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        self._count(size)
+        with self._coming() as coming:
+            try:
+                with part.open("wb") as file:
+                    async for chunk in chunks:
+                        size += len(chunk)
+                        if size > max_bytes:
+                            raise TooLarge(f"an upload has at most {self._max_upload_bytes} bytes")
+                        coming(len(chunk))
+                        digest.update(chunk)
+                        file.write(chunk)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+            self._count(size)
         return f'"{digest.hexdigest()}"'
 
     def _make_room(self) -> None:
-        """Remove the oldest uploads while all together are too many bytes."""
+        """Remove the oldest uploads while all together, with those that are coming, are too many bytes."""
         with self._lock:
-            if self._total_bytes <= self._max_uploads_bytes:
+            most = self._max_uploads_bytes - self._coming_bytes
+            if self._total_bytes <= most:
                 return
             entries = sorted(_sizes(self._folder), key=lambda entry: entry.modified)
             self._total_bytes = sum(entry.size for entry in entries)
             for entry in entries:
-                if self._total_bytes <= self._max_uploads_bytes or time.time() - entry.modified < _YOUNG_SECONDS:
+                if self._total_bytes <= most or time.time() - entry.modified < _YOUNG_SECONDS:
                     break
-                entry.path.unlink(missing_ok=True)
+                entry.remove()
                 self._total_bytes -= entry.size
-            if self._total_bytes > self._max_uploads_bytes:
+            if self._total_bytes > most:
                 raise TooLarge(
-                    f"the uploads here are {self._total_bytes} bytes, and the oldest less than an hour old; "
-                    f"at most {self._max_uploads_bytes} are kept"
+                    f"the uploads here are {self._total_bytes + self._coming_bytes} bytes, and the oldest less than an "
+                    f"hour old; at most {self._max_uploads_bytes} are kept"
                 )
 
     def _remove_stale(self) -> None:
         """Remove what an earlier process left unfinished."""
-        for entry in self._folder.iterdir():
-            old = time.time() - entry.stat().st_mtime > _STALE_SECONDS
-            if entry.suffix == ".part":
-                entry.unlink(missing_ok=True)
-            elif entry.suffix == ".parts" and old:
-                shutil.rmtree(entry, ignore_errors=True)
+        for part in self._folder.rglob("*.part"):
+            part.unlink(missing_ok=True)
+        for parts in self._folder.glob("*.parts"):
+            if time.time() - parts.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(parts, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A file that lies in the folder: its size in bytes, and when it was last written or used."""
+    """An upload that lies in the folder, or its parts: how many bytes, and when it was last written or used."""
 
     path: Path
     size: int
     modified: float
 
+    def remove(self) -> None:
+        if self.path.suffix == ".parts":
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            self.path.unlink(missing_ok=True)
+
 
 def _sizes(folder: Path) -> list[_Kept]:
-    """Return the finished uploads; one that vanishes while we look is none."""
+    """Return the uploads, whole or in parts, that are not being written; one that vanishes while we look is none."""
     kept = []
     for path in folder.iterdir():
-        if path.suffix not in _UNFINISHED and path.name != ".secret":
+        if path.suffix != ".part" and path.name != ".secret":
             with suppress(FileNotFoundError):
-                status = path.stat()
-                kept.append(_Kept(path, status.st_size, status.st_mtime))
+                files = path.iterdir() if path.suffix == ".parts" else [path]
+                size = sum(file.stat().st_size for file in files if file.suffix != ".part")
+                kept.append(_Kept(path, size, path.stat().st_mtime))
     return kept
 
 

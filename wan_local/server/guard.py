@@ -29,7 +29,7 @@ PROXY_PATH = "/api/fal/proxy"
 
 _PREFIX_BY_HOST = {"fal.run": "/run", "queue.fal.run": "/queue", "rest.fal.ai": "", "rest.alpha.fal.ai": ""}
 _OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")
-_OPEN_PREFIXES = ("/files/", "/put/", "/mput/")  # their addresses cannot be guessed
+_OPEN_PREFIXES = ("/files/", "/put/", "/mput/")  # their addresses cannot be guessed: `ServedFiles` signs them
 _UPLOADS = "/files/upload"  # except where something new is begun
 _CORS = {
     b"access-control-allow-methods": b"GET, HEAD, POST, PUT, OPTIONS",
@@ -96,7 +96,7 @@ class Guard:
             return False
         if port not in (self._options.port, None) or parts.path or parts.username is not None:
             return False
-        if name in ("127.0.0.1", "localhost", "::1", self._options.host):
+        if name in ("127.0.0.1", "localhost", "::1", self._options.host.lower()):
             return True
         return not self._options.loopback and _is_address(name)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from wan_local.errors import InvalidRequest
 from wan_local.image import fetch, load_image
 from wan_local.jobs import Engine, Ticket
-from wan_local.request import Request, Result, Step, as_json
+from wan_local.request import Check, Request, Result, Step, as_json
 from wan_local.server.files import ServedFiles
 from wan_local.server.options import ServerOptions
 
@@ -39,7 +39,10 @@ def fetching(engine: Engine, files: ServedFiles, options: ServerOptions) -> Engi
 
     def run(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
         given = {field: getattr(request, field) for field in FIELDS}
-        opened = {field: _open(source, field, files, options) for field, source in given.items()}
+        opened = {}
+        for field, source in given.items():
+            ticket.check()
+            opened[field] = _open(source, field, files, options, ticket.check)
         try:
             yield from engine(request.model_copy(update=opened), ticket)
         except InvalidRequest as error:
@@ -48,12 +51,18 @@ def fetching(engine: Engine, files: ServedFiles, options: ServerOptions) -> Engi
     return run
 
 
-def _open(source: str | Path, field: str, files: ServedFiles, options: ServerOptions) -> Path | bytes:
+def _open(source: str | Path, field: str, files: ServedFiles, options: ServerOptions, check: Check) -> Path | bytes:
     if isinstance(source, Path):
         return source
     if (path := files.path_of_url(source)) is not None:
         return path
-    return fetch(source, field=field, allow_local=options.allow_local_files, allow_private=options.allow_private_urls)
+    return fetch(
+        source,
+        field=field,
+        allow_local=options.allow_local_files,
+        allow_private=options.allow_private_urls,
+        check=check,
+    )
 
 
 def _with_inputs(error: InvalidRequest, given: dict[str, str | Path]) -> InvalidRequest:

@@ -33,11 +33,14 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a submission asks of the queue: headers and query of its request; `attached`: its client waits for it."""
+    """What a submission asks of the queue: headers and query of its request, and where that reached the server;
+    `attached`: its client waits for it.
+    """
 
     priority: Priority
     start_timeout: float | None
     webhook_url: str | None
+    base_url: str
     attached: bool
 
     @classmethod
@@ -53,7 +56,7 @@ class Wanted:
         webhook = request.query_params.get("fal_webhook")
         if webhook is not None and not webhook.lower().startswith(("http://", "https://")):
             return refusal(400, f"fal_webhook is {webhook[:100]!r}; it is an http(s) address")
-        return cls("low" if priority == "low" else "normal", seconds, webhook, attached)
+        return cls("low" if priority == "low" else "normal", seconds, webhook, base_url(request), attached)
 
 
 class StreamFailed(Exception):

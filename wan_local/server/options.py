@@ -9,6 +9,8 @@ from wan_local.errors import NotAvailable
 
 DEFAULT_PORT = 8787
 
+_MAX_PORT = 65535
+
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
@@ -35,7 +37,7 @@ class ServerOptions:
 
     @property
     def loopback(self) -> bool:
-        return self.host == "localhost" or is_loopback(self.host)
+        return is_loopback(self.host)
 
     @property
     def base_url(self) -> str:
@@ -44,7 +46,9 @@ class ServerOptions:
         return f"{'https' if self.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def check(self) -> None:
-        """Raise NotAvailable for a server that anybody in the network could use."""
+        """Raise NotAvailable for a port that there is not, and for a server that anybody in the network could use."""
+        if not 0 <= self.port <= _MAX_PORT:
+            raise NotAvailable(f"--port {self.port}: ports go from 1 to {_MAX_PORT}; 0 takes a free one.")
         if not self.loopback and not self.api_key:
             raise NotAvailable(
                 f"--host {self.host} is open to the whole network, where anybody could make videos on this machine: "
@@ -53,6 +57,8 @@ class ServerOptions:
 
 
 def is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

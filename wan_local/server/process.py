@@ -126,11 +126,11 @@ def _listen(options: ServerOptions) -> socket.socket:
     return listening
 
 
-def _webhook_check(options: ServerOptions) -> Callable[[str], object] | None:
+def _webhook_check(options: ServerOptions) -> Callable[[str], str | None] | None:
     """Return what webhooks are checked with: clients on this machine may name anything here, others nothing private."""
 
-    def check(url: str) -> None:
-        if not (options.loopback and is_loopback(httpx.URL(url).host)):
-            check_public(url)
+    def check(url: str) -> str | None:
+        here = options.loopback and is_loopback(httpx.URL(url).host)
+        return None if here else check_public(url)
 
     return None if options.allow_private_urls else check
