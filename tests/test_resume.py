@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from PIL import Image
 
@@ -455,6 +457,16 @@ def test_who_takes_a_run_over_or_drops_it_sweeps_its_partial_video(
     assert runs.list_runs(settings)[0].about["output"] == str(elsewhere / "y.mp4")
     runs.remove(settings, "swept")
     assert not left_elsewhere.exists() and others.exists()
+
+
+def test_the_images_of_an_unfinished_run_are_at_hand(settings: Settings, stamps: Stamps, tmp_path: Path) -> None:
+    run_until(settings, stamps.request, "kept", tmp_path / "x.mp4", "denoise", 1)
+    pictures = runs.kept_pictures(settings, "kept")
+    assert sorted(pictures) == ["end_image_url", "start_image_url"]
+    sizes = {Image.open(io.BytesIO(content)).size for content in pictures.values()}
+    with av.open(io.BytesIO(stamps.video)) as video:
+        assert sizes == {(video.streams.video[0].width, video.streams.video[0].height)}
+    assert runs.kept_pictures(settings, "another") == {}
 
 
 def test_a_partial_video_is_named_after_its_run(

@@ -14,8 +14,12 @@ from tests.stamps import END, START, stamp_settings
 from tests.stub_engine import StubEngine
 from wan_local.denoise import Guided
 from wan_local.encoding import encode_file
+from wan_local.errors import InvalidRequest
 from wan_local.jobs import Engine, Ticket
 from wan_local.request import Request, Result, Step
+from wan_local.server.files import ServedFiles
+from wan_local.server.images import fetching
+from wan_local.server.options import ServerOptions
 from wan_local.service import pipeline_engine
 
 STEPS = 8
@@ -91,3 +95,20 @@ def test_outcomes_and_their_addresses_outlive_the_server(tmp_path: Path) -> None
         assert live.http.get(f"{live.queue}/requests/{bad}").status_code == 422
         status = live.http.get(f"{live.queue}/requests/{request_id}/status?logs=1").json()
         assert len(status["logs"]) == STEPS and status["metrics"]["inference_time"] > 0
+
+
+def test_a_run_that_goes_on_needs_its_addresses_no_more(tmp_path: Path) -> None:
+    """Signed addresses expire, and a machine that comes up again may be offline."""
+    seen = []
+
+    def engine(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
+        seen.append((request.start_image_url, request.end_image_url))
+        yield from ()
+
+    files = ServedFiles(tmp_path, base_url="http://here", max_upload_bytes=10**6, max_uploads_bytes=10**7)
+    kept = {"run": {"start_image_url": b"start", "end_image_url": b"end"}}
+    run = fetching(engine, files, ServerOptions(), lambda run_id: kept.get(run_id, {}))
+    request = Request(prompt="p", start_image_url="http://127.0.0.1:9/a.png", end_image_url="http://127.0.0.1:9/b.png")
+    assert list(run(request, Ticket("run", lambda: None))) == [] and seen == [(b"start", b"end")]
+    with pytest.raises(InvalidRequest):
+        list(run(request, Ticket("another", lambda: None)))

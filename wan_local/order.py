@@ -22,10 +22,8 @@ from wan_local.identity import part_identity
 from wan_local.key_map import PARTS
 from wan_local.metadata import public
 from wan_local.request import Request, as_json
+from wan_local.runs import PICTURES
 from wan_local.settings import AccelerationConfig, MergingConfig, ReuseConfig, Settings
-
-_PICTURES = ("start.png", "end.png")
-_IMAGE_FIELDS = ("start_image_url", "end_image_url")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def words_of(request: Request) -> dict[str, Any]:
 
 def describe(order: Order, settings: Settings, files: ModelFiles, device: torch.device) -> dict[str, Any]:
     """Return all of an order but its pictures as JSON, with what it must be made with to be the same video."""
-    plain = order.request.model_dump(mode="json", exclude=set(_IMAGE_FIELDS))
+    plain = order.request.model_dump(mode="json", exclude=set(PICTURES))
     size = order.geometry.size
     return {
         "request": plain,
@@ -70,7 +68,7 @@ def describe(order: Order, settings: Settings, files: ModelFiles, device: torch.
 
 def write_pictures(order: Order, folder: Path) -> None:
     """Put both pictures into a run's folder, without loss. Raises OSError."""
-    for picture, name in zip(order.pictures, _PICTURES, strict=True):
+    for picture, name in zip(order.pictures, PICTURES.values(), strict=True):
         buffer = io.BytesIO()
         picture.save(buffer, "PNG", compress_level=1)
         durable.write(folder / name, [buffer.getvalue()])
@@ -79,8 +77,10 @@ def write_pictures(order: Order, folder: Path) -> None:
 def read_order(folder: Path, about: Mapping[str, Any], *, output: Path | None) -> Order:
     """Return the order that `describe` and `write_pictures` told of. Raises NotResumable where it is damaged."""
     try:
-        pictures = tuple(Image.open(io.BytesIO((folder / name).read_bytes())).convert("RGB") for name in _PICTURES)
-        sources = {field: folder / name for field, name in zip(_IMAGE_FIELDS, _PICTURES, strict=True)}
+        pictures = tuple(
+            Image.open(io.BytesIO((folder / name).read_bytes())).convert("RGB") for name in PICTURES.values()
+        )
+        sources = {field: folder / name for field, name in PICTURES.items()}
         height, width = about["size"]
         request = Request(**about["request"], **sources)
         given = about["acceleration"]

@@ -34,6 +34,7 @@ State = Literal["running", "waiting"]
 
 FORMAT = 1  # of what is in the folder; another version's folders are not read
 CALLS, LATENTS, EXPANSION = "call-*.safetensors", "latents.safetensors", "expansion.safetensors"
+PICTURES = {"start_image_url": "start.png", "end_image_url": "end.png"}  # field, and its file
 _ABOUT, _LOCK = "run.json", "lock"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _GIGABYTE = 10**9
@@ -146,6 +147,16 @@ def find(settings: Settings, run_id: str) -> Run | None:
     """Return a run by its id, or None."""
     folder = _folder(settings, run_id)
     return _look_at(folder) if (folder / _ABOUT).is_file() else None
+
+
+def kept_pictures(settings: Settings, run_id: str) -> dict[str, bytes]:
+    """Return the images of an unfinished run, by field, fitted to its size, as PNG; of another id, none."""
+    run = find(settings, run_id)
+    if run is None:
+        return {}
+    with suppress(OSError):  # half of them are of no use: then they are fetched again
+        return {field: (run.folder / name).read_bytes() for field, name in PICTURES.items()}
+    return {}
 
 
 def list_runs(settings: Settings) -> list[Run]:

@@ -6,7 +6,7 @@ here; everything else is fetched when its turn comes, and not from where only th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from wan_local.errors import InvalidRequest
@@ -17,6 +17,11 @@ from wan_local.server.files import ServedFiles
 from wan_local.server.options import ServerOptions
 
 FIELDS = ("start_image_url", "end_image_url")
+Kept = Callable[[str], Mapping[str, bytes]]
+
+
+def none_kept(_: str) -> Mapping[str, bytes]:
+    return {}
 
 
 def unpack(request: Request, files: ServedFiles) -> Request:
@@ -34,15 +39,19 @@ def unpack(request: Request, files: ServedFiles) -> Request:
     return request.model_copy(update=kept) if kept else request
 
 
-def fetching(engine: Engine, files: ServedFiles, options: ServerOptions) -> Engine:
-    """Return the engine behind a step that opens the images as the options allow."""
+def fetching(engine: Engine, files: ServedFiles, options: ServerOptions, kept: Kept = none_kept) -> Engine:
+    """Return the engine behind a step that opens the images as the options allow.
+
+    kept: those of a job's unfinished run, which is gone on with although its addresses may be gone.
+    """
 
     def run(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
         given = {field: getattr(request, field) for field in FIELDS}
-        opened = {}
+        opened: dict[str, Path | bytes] = dict(kept(ticket.id))
         for field, source in given.items():
             ticket.check()
-            opened[field] = _open(source, field, files, options, ticket.check)
+            if field not in opened:
+                opened[field] = _open(source, field, files, options, ticket.check)
         try:
             yield from engine(request.model_copy(update=opened), ticket)
         except InvalidRequest as error:

@@ -6,6 +6,7 @@ the next one on that folder takes it up: requests that waited wait again in thei
 
 from __future__ import annotations
 
+import functools
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -22,10 +23,11 @@ from wan_local.errors import NotAvailable
 from wan_local.jobs import Engine
 from wan_local.journal import Journal
 from wan_local.lock import holding
+from wan_local.runs import kept_pictures
 from wan_local.server.app import create_app
 from wan_local.server.files import ServedFiles
 from wan_local.server.guard import App
-from wan_local.server.images import fetching
+from wan_local.server.images import Kept, fetching, none_kept
 from wan_local.server.options import ServerOptions, is_loopback
 from wan_local.server.tls import Certificate, ensure_certificate
 from wan_local.service import Service, pipeline_engine
@@ -50,8 +52,8 @@ class Server:
 
 
 @contextmanager
-def opened(output_dir: Path, engine: Engine, options: ServerOptions) -> Iterator[Server]:
-    """Give a server on the folder, for as long as the block runs. Raises Busy, OutputError."""
+def opened(output_dir: Path, engine: Engine, options: ServerOptions, *, kept: Kept = none_kept) -> Iterator[Server]:
+    """Give a server on the folder, for as long as the block runs. Raises Busy, OutputError. kept: see `fetching`."""
     make_output_dir(output_dir)
     folder = output_dir / "server"
     way_out = "Use that server, end it, or give this one another --output-dir."
@@ -64,7 +66,7 @@ def opened(output_dir: Path, engine: Engine, options: ServerOptions) -> Iterator
         )
         journal = Journal(folder / "requests")
         service = Service(
-            fetching(engine, files, options),
+            fetching(engine, files, options, kept),
             output_dir=output_dir,
             files=files,
             webhooks=Webhooks(check=_webhook_check(options)),
@@ -90,7 +92,8 @@ def serve(settings: Settings, options: ServerOptions, *, ready: Callable[[Server
     listening = _listen(options)
     options = replace(options, port=listening.getsockname()[1])
     certificate = ensure_certificate(settings.output_dir / "server" / "tls", options.host) if options.tls else None
-    with listening, opened(settings.output_dir, pipeline_engine(settings), options) as server:
+    engine, kept = pipeline_engine(settings), functools.partial(kept_pictures, settings)
+    with listening, opened(settings.output_dir, engine, options, kept=kept) as server:
         running = uvicorn.Server(_config(server.app, certificate))
         ready(options, server)
         running.run(sockets=[listening])
