@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels" / "wan_kernels"
 # A module may import from the lines above its own.
 LINES = (
     ("errors", "durable"),
-    ("request", "geometry", "settings", "switch_config", "weight_format"),
+    ("request", "geometry", "settings", "acceleration_config", "switch_config", "weight_format"),
     ("tiling",),
     ("vae_cost", "network_cost"),
     ("failure", "hub", "planner", "key_map", "header", "manifest", "runs"),
@@ -60,6 +60,7 @@ LINES = (
 # Within a line, these alone, from left to right: (importer, imported).
 NEIGHBOURS = {
     ("image", "download"),
+    ("settings", "acceleration_config"),
     ("settings", "geometry"),
     ("settings", "switch_config"),
     ("settings", "weight_format"),
@@ -75,6 +76,7 @@ WITHOUT_TORCH = (
     "request",
     "geometry",
     "settings",
+    "acceleration_config",
     "switch_config",
     "weight_format",
     "manifest",

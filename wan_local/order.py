@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from wan_local import __version__, durable
+from wan_local.acceleration_config import AccelerationConfig, MergingConfig, ReuseConfig
 from wan_local.checkpoint import ModelFiles
 from wan_local.errors import NotResumable
 from wan_local.geometry import Geometry, Size
@@ -22,7 +23,7 @@ from wan_local.identity import part_identity
 from wan_local.key_map import PARTS
 from wan_local.metadata import public
 from wan_local.request import Request, as_json
-from wan_local.settings import AccelerationConfig, MergingConfig, ReuseConfig, Settings
+from wan_local.settings import Settings
 
 _PICTURES = ("start.png", "end.png")
 _IMAGE_FIELDS = ("start_image_url", "end_image_url")

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from wan_local.acceleration_config import AccelerationConfig, AccelerationPolicy, MergingConfig, ReuseConfig
 from wan_local.geometry import Canvas, Resolution, Size
 from wan_local.switch_config import ExpansionConfig, ExpansionModel, SafetyConfig
 from wan_local.weight_format import Int8Arithmetic
@@ -23,12 +24,10 @@ UrlScheme = Literal["http", "file"]
 Precision = Literal["auto", "reference"]
 AttentionName = Literal["auto", "int8", "int8_pv", "sage", "sdpa", "xformers"]
 KernelsChoice = Literal["auto", "on", "off", "fp16"]
-AccelerationPolicy = Literal["merge", "static", "reuse"]
 Profile = Literal["distill4"]
 
 TINY = "tiny"
 _CONFIGS = ("flf2v_14b", "flf2v_tiny")
-_POLICIES = ("merge", "static", "reuse")
 _ATTENTION_NAMES = ("auto", "int8", "int8_pv", "sage", "sdpa", "xformers")
 _KERNELS_CHOICES = ("auto", "on", "off", "fp16")
 _PROFILES = ("distill4",)
@@ -173,41 +172,6 @@ class ImageEncoderConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class MergingConfig:
-    """Thresholds of step merging; `configs/acceleration.toml` says what each is."""
-
-    tau: float
-    max_merged: int
-    warm_fraction: float
-    warm_min: int
-    tail: int
-    max_gap: float
-    min_steps: int
-    static_rho: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReuseConfig:
-    """Thresholds of velocity reuse; `configs/acceleration.toml` says what each is."""
-
-    threshold: float
-    max_reused: int
-    warm_fraction: float
-    warm_min: int
-    tail: int
-    min_steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class AccelerationConfig:
-    """What `acceleration="regular"` does, and the thresholds of every policy."""
-
-    policy: AccelerationPolicy
-    merge: MergingConfig
-    reuse: ReuseConfig
-
-
-@dataclass(frozen=True, slots=True)
 class ProfileConfig:
     """A way of sampling for distilled weights: `steps` of the unshifted grid, from 1 down, by Euler's method."""
 
@@ -306,16 +270,20 @@ def load_model_config(name: str) -> ModelConfig:
 def load_acceleration_config(settings: Settings | None = None) -> AccelerationConfig:
     """Read what `acceleration="regular"` does: from `configs/`, the settings' file and the settings, the last first.
 
-    Raises ValueError for a file that cannot be read, or a table, name or value in it that does not exist.
+    Raises ValueError for a file that cannot be read, or a table, name or value in it that cannot be.
     """
     tables = read_toml("acceleration")
-    if settings is not None and settings.acceleration_file is not None:
-        _overlay(tables, settings.acceleration_file)
+    file = None if settings is None else settings.acceleration_file
+    if file is not None:
+        _overlay(tables, file)
     policy = tables["regular"]["policy"]
     if settings is not None and settings.acceleration_policy is not None:
         policy = settings.acceleration_policy
-    _check_choice("acceleration_policy", policy, _POLICIES)
-    return AccelerationConfig(policy, MergingConfig(**tables["merge"]), ReuseConfig(**tables["reuse"]))
+    _check_choice("acceleration_policy", policy, get_args(AccelerationPolicy))
+    try:
+        return AccelerationConfig(policy, MergingConfig(**tables["merge"]), ReuseConfig(**tables["reuse"]))
+    except ValueError as error:
+        raise ValueError(f"acceleration_file {file or 'as shipped'}: {error}") from error
 
 
 def load_profile(name: Profile) -> ProfileConfig:
