@@ -56,7 +56,9 @@ class Settings:
 
     `model`: folder with weights, `"tiny"` for the embedded model, or None for the 14B model at its usual places.
     `device`: "auto", "cpu" or a torch device such as "cuda:0".
-    `precision`: "auto" computes in bfloat16 on a GPU and float32 on a CPU; "reference" is float32 everywhere.
+    `precision`: "auto" computes in bfloat16 on a GPU and float32 on a CPU; "reference" keeps the transformer's hidden
+    state in float32, takes plain PyTorch where no kernel is named and int8 weights without rounding their inputs, but
+    multiplies in bfloat16 on a GPU as well.
     `int8_arithmetic`: what int8 weights are used by: "w8a8" rounds their inputs to int8 too, "weight-only" does not;
     "auto" is w8a8 where the hardware multiplies bytes fast (CUDA, AVX512-VNNI).
     `output_dir`: where videos go that were given no name. `models_dir`: where downloaded weights are looked for.
