@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ import pytest
 from PIL import Image
 from skimage import data
 from skimage.metrics import structural_similarity
+from torch import Tensor
 
 from wan_local import cli
 from wan_local.cli import terminal
 from wan_local.errors import InvalidRequest
+from wan_local.models.vae import TilePixels, Vae
+from wan_local.preparation import Job
 from wan_local.quality import metrics, own_model, protocol, verdict
 from wan_local.quality.making import Encoded, Made, Maker
 from wan_local.quality.page import write_page
 from wan_local.quality.protocol import Study
 from wan_local.quality.subject import EXACT, Cell, Clip, Unit, Variant, units
 from wan_local.settings import load_acceleration_config, load_settings
+from wan_local.tiling import WHOLE, Tiling
 
 RNG = np.random.default_rng(7)
 
@@ -160,6 +165,36 @@ def test_guidance_other_models_and_a_seed_are_compared_too(tmp_path: Path) -> No
     labels = [variant.label for variant in own_model.variants(tmp_path, 20, 5, [Path("flf2v-int4")])]
     assert labels[-4:] == ["10 even steps", "guide_scale 1", "model flf2v-int4", "another seed"]
     assert "guide_scale 1" not in [variant.label for variant in own_model.variants(tmp_path, 20, 1)]
+
+
+def test_what_the_vae_keeps_is_measured_in_the_plans_tiles_and_once_a_clip(
+    pan: metrics.Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_tiles(job: Job) -> Job:
+        stages = tuple(replace(stage, tiling=Tiling(2, 2)) for stage in job.plan.stages)
+        return replace(job, plan=replace(job.plan, stages=stages))
+
+    made: list[tuple[int, Tiling]] = []
+    encode, decode_tiles = Vae.encode, Vae.decode_tiles
+
+    def encoding(self: Vae, chunks: Iterable[Tensor], tiling: Tiling = WHOLE, **options: Any) -> Tensor:
+        kept = list(chunks)
+        made.append((len(kept), tiling))
+        return encode(self, kept, tiling, **options)
+
+    def decoding(self: Vae, latents: Tensor, tiling: Tiling, **options: Any) -> Iterator[TilePixels]:
+        made.append((latents.shape[2], tiling))
+        return decode_tiles(self, latents, tiling, **options)
+
+    monkeypatch.setattr(Vae, "encode", encoding)
+    monkeypatch.setattr(Vae, "decode_tiles", decoding)
+    settings = load_settings(model="tiny", device="cpu", cache_dir=tmp_path / "cache")
+    arguments, clip = {"resolution": "480p", "aspect_ratio": "16:9", "guide_scale": 1}, make_clip(pan)
+    tiled = Maker(settings, arguments, tmp_path, edit=in_tiles)
+    ceilings = [tiled.encode(clip).ceiling for _ in range(2)]
+    assert made[1:] == 4 * [(1, Tiling(2, 2))]  # after the condition, which is cached then
+    whole = Maker(settings, arguments, tmp_path).encode(clip).ceiling
+    assert ceilings[0] == ceilings[1] == pytest.approx(whole, abs=0.1)
 
 
 def write_pair(folder: Path, name: str) -> None:
