@@ -242,6 +242,7 @@ def main() -> None:
     settings = load_settings(
         model="tiny", device=options.device, attention="sdpa", kernels="off", cache_dir=options.work / "encodings"
     )
+    settings = replace(settings, acceleration_policy=None, acceleration_file=None)  # the environment's would be in all
     maker = Maker(settings, arguments, options.work, edit=in_float32, shelf=Shelf())
     study = Study(maker, options.work, at_once=options.at_once)
     if options.page:

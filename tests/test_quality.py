@@ -161,6 +161,21 @@ def test_every_candidate_is_a_file_of_thresholds_that_the_settings_read(tmp_path
     assert chosen is not None and tomllib.loads(chosen.as_toml())["reuse"] == {"threshold": 0.1}
 
 
+def test_a_policy_in_the_environment_neither_replaces_the_candidates_nor_undoes_the_recommended_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WAN_LOCAL_ACCELERATION_POLICY", "static")
+    base = load_settings(model="tiny")
+    for candidate, variant in zip(own_model.candidates(), own_model.variants(tmp_path, 30, 5), strict=False):
+        assert load_acceleration_config(replace(base, **variant.settings)).policy == candidate.policy
+    chosen = own_model.candidates()[0]
+    (tmp_path / "acceleration.toml").write_text(chosen.as_toml(), encoding="utf-8")
+    for variable in own_model.environment(chosen, tmp_path / "acceleration.toml", base).split():
+        monkeypatch.setenv(*variable.split("=", 1))
+    config = load_acceleration_config(load_settings())
+    assert (config.policy, config.merge.tau) == ("merge", 0.03)
+
+
 def test_guidance_other_models_and_a_seed_are_compared_too(tmp_path: Path) -> None:
     labels = [variant.label for variant in own_model.variants(tmp_path, 20, 5, [Path("flf2v-int4")])]
     assert labels[-4:] == ["10 even steps", "guide_scale 1", "model flf2v-int4", "another seed"]

@@ -14,6 +14,7 @@ from wan_local.errors import NotAvailable
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
     from wan_local.quality.protocol import Study
+    from wan_local.settings import Settings
 
 
 def add(commands: Commands) -> None:
@@ -55,7 +56,8 @@ def _quality(options: argparse.Namespace) -> int:
 
     arguments = {"resolution": options.resolution, "guide_scale": options.guide_scale}
     folder = options.output / "runs"
-    maker = Maker(settings_from(vars(options)), arguments, folder)
+    settings = settings_from(vars(options))
+    maker = Maker(settings, arguments, folder)
     study, clips = Study(maker, folder), read_pairs(options.pairs)
     cells = [Cell(steps, shift) for steps in options.num_inference_steps for shift in options.shift]
     [probe, *_] = units(clips, cells, options.seeds)
@@ -71,13 +73,13 @@ def _quality(options: argparse.Namespace) -> int:
             done += 1
             say(f"{done}/{total} {row['cell']}, {row['clip']}, seed {row['seed']}, {row['variant']}: {row['calls']} "
                 f"calls, {row['seconds']:.1f} s, {row['psnr_to_exact']:.1f} dB to the exact run")  # fmt: skip
-    _write(study, options.output, cells[0].name)
+    _write(study, options.output, cells[0].name, settings)
     return DONE
 
 
-def _write(study: Study, output: Path, cell: str) -> None:
+def _write(study: Study, output: Path, cell: str, settings: Settings) -> None:
     """Write the page of all cells, and the thresholds that the figures of `cell` speak for."""
-    from wan_local.quality.own_model import recommended
+    from wan_local.quality.own_model import environment, recommended
     from wan_local.quality.page import write_page
     from wan_local.quality.verdict import summarize
 
@@ -89,7 +91,7 @@ def _write(study: Study, output: Path, cell: str) -> None:
         thresholds.write_text(chosen.as_toml(), encoding="utf-8")
         words = (
             f"By these figures `regular` should be: {chosen.label}. "
-            f"`WAN_LOCAL_ACCELERATION_FILE={thresholds.absolute()}` makes it so."
+            f"`{environment(chosen, thresholds, settings)}` makes it so."
         )
     title = "What each approximation costs with this model"
     write_page(study, output, title, words)

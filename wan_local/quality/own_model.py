@@ -14,6 +14,7 @@ from wan_local.image import load_image
 from wan_local.preparation import Job
 from wan_local.quality.subject import EXACT, Clip, Variant
 from wan_local.quality.verdict import Summary, best
+from wan_local.settings import Settings
 
 FIRST, LAST = "_first", "_last"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -26,6 +27,11 @@ class Candidate:
 
     label: str
     tables: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def policy(self) -> str:
+        policy: str = self.tables["regular"]["policy"]
+        return policy
 
     def as_toml(self) -> str:
         lines = []
@@ -57,7 +63,8 @@ def variants(folder: Path, steps: int, guide_scale: float, other_models: Sequenc
     for number, candidate in enumerate(candidates()):
         path = folder / f"candidate_{number}.toml"
         path.write_text(candidate.as_toml(), encoding="utf-8")
-        made.append(Variant(candidate.label, {"acceleration": "regular"}, {"acceleration_file": path}))
+        settings = {"acceleration_file": path, "acceleration_policy": candidate.policy}
+        made.append(Variant(candidate.label, {"acceleration": "regular"}, settings))
     half = max(2, steps // 2)
     made.append(Variant(f"{half} even steps", {"num_inference_steps": half}))
     if guide_scale != 1:
@@ -91,6 +98,14 @@ def recommended(summaries: Sequence[Summary]) -> Candidate | None:
     by_label = {candidate.label: candidate for candidate in candidates()}
     chosen = best(summaries, list(by_label))
     return None if chosen is None else by_label[chosen.variant]
+
+
+def environment(chosen: Candidate, thresholds: Path, settings: Settings) -> str:
+    """Return the variables that make a candidate what `regular` is, beside those that `settings` came from."""
+    variables = f"WAN_LOCAL_ACCELERATION_FILE={thresholds.absolute()}"
+    if settings.acceleration_policy not in (None, chosen.policy):  # it goes before the file's
+        variables += f" WAN_LOCAL_ACCELERATION_POLICY={chosen.policy}"
+    return variables
 
 
 def read_pairs(folder: Path) -> list[Clip]:
