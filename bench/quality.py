@@ -28,7 +28,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench.decision import section
 from bench.tiny_model.photos import held_out_photos
 from bench.tiny_model.render import clip
 from bench.tiny_model.train import DEFAULT_FOLDER as TINY_FOLDER
@@ -41,6 +40,7 @@ from wan_local.attention import Function, KernelChoice
 from wan_local.convert import Conversion, convert
 from wan_local.preparation import Job
 from wan_local.preview import to_uint8
+from wan_local.quality.decision import section
 from wan_local.quality.making import Maker
 from wan_local.quality.metrics import Row
 from wan_local.quality.page import write_page
