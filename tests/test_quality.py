@@ -25,6 +25,7 @@ from wan_local.preparation import Job
 from wan_local.quality import decision, metrics, own_model, protocol
 from wan_local.quality.making import Encoded, Made, Maker
 from wan_local.quality.page import write_page
+from wan_local.quality.premises import Premises
 from wan_local.quality.protocol import Study
 from wan_local.quality.subject import EXACT, Cell, Clip, Unit, Variant, units
 from wan_local.quality.summary import Summary
@@ -257,6 +258,15 @@ def test_pairs_are_read_by_their_names_and_a_lone_picture_is_named(tmp_path: Pat
         own_model.read_pairs(tmp_path)
 
 
+def test_a_pair_more_is_no_other_study_and_one_that_is_gone_is() -> None:
+    one = Premises({"resolution": "480p"}, {"the pair a": "1", "the compared model x": "2"})
+    more = Premises({"resolution": "480p"}, {"the pair a": "1", "the pair b": "3"})
+    assert one.changes_to(more) == []
+    assert more.changes_to(one) == ["the pair b is gone"]
+    other = Premises({"resolution": "720p"}, {"the pair a": "1", "the compared model x": "9"})
+    assert one.changes_to(other) == ["resolution 480p is now 720p", "the compared model x is another"]
+
+
 def test_bench_quality_runs_the_real_model_and_writes_page_and_thresholds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,8 +275,9 @@ def test_bench_quality_runs_the_real_model_and_writes_page_and_thresholds(
     write_pair(pairs, "noise")
     few: Mapping[str, Any] = {"acceleration": "regular"}
     monkeypatch.setattr(own_model, "variants", lambda *_: [Variant("static plan", few)])
-    flags = ["--model", "tiny", "--device", "cpu", "--num-inference-steps", "14", "8", "--guide-scale", "1"]
-    assert cli.main(["bench", "quality", "--pairs", str(pairs), "--output", str(output), *flags]) == terminal.DONE
+    command = ["bench", "quality", "--pairs", str(pairs), "--output", str(output), "--model", "tiny", "--device", "cpu"]
+    command += ["--num-inference-steps", "14", "8"]
+    assert cli.main([*command, "--guide-scale", "1"]) == terminal.DONE
     rows = [json.loads(line) for line in (output / "runs" / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     compared = [EXACT, "attention int8", "attention int8_pv", "static plan"]
     assert [row["variant"] for row in rows] == 2 * compared
@@ -276,5 +287,21 @@ def test_bench_quality_runs_the_real_model_and_writes_page_and_thresholds(
     said = capsys.readouterr()
     assert said.out.strip() == str(output / "README.md")
     assert "attention sage is left out: attention='sage' was asked for, but" in said.err
-    assert "static plan" in (output / "README.md").read_text(encoding="utf-8")
+    page = (output / "README.md").read_text(encoding="utf-8")
+    assert (
+        "static plan" in page
+        and "resolution 480p" in page
+        and "guide_scale 1.0, precision auto, attention sdpa" in page
+    )
     assert load_acceleration_config(load_settings(acceleration_file=output / "acceleration.toml")).policy == "static"
+    [*same, _, _] = command
+    assert cli.main([*same, "8", "14", "--guide-scale", "1"]) == terminal.DONE  # the same rows, judged by eight steps
+    assert "No candidate left out a step" in capsys.readouterr().err and not (output / "acceleration.toml").exists()
+    assert cli.main([*command, "--guide-scale", "2"]) != terminal.DONE
+    assert "guide_scale 1.0 is now 2.0. Name another --output, or remove" in capsys.readouterr().err
+    write_pair(pairs, "noise")
+    assert cli.main([*command, "--guide-scale", "1"]) != terminal.DONE
+    assert "of another study: the pair noise is another." in capsys.readouterr().err
+    (output / "runs" / "study.json").unlink()
+    assert cli.main([*command, "--guide-scale", "1"]) != terminal.DONE
+    assert "it is not told what they hold for" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,10 @@ def _quality(options: argparse.Namespace) -> int:
             raise NotAvailable(
                 f"bench quality needs {module}, which is not installed: pip install 'wan_local[quality]'"
             )
+    from wan_local.checkpoint import find_model
     from wan_local.quality.making import Maker
     from wan_local.quality.own_model import computations, exactly, read_pairs, variants
+    from wan_local.quality.premises import keep, premises_of
     from wan_local.quality.protocol import Study
     from wan_local.quality.subject import EXACT, Cell, Variant, units
 
@@ -62,6 +65,9 @@ def _quality(options: argparse.Namespace) -> int:
     study, clips = Study(maker, folder), read_pairs(options.pairs)
     cells = [Cell(steps, shift) for steps in options.num_inference_steps for shift in options.shift]
     [probe, *_] = units(clips, cells, options.seeds)
+    others = {path: find_model(replace(settings, model=str(path))) for path in options.compare_model}
+    premises = premises_of(maker.job(probe, Variant(EXACT)), clips, others)
+    keep(premises, folder, measured=bool(study.rows()))
     alike = [Variant(EXACT), *computations(settings, lambda variant: maker.job(probe, variant), say)]
     compared = {
         cell: [*alike, *variants(study.folder, cell.num_inference_steps, options.guide_scale, options.compare_model)]
@@ -74,11 +80,11 @@ def _quality(options: argparse.Namespace) -> int:
             done += 1
             say(f"{done}/{total} {row['cell']}, {row['clip']}, seed {row['seed']}, {row['variant']}: {row['calls']} "
                 f"calls, {row['seconds']:.1f} s, {row['psnr_to_exact']:.1f} dB to the exact run")  # fmt: skip
-    _write(study, options.output, cells[0].name, settings)
+    _write(study, options.output, cells[0].name, settings, premises.describe())
     return DONE
 
 
-def _write(study: Study, output: Path, cell: str, settings: Settings) -> None:
+def _write(study: Study, output: Path, cell: str, settings: Settings, facts: str) -> None:
     """Write the page of all cells, and the thresholds that the figures of `cell` speak for."""
     from wan_local.quality.decision import OWN, candidates, conclusion, section
     from wan_local.quality.own_model import environment, recommended
@@ -97,6 +103,6 @@ def _write(study: Study, output: Path, cell: str, settings: Settings) -> None:
             f"`{environment(chosen, thresholds, settings)}` makes it so."
         )
     title = "What each approximation costs with this model"
-    write_page(study, output, title, words, verdict=functools.partial(section, bar=OWN))
+    write_page(study, output, title, f"{words}\n\nMeasured with {facts}.", verdict=functools.partial(section, bar=OWN))
     print(output / "README.md")
     say(words)
