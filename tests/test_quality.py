@@ -17,6 +17,7 @@ from skimage import data
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from bench.quality import extent
 from wan_local import cli
 from wan_local.cli import terminal
 from wan_local.errors import InvalidRequest
@@ -141,6 +142,13 @@ def test_the_page_has_a_table_pictures_and_readable_csv(pan: metrics.Frames, tmp
     with (tmp_path / "page" / "rows.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 6 and float(rows[0]["psnr_to_exact"]) == 99.0
+
+
+def test_the_page_of_the_embedded_model_tells_of_the_rows_that_there_are() -> None:
+    rows = [{"cell": "30 steps, shift 5", "clip": clip, "seed": seed} for clip in "ab" for seed in (1, 2)]
+    assert extent(rows).startswith("There are 2 clips with 2 seeds at 30 steps, shift 5. ")
+    rows.append({"cell": "20 steps, shift 3", "clip": "a", "seed": 1})
+    assert "at 30 steps, shift 5; 1 clip with 1 seed at 20 steps, shift 3. " in extent(rows)
 
 
 def summary(variant: str, calls: float, psnr: float, *, sharp: float = 1.0) -> Summary:
