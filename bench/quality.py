@@ -4,8 +4,9 @@ python -m bench.quality --work DIR [--cells all] [--device cuda:0] [--processes 
 python -m bench.quality --work DIR --page docs/quality        writes tables, plots and contact sheets of what there is
 
 Unseen clips with their true videos, 112x64 pixels and 81 frames, guide_scale 5. The centre cell (30 steps, shift 5)
-comes first: 24 clips, 3 seeds, every variant. The other cells have fewer clips and one seed. Every row is kept in DIR
-as it comes: a stopped run goes on where it was. On a card the exact run is float32 as well, without TF32.
+comes first: every variant on --clips clips with --seeds seeds. With --cells all the other cells follow, on
+--other-clips clips with one seed. Every row is kept in DIR as it comes: a stopped run goes on where it was, and the
+page says what it is made of. On a card the exact run is float32 as well, without TF32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench.decision import section
 from bench.tiny_model.photos import held_out_photos
 from bench.tiny_model.render import clip
 from bench.tiny_model.train import DEFAULT_FOLDER as TINY_FOLDER
@@ -41,6 +41,7 @@ from wan_local.attention import Function, KernelChoice
 from wan_local.convert import Conversion, convert
 from wan_local.preparation import Job
 from wan_local.preview import to_uint8
+from wan_local.quality.decision import section
 from wan_local.quality.making import Maker
 from wan_local.quality.metrics import Row
 from wan_local.quality.page import write_page
@@ -63,8 +64,7 @@ Made by `python -m bench.quality` on the embedded tiny model: unseen clips at 11
 but where a variant says otherwise. int8 attention is by the kernels' references: its rounding, not its speed. Another
 seed is the yardstick: what is nearer to the exact run than that changes less than chance does. PSNR to the truth is a
 floor and no ranking: fewer steps draw a mean, which blurs and scores more. Seconds are of denoising, where several runs
-share the device; calls are what a large model's time goes by. "runs" says of how many clips and seeds a row is: fewer
-away from 30 steps and shift 5. How these figures carry over to the 14B model is not
+share the device; calls are what a large model's time goes by. How these figures carry over to the 14B model is not
 known; `wan-local bench quality` measures it on your weights.
 """
 
@@ -214,6 +214,15 @@ def in_order(options: argparse.Namespace) -> Callable[[Row], Any]:
     return lambda row: (cells[row["cell"]], labels.get(row["variant"], len(labels)), row["clip"], row["seed"])
 
 
+def extent(rows: Sequence[Row]) -> str:
+    """Return in words of how many clips and seeds the rows of each cell are."""
+    parts = []
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        clips, seeds = (len({row[kind] for row in rows if row["cell"] == cell}) for kind in ("clip", "seed"))
+        parts.append(f"{clips} clip{'s' * (clips > 1)} with {seeds} seed{'s' * (seeds > 1)} at {cell}")
+    return f'There are {"; ".join(parts)}. "runs" says of how many of them a row is.'
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--work", type=Path, required=True, help="scratch folder: rows and strips, resumable")
@@ -242,10 +251,12 @@ def main() -> None:
     settings = load_settings(
         model="tiny", device=options.device, attention="sdpa", kernels="off", cache_dir=options.work / "encodings"
     )
+    settings = replace(settings, acceleration_policy=None, acceleration_file=None)  # the environment's would be in all
     maker = Maker(settings, arguments, options.work, edit=in_float32, shelf=Shelf())
     study = Study(maker, options.work, at_once=options.at_once)
     if options.page:
-        words = f"{WORDS}\nMeasured on: {(options.work / WORLD).read_text(encoding='utf-8').strip()}."
+        world = (options.work / WORLD).read_text(encoding="utf-8").strip()
+        words = f"{WORDS}\n{extent(study.rows())}\n\nMeasured on: {world}."
         write_page(study, options.page, "What each approximation costs", words, verdict=section)
         return
     if options.share is None and options.processes > 1:

@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels" / "wan_kernels"
 # A module may import from the lines above its own.
 LINES = (
     ("errors", "durable"),
-    ("request", "geometry", "settings", "switch_config", "weight_format"),
+    ("request", "geometry", "settings", "acceleration_config", "switch_config", "weight_format"),
     ("tiling",),
     ("vae_cost", "network_cost"),
     ("failure", "hub", "planner", "key_map", "header", "manifest", "runs"),
@@ -62,6 +62,7 @@ LINES = (
 NEIGHBOURS = {
     ("durable", "errors"),
     ("image", "download"),
+    ("settings", "acceleration_config"),
     ("settings", "geometry"),
     ("settings", "switch_config"),
     ("settings", "weight_format"),
@@ -77,6 +78,7 @@ WITHOUT_TORCH = (
     "request",
     "geometry",
     "settings",
+    "acceleration_config",
     "switch_config",
     "weight_format",
     "manifest",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.decision import between, candidates, section, winner
-from wan_local.quality.verdict import Summary
+from wan_local.quality.decision import between, candidates, section, winner
+from wan_local.quality.summary import Summary
 
 
 def summary(

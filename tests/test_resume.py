@@ -307,6 +307,23 @@ def test_thresholds_are_those_the_run_was_begun_with(settings: Settings, tmp_pat
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_run_is_sampled_as_it_was_begun_whatever_the_settings_say_now(
+    settings: Settings, tmp_path: Path, recorded: bool
+) -> None:
+    distilled, request = replace(settings, profile="distill4"), stamp_request()
+    whole = pipeline.generate(request, settings=distilled, output=tmp_path / "whole.mp4")
+    run_until(distilled, request, "four", tmp_path / "x.mp4", "denoise", 2)
+    if not recorded:  # as runs were before their order had a profile
+        file = runs.runs_folder(settings) / "four" / "run.json"
+        about = json.loads(file.read_text())
+        del about["profile"]
+        file.write_text(json.dumps(about))
+    result = finish(settings, "four")
+    assert result.report["model_calls"] == whole.report["model_calls"]
+    assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
 # What cannot be gone on with
 
 
@@ -366,8 +383,9 @@ def test_what_changed_since_is_told(
 ) -> None:
     run_until(settings, stamps.request, "elsewhere", tmp_path / "x.mp4", "denoise")
     monkeypatch.setattr(order, "__version__", "99.0")
-    result = finish(settings, "elsewhere")
-    assert "wan_local 0.1.0 is now 99.0" in result.report["notes"][0]
+    result = finish(replace(settings, kernels="off"), "elsewhere")
+    made, computed = result.report["notes"][:2]
+    assert "wan_local 0.1.0 is now 99.0:" in made and "kernels auto is now off:" in computed
 
 
 # What state may cost

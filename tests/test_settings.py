@@ -105,6 +105,13 @@ def test_a_file_of_thresholds_goes_over_the_shipped_ones_and_a_named_policy_over
         ("[merge]\ntail = 1.5", "tail .* is 1.5"),
         ("[merge", "cannot be read"),
         ('[regular]\npolicy = "fast"', "acceleration_policy is 'fast'"),
+        ("[merge]\ntail = 0", "mine.toml: tail in \\[merge\\] is 0; it is a number of 1 or more"),
+        ("[merge]\nwarm_min = 1", "warm_min in \\[merge\\] is 1; it is a number of 2 or more"),
+        ("[merge]\ntau = nan", "tau in \\[merge\\] is nan; it is a number of 0 or more"),
+        ("[merge]\nmax_gap = inf", "max_gap in \\[merge\\] is inf"),
+        ("[merge]\nstatic_rho = -1", "static_rho in \\[merge\\] is -1"),
+        ("[reuse]\nwarm_fraction = 1.5", "warm_fraction in \\[reuse\\] is 1.5; it is a number from 0 to 1"),
+        ("[reuse]\nmax_reused = -1", "max_reused in \\[reuse\\] is -1"),
     ],
 )
 def test_a_mistake_in_the_file_of_thresholds_is_named_at_once(tmp_path: Path, text: str, says: str) -> None:

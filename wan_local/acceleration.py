@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from wan_local.settings import AccelerationConfig, MergingConfig, ReuseConfig
+from wan_local.acceleration_config import AccelerationConfig, MergingConfig, ReuseConfig
 
 Acceleration = Literal["none", "regular"]
 

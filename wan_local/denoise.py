@@ -105,5 +105,6 @@ def _check_finite(noise_pred: Tensor, step: int, total: int) -> None:
     if not torch.isfinite(noise_pred).all():
         raise NumericalError(
             f"step {step} of {total} gave NaN or infinity, so there is no picture to make of it. The weights may be "
-            "damaged, or the device computes wrongly in this precision; try precision='reference'."
+            "damaged, or the device computes wrongly: try precision='reference' (plain PyTorch and a float32 hidden "
+            "state; linears stay bfloat16 on a card), or device='cpu', which is float32 throughout."
         )

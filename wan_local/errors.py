@@ -102,7 +102,7 @@ class OutOfMemory(WanLocalError, MemoryError):
 
 
 class NotResumable(WanLocalError, ValueError):
-    """An unfinished run is not there, is being made, is damaged, or was begun with another model."""
+    """An unfinished run is not there, is being made, is damaged, or was begun with another model; or a study was."""
 
 
 class NumericalError(WanLocalError, ArithmeticError):

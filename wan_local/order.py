@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from wan_local import __version__, durable
+from wan_local.acceleration_config import AccelerationConfig, MergingConfig, ReuseConfig
 from wan_local.checkpoint import ModelFiles
 from wan_local.errors import NotResumable
 from wan_local.geometry import Geometry, Size
@@ -23,14 +24,17 @@ from wan_local.key_map import PARTS
 from wan_local.metadata import public
 from wan_local.request import Request, as_json
 from wan_local.runs import PICTURES
-from wan_local.settings import AccelerationConfig, MergingConfig, ReuseConfig, Settings
+from wan_local.settings import Profile, Settings, load_profile
+
+_COMPUTED_BY = ("precision", "attention", "kernels", "int8_arithmetic")  # settings that change what a call gives
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """A request with its seed, its size, its pictures at that size, its thresholds, and where the video goes.
 
-    words: the request as the video's metadata tells of it. remarks: what was changed in it.
+    words: the request as the video's metadata tells of it. remarks: what was changed in it. profile: what it is sampled
+    by, None for the request's own steps.
     """
 
     request: Request
@@ -41,6 +45,7 @@ class Order:
     output: Path
     words: Mapping[str, Any]
     remarks: tuple[str, ...] = ()
+    profile: Profile | None = None
 
 
 def words_of(request: Request) -> dict[str, Any]:
@@ -60,6 +65,7 @@ def describe(order: Order, settings: Settings, files: ModelFiles, device: torch.
         "words": dict(order.words),
         "remarks": list(order.remarks),
         "acceleration": asdict(order.acceleration),
+        "profile": order.profile,
         "settings": _public_settings(settings),
         "model": {part: part_identity(files, part) for part in PARTS},
         "made_with": _made_with(device),
@@ -96,12 +102,21 @@ def read_order(folder: Path, about: Mapping[str, Any], *, output: Path | None) -
             output=output or Path(about["output"]),
             words=about["words"],
             remarks=tuple(about["remarks"]),
+            profile=_profile_of(about),
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise NotResumable(
             f"the run in {folder} is damaged or was left by another version ({error}); remove it with "
             f"`wan-local runs --remove {folder.name}` and begin anew"
         ) from error
+
+
+def _profile_of(about: Mapping[str, Any]) -> Profile | None:
+    """Return the profile a run was begun with; runs that do not tell have it among their settings."""
+    profile: Profile | None = about["profile"] if "profile" in about else about["settings"].get("profile")
+    if profile is not None:
+        load_profile(profile)
+    return profile
 
 
 def check_model(about: Mapping[str, Any], files: ModelFiles) -> None:
@@ -114,13 +129,21 @@ def check_model(about: Mapping[str, Any], files: ModelFiles) -> None:
             )
 
 
-def changes_since(about: Mapping[str, Any], device: torch.device) -> list[str]:
-    """Say what is different now from when the run was begun, where that may change the video's last bits."""
-    before, now = about["made_with"], _made_with(device)
-    changed = [f"{name} {before.get(name)} is now {value}" for name, value in now.items() if before.get(name) != value]
-    if not changed:
-        return []
-    return [f"since the run was begun {', '.join(changed)}: the video may differ from it in its last bits"]
+def changes_since(about: Mapping[str, Any], settings: Settings, device: torch.device) -> list[str]:
+    """Say what is different now from when the run was begun, where that may change the video."""
+    made = _changed(about["made_with"], _made_with(device))
+    computed = _changed(about.get("settings", {}), {name: getattr(settings, name) for name in _COMPUTED_BY})
+    notes = []
+    if made:
+        notes.append(f"since the run was begun {made}: the video may differ from it in its last bits")
+    if computed:
+        notes.append(f"since the run was begun {computed}: what is left of it is computed otherwise")
+    return notes
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    changes = (f"{name} {before.get(name)} is now {value}" for name, value in now.items() if before.get(name) != value)
+    return ", ".join(changes)
 
 
 def _made_with(device: torch.device) -> dict[str, str]:

@@ -133,7 +133,7 @@ class Pipeline:
             order = read_order(folder.folder, folder.about, output=where)
             job = planned(order, self.settings, files, device, answered=answers.expansion() is not None)
             job = replace(job, plan=as_begun(job.plan, folder.about, report.note))
-            for text in changes_since(folder.about, device):
+            for text in changes_since(folder.about, self.settings, device):
                 report.note(text)
             result = yield from _make(job, report, answers, check)
         yield result
@@ -268,9 +268,9 @@ def sample(
 
 
 def _scheduler(job: Job) -> Scheduler:
-    if job.settings.profile is None:
+    if job.order.profile is None:
         return Scheduler(job.request.num_inference_steps, job.request.shift)
-    profile = load_profile(job.settings.profile)
+    profile = load_profile(job.order.profile)
     return Scheduler.distilled(profile.steps, profile.shift)
 
 

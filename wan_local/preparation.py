@@ -104,6 +104,7 @@ def prepare(request: Request, settings: Settings, output: Path | str | None = No
         _output_path(settings, seed, output),
         words_of(request),
         remarks,
+        settings.profile,
     )
     return planned(order, settings, files, device, smaller=small, switches=switches)
 

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from wan_local.acceleration_config import AccelerationConfig, AccelerationPolicy, MergingConfig, ReuseConfig
 from wan_local.errors import WrongSetting
 from wan_local.geometry import Canvas, Resolution, Size
 from wan_local.switch_config import ExpansionConfig, ExpansionModel, SafetyConfig
@@ -24,12 +25,10 @@ UrlScheme = Literal["http", "file"]
 Precision = Literal["auto", "reference"]
 AttentionName = Literal["auto", "int8", "int8_pv", "sage", "sdpa", "xformers"]
 KernelsChoice = Literal["auto", "on", "off", "fp16"]
-AccelerationPolicy = Literal["merge", "static", "reuse"]
 Profile = Literal["distill4"]
 
 TINY = "tiny"
 _CONFIGS = ("flf2v_14b", "flf2v_tiny")
-_POLICIES = ("merge", "static", "reuse")
 _ATTENTION_NAMES = ("auto", "int8", "int8_pv", "sage", "sdpa", "xformers")
 _KERNELS_CHOICES = ("auto", "on", "off", "fp16")
 _PROFILES = ("distill4",)
@@ -58,7 +57,9 @@ class Settings:
 
     `model`: folder with weights, `"tiny"` for the embedded model, or None for the 14B model at its usual places.
     `device`: "auto", "cpu" or a torch device such as "cuda:0".
-    `precision`: "auto" computes in bfloat16 on a GPU and float32 on a CPU; "reference" is float32 everywhere.
+    `precision`: "auto" computes in bfloat16 on a GPU and float32 on a CPU; "reference" keeps the transformer's hidden
+    state in float32, takes plain PyTorch where no kernel is named and int8 weights without rounding their inputs, but
+    multiplies in bfloat16 on a GPU as well.
     `int8_arithmetic`: what int8 weights are used by: "w8a8" rounds their inputs to int8 too, "weight-only" does not;
     "auto" is w8a8 where the hardware multiplies bytes fast (CUDA, AVX512-VNNI).
     `output_dir`: where videos go that were given no name. `models_dir`: where downloaded weights are looked for.
@@ -174,41 +175,6 @@ class ImageEncoderConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class MergingConfig:
-    """Thresholds of step merging; `configs/acceleration.toml` says what each is."""
-
-    tau: float
-    max_merged: int
-    warm_fraction: float
-    warm_min: int
-    tail: int
-    max_gap: float
-    min_steps: int
-    static_rho: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReuseConfig:
-    """Thresholds of velocity reuse; `configs/acceleration.toml` says what each is."""
-
-    threshold: float
-    max_reused: int
-    warm_fraction: float
-    warm_min: int
-    tail: int
-    min_steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class AccelerationConfig:
-    """What `acceleration="regular"` does, and the thresholds of every policy."""
-
-    policy: AccelerationPolicy
-    merge: MergingConfig
-    reuse: ReuseConfig
-
-
-@dataclass(frozen=True, slots=True)
 class ProfileConfig:
     """A way of sampling for distilled weights: `steps` of the unshifted grid, from 1 down, by Euler's method."""
 
@@ -307,16 +273,20 @@ def load_model_config(name: str) -> ModelConfig:
 def load_acceleration_config(settings: Settings | None = None) -> AccelerationConfig:
     """Read what `acceleration="regular"` does: from `configs/`, the settings' file and the settings, the last first.
 
-    Raises WrongSetting for a file that cannot be read, or a table, name or value in it that does not exist.
+    Raises WrongSetting for a file that cannot be read, or a table, name or value in it that cannot be.
     """
     tables = read_toml("acceleration")
-    if settings is not None and settings.acceleration_file is not None:
-        _overlay(tables, settings.acceleration_file)
+    file = None if settings is None else settings.acceleration_file
+    if file is not None:
+        _overlay(tables, file)
     policy = tables["regular"]["policy"]
     if settings is not None and settings.acceleration_policy is not None:
         policy = settings.acceleration_policy
-    _check_choice("acceleration_policy", policy, _POLICIES)
-    return AccelerationConfig(policy, MergingConfig(**tables["merge"]), ReuseConfig(**tables["reuse"]))
+    _check_choice("acceleration_policy", policy, get_args(AccelerationPolicy))
+    try:
+        return AccelerationConfig(policy, MergingConfig(**tables["merge"]), ReuseConfig(**tables["reuse"]))
+    except ValueError as error:
+        raise WrongSetting(f"acceleration_file {file or 'as shipped'}: {error}") from error
 
 
 def load_profile(name: Profile) -> ProfileConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from wan_local.errors import NotAvailable
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
     from wan_local.quality.protocol import Study
+    from wan_local.settings import Settings
 
 
 def add(commands: Commands) -> None:
@@ -48,18 +51,24 @@ def _quality(options: argparse.Namespace) -> int:
             raise NotAvailable(
                 f"bench quality needs {module}, which is not installed: pip install 'wan_local[quality]'"
             )
+    from wan_local.checkpoint import find_model
     from wan_local.quality.making import Maker
-    from wan_local.quality.own_model import attentions, read_pairs, variants
+    from wan_local.quality.own_model import computations, exactly, read_pairs, variants
+    from wan_local.quality.premises import keep, premises_of
     from wan_local.quality.protocol import Study
     from wan_local.quality.subject import EXACT, Cell, Variant, units
 
     arguments = {"resolution": options.resolution, "guide_scale": options.guide_scale}
     folder = options.output / "runs"
-    maker = Maker(settings_from(vars(options)), arguments, folder)
+    settings = settings_from(vars(options))
+    maker = Maker(exactly(settings), arguments, folder)
     study, clips = Study(maker, folder), read_pairs(options.pairs)
     cells = [Cell(steps, shift) for steps in options.num_inference_steps for shift in options.shift]
     [probe, *_] = units(clips, cells, options.seeds)
-    alike = [Variant(EXACT), *attentions(lambda variant: maker.job(probe, variant), say)]
+    others = {path: find_model(replace(settings, model=str(path))) for path in options.compare_model}
+    premises = premises_of(maker.job(probe, Variant(EXACT)), clips, others)
+    keep(premises, folder, measured=bool(study.rows()))
+    alike = [Variant(EXACT), *computations(settings, lambda variant: maker.job(probe, variant), say)]
     compared = {
         cell: [*alike, *variants(study.folder, cell.num_inference_steps, options.guide_scale, options.compare_model)]
         for cell in cells
@@ -71,27 +80,29 @@ def _quality(options: argparse.Namespace) -> int:
             done += 1
             say(f"{done}/{total} {row['cell']}, {row['clip']}, seed {row['seed']}, {row['variant']}: {row['calls']} "
                 f"calls, {row['seconds']:.1f} s, {row['psnr_to_exact']:.1f} dB to the exact run")  # fmt: skip
-    _write(study, options.output, cells[0].name)
+    _write(study, options.output, cells[0].name, settings, premises.describe())
     return DONE
 
 
-def _write(study: Study, output: Path, cell: str) -> None:
+def _write(study: Study, output: Path, cell: str, settings: Settings, facts: str) -> None:
     """Write the page of all cells, and the thresholds that the figures of `cell` speak for."""
-    from wan_local.quality.own_model import recommended
+    from wan_local.quality.decision import OWN, candidates, conclusion, section
+    from wan_local.quality.own_model import environment, recommended
     from wan_local.quality.page import write_page
-    from wan_local.quality.verdict import summarize
+    from wan_local.quality.summary import summarize
 
-    chosen = recommended([summary for summary in summarize(study.rows()) if summary.cell == cell])
+    summaries = [summary for summary in summarize(study.rows()) if summary.cell == cell]
+    chosen, thresholds = recommended(summaries), output / "acceleration.toml"
     if chosen is None:
-        words = "None of the ways to leave out steps was near enough to the exact run: use acceleration none."
+        thresholds.unlink(missing_ok=True)  # of an earlier run
+        words = f"{conclusion(candidates(summaries, bar=OWN))} Nothing but acceleration none is recommended."
     else:
-        thresholds = output / "acceleration.toml"
         thresholds.write_text(chosen.as_toml(), encoding="utf-8")
         words = (
             f"By these figures `regular` should be: {chosen.label}. "
-            f"`WAN_LOCAL_ACCELERATION_FILE={thresholds.absolute()}` makes it so."
+            f"`{environment(chosen, thresholds, settings)}` makes it so."
         )
     title = "What each approximation costs with this model"
-    write_page(study, output, title, words)
+    write_page(study, output, title, f"{words}\n\nMeasured with {facts}.", verdict=functools.partial(section, bar=OWN))
     print(output / "README.md")
     say(words)

@@ -20,11 +20,10 @@ from torch import Tensor
 from wan_local.answers import Latents
 from wan_local.decode import decode_frames
 from wan_local.encoders import encode_frames, encode_images, encode_prompts
+from wan_local.geometry import Geometry
 from wan_local.image import fit
-from wan_local.models.vae import Vae
 from wan_local.pipeline import Embeds, sample
 from wan_local.preparation import Job, prepare
-from wan_local.preview import to_uint8
 from wan_local.quality import metrics
 from wan_local.quality.metrics import Frames
 from wan_local.quality.shelf import Shelf
@@ -75,6 +74,7 @@ class Maker:
     ) -> None:
         self._settings, self._arguments, self._folder = settings, dict(arguments), folder
         self._edit, self._shelf = edit, shelf
+        self._ceilings: dict[str, tuple[float, float]] = {}  # by a clip's name: all runs have one canvas
 
     def job(self, unit: Unit, variant: Variant) -> Job:
         """Return a variant's run, checked and planned."""
@@ -140,15 +140,22 @@ class Maker:
         condition = encode_frames(job.images, job.geometry.generated_frames, space)
         size = job.geometry.size
         ends = (np.asarray(fit(clip.start, size)), np.asarray(fit(clip.end, size)))
-        for attempt in space.attempts("condition"):
-            with attempt as rung, space.open("vae", rung) as vae:
-                first, last = (_through(vae, image.to(rung.device)) for image in job.images)
-        ceiling = (metrics.psnr(first, ends[0]), metrics.psnr(last, ends[1]))
-        return Encoded(Embeds(prompts["prompt"], prompts["negative_prompt"], images), condition, ends, ceiling)
+        if clip.name not in self._ceilings:
+            first, last = _through_vae(job, space)
+            self._ceilings[clip.name] = (metrics.psnr(first, ends[0]), metrics.psnr(last, ends[1]))
+        embeds = Embeds(prompts["prompt"], prompts["negative_prompt"], images)
+        return Encoded(embeds, condition, ends, self._ceilings[clip.name])
 
 
-def _through(vae: Vae, image_3HW: Tensor) -> Frames:
-    """Return an image after the VAE's encoder and decoder, uint8 [height, width, 3]."""
-    [decoded_B3THW] = vae.decode(vae.encode([image_3HW[None, :, None]]))
-    frame: Frames = to_uint8(decoded_B3THW[0])[0]
-    return frame
+def _through_vae(job: Job, space: Workspace) -> list[Frames]:
+    """Return both images after the VAE's encoder and decoder, each alone, uint8 [height, width, 3]."""
+    stills = [image[None, :, None] for image in job.images]
+    for attempt in space.attempts("condition"):
+        with attempt as rung, space.open("vae_encoder", rung) as vae:
+            latents = [vae.encode([still.to(rung.device)], rung.plan.tiling) for still in stills]
+    frame = Geometry(job.geometry.size, 1)
+    for attempt in space.attempts("decode"):
+        with attempt as rung, space.open("vae_decoder", rung) as vae:
+            tiling = rung.plan.tiling
+            decoded = [list(decode_frames(vae, one.to(rung.device), frame, tiling=tiling)) for one in latents]
+    return [np.concatenate([part.frames for part in parts])[0] for parts in decoded]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from wan_local.attention import names
 from wan_local.errors import InvalidRequest, NotAvailable
 from wan_local.image import load_image
 from wan_local.preparation import Job
+from wan_local.quality.decision import EVEN, OWN, winner
+from wan_local.quality.decision import candidates as against_the_bar
 from wan_local.quality.subject import EXACT, Clip, Variant
-from wan_local.quality.verdict import Summary, best
+from wan_local.quality.summary import Summary
+from wan_local.settings import Settings
 
 FIRST, LAST = "_first", "_last"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -26,6 +30,11 @@ class Candidate:
 
     label: str
     tables: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def policy(self) -> str:
+        policy: str = self.tables["regular"]["policy"]
+        return policy
 
     def as_toml(self) -> str:
         lines = []
@@ -57,26 +66,37 @@ def variants(folder: Path, steps: int, guide_scale: float, other_models: Sequenc
     for number, candidate in enumerate(candidates()):
         path = folder / f"candidate_{number}.toml"
         path.write_text(candidate.as_toml(), encoding="utf-8")
-        made.append(Variant(candidate.label, {"acceleration": "regular"}, {"acceleration_file": path}))
-    half = max(2, steps // 2)
-    made.append(Variant(f"{half} even steps", {"num_inference_steps": half}))
+        settings = {"acceleration_file": path, "acceleration_policy": candidate.policy}
+        made.append(Variant(candidate.label, {"acceleration": "regular"}, settings))
+    numbers = (steps // 2, round(steps * 2 / 3), math.ceil(steps * 4 / 5))  # the candidates' calls lie between these
+    fewer = sorted({max(2, number) for number in numbers} - {steps})
+    made += [Variant(f"{few} {EVEN}", {"num_inference_steps": few}) for few in fewer]
     if guide_scale != 1:
         made.append(Variant("guide_scale 1", {"guide_scale": 1}))
     made += [Variant(f"model {path}", settings={"model": str(path)}) for path in other_models]
     return [*made, Variant("another seed", seed_offset=1000)]
 
 
-def attentions(plan: Callable[[Variant], Job], left_out: Callable[[str], None]) -> list[Variant]:
-    """Return a variant for each way to compute attention that can run here, but for the one that runs use anyway.
+def exactly(settings: Settings) -> Settings:
+    """Return settings by which every run of a study computes, but for what a variant changes: in plain PyTorch."""
+    return replace(settings, attention="sdpa", kernels="off")
+
+
+def computations(settings: Settings, plan: Callable[[Variant], Job], left_out: Callable[[str], None]) -> list[Variant]:
+    """Return a variant for what the settings compute with, where it is not exact, and for each attention that can run.
 
     plan: plans a variant's run. left_out: is told which cannot run, and why.
     """
-    used = plan(Variant(EXACT)).kernels.attention
     found = []
+    own = {"attention": settings.attention, "kernels": settings.kernels}
+    used = plan(Variant(EXACT, settings=own)).kernels
+    if used.approximates:
+        how = "fused kernels" if used.fused else "float16 sums" if used.half_sums else "plain linears"
+        found.append(Variant(f"as these settings compute: attention {used.attention}, {how}", settings=own))
     for name in names():
-        variant = Variant(f"attention {name}", settings={"attention": name})
-        if name == used:
+        if name == "sdpa":
             continue
+        variant = Variant(f"attention {name}", settings={"attention": name})
         try:
             plan(variant)
         except NotAvailable as problem:
@@ -87,10 +107,18 @@ def attentions(plan: Callable[[Variant], Job], left_out: Callable[[str], None]) 
 
 
 def recommended(summaries: Sequence[Summary]) -> Candidate | None:
-    """Return the candidate that the figures speak for, or None where every step is better."""
+    """Return the candidate that the figures of a cell speak for, or None where every step is better."""
     by_label = {candidate.label: candidate for candidate in candidates()}
-    chosen = best(summaries, list(by_label))
-    return None if chosen is None else by_label[chosen.variant]
+    chosen = winner(against_the_bar(summaries, bar=OWN))
+    return None if chosen is None else by_label[chosen.summary.variant]
+
+
+def environment(chosen: Candidate, thresholds: Path, settings: Settings) -> str:
+    """Return the variables that make a candidate what `regular` is, beside those that `settings` came from."""
+    variables = f"WAN_LOCAL_ACCELERATION_FILE={thresholds.absolute()}"
+    if settings.acceleration_policy not in (None, chosen.policy):  # it goes before the file's
+        variables += f" WAN_LOCAL_ACCELERATION_POLICY={chosen.policy}"
+    return variables
 
 
 def read_pairs(folder: Path) -> list[Clip]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from wan_local.quality.metrics import Row
 from wan_local.quality.protocol import Study
 from wan_local.quality.subject import EXACT
-from wan_local.quality.verdict import Summary, summarize
+from wan_local.quality.summary import Summary, summarize
 
 _COLUMNS = (  # figure, its head, digits
     ("calls", "calls", 1),
@@ -34,11 +34,11 @@ _COLUMNS = (  # figure, its head, digits
 _PLOT_POINTS, _LABEL_POINTS, _LABEL_CALLS = 350, 10, 3.0  # height of a plot's axes, of a label, and a label's width
 _LEGEND = """\
 PSNR in dB over all frames; "worst clip" is the lowest mean over a clip's seeds. "exact" is the same request with every
-step and the base model's weights, same seed. "first/last below VAE": how far the first and last frame are below what
-the VAE alone keeps of the given image, dB. "last frame": the last frame's PSNR to the given image against the exact
-run's, dB. Motion (mean optical flow), sharpness (variance of the Laplacian) and warp error are ratios to the exact run;
-end pop is the change into the last frame over the median change; flicker is the mean second difference of the mean
-luma (0..255).
+step and the base model's weights, same seed, attention and linears by plain PyTorch. "first/last below VAE": how far
+the first and last frame are below what the VAE alone keeps of the given image, dB. "last frame": the last frame's PSNR
+to the given image against the exact run's, dB. Motion (mean optical flow), sharpness (variance of the Laplacian) and
+warp error are ratios to the exact run; end pop is the change into the last frame over the median change; flicker is the
+mean second difference of the mean luma (0..255).
 """
 
 
