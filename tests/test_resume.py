@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import wan_local
 from tests.stamps import END, START, stamp_request, stamp_settings
 from wan_local import durable, order, pipeline, runs
+from wan_local.answers import Answers, Latents
 from wan_local.denoise import Guided
 from wan_local.errors import Busy, NotResumable
 from wan_local.pipeline import Pipeline
@@ -396,6 +398,69 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on(
     assert len([note for note in result.report["notes"] if "No space left" in note]) == 1
     assert not any("call-0004" in name for name in written)
     assert runs.list_runs(settings) == []
+
+
+def keep_calls(answers: Answers, numbers: range) -> None:
+    for number in numbers:
+        latents = torch.full((1, 2), float(number))
+        answers.keep(number, latents, float(number), (latents + 1, latents + 1))
+
+
+@pytest.mark.parametrize(("failures", "kept"), [(1, 5), (2, 5), (100, 2)])
+def test_a_call_that_could_not_be_saved_is_tried_again_while_the_row_can_be_unbroken(
+    tmp_path: Path, failures: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, failed, notes = durable.write, [], list[str]()
+
+    def full(path: Path, chunks: Any) -> None:
+        if path.name.startswith("call") and path.name >= "call-0003" and len(failed) < failures:
+            failed.append(path.name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, chunks)
+
+    monkeypatch.setattr(durable, "write", full)
+    answers = Answers(tmp_path, notes.append)
+    keep_calls(answers, range(1, 6))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        f"call-{n:04d}.safetensors" for n in range(1, kept + 1)
+    ]
+    known = answers.answer(kept, torch.full((1, 2), float(kept)), float(kept))
+    assert known is not None and known[0].tolist() == [[kept + 1.0] * 2]
+    assert "call-0003 of this run's state could not be saved (No space left" in notes[0]
+    assert set(failed) == {"call-0003.safetensors"}
+    assert len(notes) == (1 if kept == 5 else 2)
+    answers.finish(Latents(torch.ones(1, 2), 5, {}))
+    assert answers.final() is not None and [path.name for path in tmp_path.iterdir()] == ["latents.safetensors"]
+
+
+def test_final_latents_need_no_more_room_than_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, notes = shutil.disk_usage(tmp_path), list[str]()
+    monkeypatch.setattr("wan_local.answers.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    answers = Answers(tmp_path, notes.append)
+    keep_calls(answers, range(1, 6))
+    answers.finish(Latents(torch.ones(1, 2), 5, {}))
+    assert answers.final() is not None
+    answers.finish(Latents(torch.ones(1000), 5, {}))
+    assert notes[-1].startswith("the final latents could not be saved (0 MB is free")
+
+
+def test_a_prompt_that_was_expanded_is_saved_before_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run gone on with from calls alone would have its prompt expanded again, perhaps to another."""
+    write = durable.write
+
+    def refused(path: Path, chunks: Any) -> None:
+        if path.name == runs.EXPANSION:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        write(path, chunks)
+
+    monkeypatch.setattr(durable, "write", refused)
+    answers = Answers(tmp_path, lambda _: None)
+    answers.keep_expansion({"prompt": "more"})
+    keep_calls(answers, range(1, 5))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(durable, "write", write)
+    answers.finish(Latents(torch.ones(1, 2), 4, {}))
+    assert answers.expansion() == {"prompt": "more"} and answers.final() is not None
 
 
 def test_state_leaves_room_on_the_disk(
