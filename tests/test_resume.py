@@ -22,7 +22,7 @@ from tests.stamps import END, START, stamp_request, stamp_settings
 from wan_local import durable, order, pipeline, runs
 from wan_local.answers import Answers, Latents
 from wan_local.denoise import Guided
-from wan_local.errors import Busy, NotResumable
+from wan_local.errors import Busy, NotResumable, OutputError
 from wan_local.pipeline import Pipeline
 from wan_local.request import Request, Result, Step
 from wan_local.settings import Settings
@@ -295,6 +295,36 @@ def test_resume_is_a_public_function_and_takes_another_output(
     assert (tmp_path / "y.mp4").read_bytes() == stamps.video
 
 
+def test_another_output_is_written_down_only_once_it_is_known_to_be_possible(
+    settings: Settings, stamps: Stamps, tmp_path: Path
+) -> None:
+    run_until(settings, stamps.request, "mistyped", tmp_path / "x.mp4", "denoise", 2)
+    with pytest.raises(OutputError, match="nowhere"):
+        wan_local.resume("mistyped", settings=settings, output=tmp_path / "nowhere" / "y.mp4")
+    assert runs.list_runs(settings)[0].about["output"] == str(tmp_path / "x.mp4")
+    running = Pipeline(settings).resume("mistyped", output=tmp_path / "y.mp4")
+    next(running)
+    running.close()
+    assert finish(settings, "mistyped").video.path == tmp_path / "y.mp4"
+
+
+def test_a_run_whose_disk_is_full_can_be_gone_on_with_to_another(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_until(settings, stamps.request, "full", tmp_path / "x.mp4", "denoise", 10)
+    write = durable.write
+
+    def full(path: Path, chunks: Any) -> None:
+        if path.is_relative_to(settings.state_dir):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, chunks)
+
+    monkeypatch.setattr(durable, "write", full)
+    result = wan_local.resume("full", settings=settings, output=tmp_path / "y.mp4")
+    assert (tmp_path / "y.mp4").read_bytes() == stamps.video
+    assert any("new output could not be saved (No space left" in note for note in result.report["notes"])
+
+
 def test_thresholds_are_those_the_run_was_begun_with(settings: Settings, tmp_path: Path) -> None:
     thresholds = tmp_path / "mine.toml"
     thresholds.write_text("[merge]\ntau = 0.5\n")
@@ -515,7 +545,9 @@ def test_who_takes_a_run_over_or_drops_it_sweeps_its_partial_video(
     left_elsewhere = elsewhere / durable.partial_name("swept", ".json")
     for path in (left, others, left_elsewhere):
         path.touch()
-    runs.take(settings, "swept", elsewhere / "y.mp4").release(remove=False)
+    taken = runs.take(settings, "swept")
+    taken.send_to(elsewhere / "y.mp4")
+    taken.release(remove=False)
     assert not left.exists() and others.exists() and left_elsewhere.exists()
     assert runs.list_runs(settings)[0].about["output"] == str(elsewhere / "y.mp4")
     runs.remove(settings, "swept")

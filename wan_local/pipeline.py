@@ -40,7 +40,7 @@ from wan_local.request import Check, File, Request, Result, Step, unchecked
 from wan_local.scheduler import Scheduler
 from wan_local.settings import Settings, load_profile, load_settings
 from wan_local.switches import checked_frames, checked_images, expanded_prompt
-from wan_local.unfinished import as_begun, begun, taken
+from wan_local.unfinished import as_begun, begun, sent_to, taken
 from wan_local.video import VideoReport, VideoWriter
 from wan_local.workspace import Workspace
 
@@ -125,7 +125,7 @@ class Pipeline:
         output: elsewhere than it was to go. Raises NotResumable, and as `generate` does.
         """
         where = None if output is None else Path(output).expanduser().absolute()
-        with self._card(), taken(self.settings, run_id, where) as folder:
+        with self._card(), taken(self.settings, run_id) as folder:
             files, device = find_model(self.settings), resolve_device(self.settings.device)
             check_model(folder.about, files)
             report = Report(device)
@@ -133,6 +133,7 @@ class Pipeline:
             order = read_order(folder.folder, folder.about, output=where)
             job = planned(order, self.settings, files, device, answered=answers.expansion() is not None)
             job = replace(job, plan=as_begun(job.plan, folder.about, report.note))
+            sent_to(folder, order.output, report.note)  # after it was checked: a mistyped one is not kept
             for text in changes_since(folder.about, device):
                 report.note(text)
             result = yield from _make(job, report, answers, check)

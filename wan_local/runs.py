@@ -84,6 +84,13 @@ class RunFolder:
         """Whether a step is done: before that, beginning anew costs nothing more."""
         return _look_at(self.folder).worth_keeping
 
+    def send_to(self, output: Path) -> None:
+        """Let the video go to `output` from now on: there the next one sweeps a part of it. Raises OSError."""
+        if self.about.get("output") != str(output):
+            about = {**self.about, "output": str(output)}
+            _write_about(self.folder, about)
+            self.about = about
+
     def release(self, *, remove: bool) -> None:
         """Give the folder up, and remove it if it is of no more use."""
         self._lock.release()
@@ -114,11 +121,8 @@ def begin(settings: Settings, run_id: str, about: Mapping[str, Any]) -> RunFolde
     return begun
 
 
-def take(settings: Settings, run_id: str, output: Path | None = None) -> RunFolder:
-    """Take over a run that was left, from now on to be made to `output` where that is given.
-
-    Raises NotResumable: none is there, or of another format; Busy: it is running.
-    """
+def take(settings: Settings, run_id: str) -> RunFolder:
+    """Take over a run that was left. Raises NotResumable: none is there, or of another format; Busy: it is running."""
     run = find(settings, run_id)
     if run is None:
         raise _not_there(settings, run_id)
@@ -131,11 +135,8 @@ def take(settings: Settings, run_id: str, output: Path | None = None) -> RunFold
     with ExitStack() as undo:
         undo.callback(lock.release)
         _sweep_after(run)
-        # where the next one sweeps a partial video, if this one dies too
-        about = {**run.about, **({"output": str(output)} if output else {})}
-        _write_about(run.folder, about)
         undo.pop_all()
-    return RunFolder(run.folder, lock, about)
+    return RunFolder(run.folder, lock, run.about)
 
 
 def _write_about(folder: Path, about: Mapping[str, Any]) -> None:

@@ -38,11 +38,20 @@ def begun(
 
 
 @contextmanager
-def taken(settings: Settings, run_id: str, output: Path | None) -> Iterator[runs.RunFolder]:
-    """Take over an unfinished run, for another output if one is given. Raises NotResumable."""
-    folder = runs.take(settings, run_id, output)
+def taken(settings: Settings, run_id: str) -> Iterator[runs.RunFolder]:
+    """Take over an unfinished run. Raises NotResumable."""
+    folder = runs.take(settings, run_id)
     with _held(folder, keep=True):
         yield folder
+
+
+def sent_to(folder: runs.RunFolder, output: Path, note: Callable[[str], None]) -> None:
+    """Write down where the video of a run goes now; where that cannot be, it goes there all the same."""
+    try:
+        folder.send_to(output)
+    except OSError as error:
+        reason = error.strerror or error
+        note(f"the run's new output could not be saved ({reason}); if it is stopped again, name it again")
 
 
 def _begin(
