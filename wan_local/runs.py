@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -146,13 +147,13 @@ def _write_about(folder: Path, about: Mapping[str, Any]) -> None:
 def find(settings: Settings, run_id: str) -> Run | None:
     """Return a run by its id, or None."""
     folder = _folder(settings, run_id)
-    return _look_at(folder) if (folder / _ABOUT).is_file() else None
+    return _look_at(folder) if os.path.isfile(folder / _ABOUT) else None  # no error where it may not look
 
 
 def list_runs(settings: Settings) -> list[Run]:
     """Return every unfinished run, the newest first."""
     folder = runs_folder(settings)
-    found = [_look_at(path.parent) for path in folder.glob(f"*/{_ABOUT}")] if folder.is_dir() else []
+    found = [_look_at(path.parent) for path in folder.glob(f"*/{_ABOUT}")] if os.path.isdir(folder) else []
     return sorted(found, key=lambda run: run.changed, reverse=True)
 
 
