@@ -23,6 +23,7 @@ from wan_local import durable, order, pipeline, runs
 from wan_local.answers import Answers, Latents
 from wan_local.denoise import Guided
 from wan_local.errors import Busy, NotResumable, OutputError
+from wan_local.failure import describe
 from wan_local.pipeline import Pipeline
 from wan_local.request import Request, Result, Step
 from wan_local.settings import Settings
@@ -95,6 +96,7 @@ from pathlib import Path
 import pytest, torch
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel  # once for all that are forked
 from tests.stamps import stamp_request, stamp_settings
+from wan_local.failure import describe
 from wan_local.pipeline import Pipeline
 from wan_local.request import Step
 torch.set_num_threads(1)
@@ -398,6 +400,32 @@ def test_what_changed_since_is_told(
     monkeypatch.setattr(order, "__version__", "99.0")
     result = finish(settings, "elsewhere")
     assert "wan_local 0.1.0 is now 99.0" in result.report["notes"][0]
+
+
+def test_settings_that_change_what_is_computed_are_told(settings: Settings, stamps: Stamps, tmp_path: Path) -> None:
+    run_until(settings, stamps.request, "chosen", tmp_path / "x.mp4", "denoise")
+    result = finish(replace(settings, precision="reference", attention="sdpa"), "chosen")
+    assert "since the run was begun precision auto is now reference, attention auto is now sdpa" in "".join(
+        result.report["notes"]
+    )
+
+
+def test_every_error_of_a_kept_run_says_how_to_go_on(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OutputError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.VideoWriter, "finish", full)
+        with pytest.raises(OutputError) as caught:
+            list(Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="full"))
+    way_out = "What was done is kept. Go on with: wan-local resume full"
+    assert caught.value.__notes__ == [way_out]
+    assert describe(caught.value).body["detail"][0]["msg"] == f"the disk is full {way_out}"
+    with pytest.raises(wan_local.ModelNotFound) as missing:
+        list(Pipeline(replace(settings, model=str(tmp_path / "gone"))).resume("full"))
+    assert missing.value.__notes__ == [way_out]
 
 
 # What state may cost

@@ -25,6 +25,7 @@ from wan_local.request import Request, as_json
 from wan_local.settings import AccelerationConfig, MergingConfig, ReuseConfig, Settings
 
 _PICTURES = ("start.png", "end.png")
+_CHOICES = ("precision", "int8_arithmetic", "attention", "kernels")  # settings that change what is computed
 _IMAGE_FIELDS = ("start_image_url", "end_image_url")
 
 
@@ -114,9 +115,13 @@ def check_model(about: Mapping[str, Any], files: ModelFiles) -> None:
             )
 
 
-def changes_since(about: Mapping[str, Any], device: torch.device) -> list[str]:
+def changes_since(about: Mapping[str, Any], device: torch.device, settings: Settings) -> list[str]:
     """Say what is different now from when the run was begun, where that may change the video's last bits."""
-    before, now = about["made_with"], _made_with(device)
+    before, now = dict(about["made_with"]), _made_with(device)
+    chosen = about.get("settings", {})
+    for name in _CHOICES:
+        if name in chosen:
+            before[name], now[name] = chosen[name], getattr(settings, name)
     changed = [f"{name} {before.get(name)} is now {value}" for name, value in now.items() if before.get(name) != value]
     if not changed:
         return []

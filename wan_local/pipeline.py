@@ -52,7 +52,8 @@ def generate(request: Request, *, settings: Settings | None = None, output: Path
     """Make one video and return where it is. Blocks; iterate over `Pipeline.generate` to see the steps.
 
     Raises InvalidRequest, ModelNotFound, WrongModel, CorruptModel, NotAvailable, DoesNotFit before any weight is
-    read, and NumericalError, OutOfMemory or OutputError later.
+    read, and NumericalError, OutOfMemory or OutputError later; a note on an error (`__notes__`) says how to go on with
+    the run where it is kept.
     """
     return _last(Pipeline(settings).generate(request, output=output))
 
@@ -60,7 +61,8 @@ def generate(request: Request, *, settings: Settings | None = None, output: Path
 def resume(run_id: str, *, settings: Settings | None = None, output: Path | str | None = None) -> Result:
     """Finish a run that was stopped, failed or killed, and return where its video is; `wan-local runs` lists them.
 
-    settings: those the run was begun with unless given. Raises NotResumable, and as `generate` does.
+    settings: unless given those the run was begun with, and over them what variables of the environment say of how it
+    is made. Raises NotResumable, and as `generate` does.
     """
     here = settings or load_settings()
     return _last(Pipeline(settings or runs.settings_of(run_id, here)).resume(run_id, output=output))
@@ -134,7 +136,7 @@ class Pipeline:
             job = planned(order, self.settings, files, device, answered=answers.expansion() is not None)
             job = replace(job, plan=as_begun(job.plan, folder.about, report.note))
             sent_to(folder, order.output, report.note)  # after it was checked: a mistyped one is not kept
-            for text in changes_since(folder.about, device):
+            for text in changes_since(folder.about, device, self.settings):
                 report.note(text)
             result = yield from _make(job, report, answers, check)
         yield result

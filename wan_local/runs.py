@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from wan_local import durable
 from wan_local.errors import Busy, NotResumable
-from wan_local.settings import Settings
+from wan_local.settings import Settings, in_environment
 
 State = Literal["running", "waiting"]
 
@@ -38,6 +38,8 @@ CALLS, LATENTS, EXPANSION = "call-*.safetensors", "latents.safetensors", "expans
 _ABOUT, _LOCK = "run.json", "lock"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _GIGABYTE = 10**9
+# What a run is; the rest is how it is made, and a variable of the environment may say that anew.
+_ITS_OWN = ("model", "profile", "loras", "acceleration_policy", "acceleration_file")
 _log = logging.getLogger(__name__)
 
 
@@ -189,7 +191,11 @@ def prune(settings: Settings) -> list[Run]:
 
 
 def settings_of(run_id: str, settings: Settings) -> Settings:
-    """Return the settings that a run was begun with, itself found by `settings`. Raises NotResumable."""
+    """Return the settings that a run was begun with, itself found by `settings`. Raises NotResumable.
+
+    Where a variable of the environment gives one that may be another, that of `settings` precedes: so an error's way
+    out such as WAN_LOCAL_SHARE_DEVICE=yes is one for a run that was begun without it.
+    """
     run = find(settings, run_id)
     if run is None:
         raise _not_there(settings, run_id)
@@ -200,7 +206,8 @@ def settings_of(run_id: str, settings: Settings) -> Settings:
             stored[field.name] = tuple(value)
         else:
             stored[field.name] = Path(value) if value is not None and "Path" in str(field.type) else value
-    return replace(Settings(**stored), state_dir=settings.state_dir)
+    anew = {"state_dir", *in_environment()}.difference(_ITS_OWN)
+    return replace(Settings(**stored), **{name: getattr(settings, name) for name in anew})
 
 
 def _folder(settings: Settings, run_id: str) -> Path:
