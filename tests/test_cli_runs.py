@@ -43,7 +43,7 @@ def interrupted_at(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def last(events: object, given: object, show: object) -> object:
         def shown(step: Step) -> None:
-            if step.stage == stage:
+            if step.stage == stage and step.index:
                 raise KeyboardInterrupt
 
         return save(events, given, shown)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def test_runs_are_removed_by_name_or_all(
 ) -> None:
     for name in ("one", "two", "three"):
         running = Pipeline(settings).generate(stamp_request(), output=tmp_path / "x.mp4", run_id=name)
-        next(event for event in running if isinstance(event, Step) and event.stage == "denoise")
+        next(event for event in running if isinstance(event, Step) and event.stage == "denoise" and event.index)
         running.close()
     assert cli.main(["runs", "--json"]) == DONE
     listed = json.loads(capsys.readouterr().out)

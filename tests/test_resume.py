@@ -278,6 +278,18 @@ def test_an_id_that_is_known_is_gone_on_with(
     assert (tmp_path / "x.mp4").read_bytes() == stamps.video
 
 
+def test_the_time_left_is_told_from_steps_that_are_made_and_not_from_those_that_are_read(
+    settings: Settings, stamps: Stamps, tmp_path: Path
+) -> None:
+    run_until(settings, stamps.request, "paced", tmp_path / "x.mp4", "denoise", 6)
+    run = runs.find(settings, "paced")
+    assert run is not None
+    events = [event for event in Pipeline(settings).resume("paced") if isinstance(event, Step)]
+    begun, *steps = [event for event in events if event.stage == "denoise"]
+    assert begun.index == 0 and begun.eta_seconds is None
+    assert [step.eta_seconds is None for step in steps] == [number < run.calls for number in range(len(steps))]
+
+
 def test_a_known_id_that_cannot_be_gone_on_with_is_begun_anew(
     settings: Settings, stamps: Stamps, tmp_path: Path
 ) -> None:

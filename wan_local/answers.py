@@ -170,20 +170,20 @@ class Answers:
 class Remembering:
     """A predictor that gives the kept answers while there are any, and asks `predictor` beyond, keeping what that says.
 
-    both: whether the prompt's own velocity is needed again, too.
+    both: whether the prompt's own velocity is needed again, too. `replays`: every answer so far was a kept one.
     """
 
     def __init__(self, predictor: Predictor, answers: Answers, *, both: bool) -> None:
         self._predictor, self._answers, self._both = predictor, answers, both
-        self._calls, self._replays = 0, True
+        self._calls, self.replays = 0, True
 
     def predict(self, latents: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         self._calls += 1
-        if self._replays:
+        if self.replays:
             known = self._answers.answer(self._calls, latents, timestep)
             if known is not None:
                 return known
-            self._replays = False
+            self.replays = False
         noise_pred, conditional = self._predictor.predict(latents, timestep)
         kept = (noise_pred, conditional if self._both else noise_pred)
         if bool(noise_pred.isfinite().all()):

@@ -258,8 +258,11 @@ def sample(
     noise = initial_noise(job.order.seed, _latent_shape(job)).to(job.device)
     report.kernels = job.kernels.reason
     with report.stage("denoise"), Denoiser(space, guided) as denoiser:
-        predictor = Remembering(denoiser, answers, both=not isinstance(policy, EveryStep)) if answers else denoiser
-        for state in denoise(predictor, scheduler, noise, policy):
+        yield report.step(0, len(scheduler), "the transformer is read, and the first step made")
+        kept = Remembering(denoiser, answers, both=not isinstance(policy, EveryStep)) if answers else None
+        for state in denoise(kept or denoiser, scheduler, noise, policy):
+            if kept and kept.replays:
+                report.known(state.done)
             preview = to_rgb.picture(state.clean)
             yield report.step(state.done, state.total, f"step {state.done} of {state.total}", preview=preview)
     return Latents(state.latents, state.calls, policy.summary())
