@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> int:
             if isinstance(event, Result):
                 told = _told(event)
                 break
-            if event.stage == "denoise":
+            if event.stage == "denoise" and event.index:
                 steps_at.append(round(event.elapsed_seconds, 2))
             news = event.stage not in stages or time.monotonic() > quiet_until
             stages[event.stage] = {**_torch_holds(device), "anonymous_bytes": resident.most}

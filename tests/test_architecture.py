@@ -15,7 +15,7 @@ KERNELS = ROOT / "kernels" / "wan_kernels"
 
 # A module may import from the lines above its own.
 LINES = (
-    ("errors", "durable"),
+    ("errors", "durable", "home"),
     ("request", "geometry", "settings", "acceleration_config", "switch_config", "weight_format"),
     ("tiling",),
     ("vae_cost", "network_cost"),
@@ -90,7 +90,7 @@ WITHOUT_TORCH = (
 )
 WITHOUT_TORCH += ("tiling", "vae_cost", "network_cost", "timing")
 WITHOUT_TORCH += ("pickle_header", "weight_files", "lora_header", "kinds", "scales", "stored_tensor", "inspection")
-WITHOUT_TORCH += ("hub", "durable", "runs")
+WITHOUT_TORCH += ("hub", "durable", "home", "runs")
 IMPORTERS_OF_KERNELS = ("attention", "fusions", "layers", "device", "doctor")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")
 

@@ -211,6 +211,7 @@ def test_on_a_terminal_each_stage_has_a_bar(
     monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["generate", *IMAGES, "--prompt", "p"]) == terminal.DONE
     words = capsys.readouterr().err
+    assert "0:00:00" in words, "a clock that moves between the steps"
     assert "2/2, 2:02 gone: step 2 of 2" in words and "[bold]plan[/bold] made" in words
 
 

@@ -14,7 +14,7 @@ from wan_local.cli import generate as generate_command
 from wan_local.cli.terminal import DONE, FAILED, INTERRUPTED
 from wan_local.pipeline import Pipeline
 from wan_local.request import Step
-from wan_local.settings import Settings
+from wan_local.settings import Settings, load_settings
 
 FLAGS = ("generate", "--model", "tiny", "--device", "cpu", "--start-image", str(START), "--end-image", str(END))
 FLAGS += (
@@ -43,7 +43,7 @@ def interrupted_at(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def last(events: object, given: object, show: object) -> object:
         def shown(step: Step) -> None:
-            if step.stage == stage:
+            if step.stage == stage and step.index:
                 raise KeyboardInterrupt
 
         return save(events, given, shown)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def test_runs_are_removed_by_name_or_all(
 ) -> None:
     for name in ("one", "two", "three"):
         running = Pipeline(settings).generate(stamp_request(), output=tmp_path / "x.mp4", run_id=name)
-        next(event for event in running if isinstance(event, Step) and event.stage == "denoise")
+        next(event for event in running if isinstance(event, Step) and event.stage == "denoise" and event.index)
         running.close()
     assert cli.main(["runs", "--json"]) == DONE
     listed = json.loads(capsys.readouterr().out)
@@ -130,6 +130,25 @@ def test_the_cache_is_shown_and_cleared(settings: Settings, tmp_path: Path, caps
 def test_the_settings_of_the_run_are_those_it_was_begun_with(settings: Settings, tmp_path: Path) -> None:
     begun = replace(settings, embed_metadata=False, keep_runs=3)
     running = Pipeline(begun).generate(stamp_request(), output=tmp_path / "x.mp4", run_id="quiet")
-    next(event for event in running if isinstance(event, Step) and event.stage == "denoise")
+    next(event for event in running if isinstance(event, Step) and event.stage == "denoise" and event.index)
     running.close()
     assert runs.settings_of("quiet", settings) == begun
+
+
+def test_the_environment_and_flags_say_anew_how_a_run_is_made_and_not_what_it_is(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the ways out that errors name."""
+    running = Pipeline(settings).generate(stamp_request(), output=tmp_path / "x.mp4", run_id="stuck")
+    next(event for event in running if isinstance(event, Step) and event.stage == "denoise" and event.index)
+    running.close()
+    for name, value in {"SHARE_DEVICE": "yes", "PRECISION": "reference", "MODEL": "/elsewhere"}.items():
+        monkeypatch.setenv(f"WAN_LOCAL_{name}", value)
+    now = runs.settings_of("stuck", load_settings())
+    assert now == replace(settings, share_device=True, precision="reference")
+    seen: list[Settings] = []
+    monkeypatch.setattr("wan_local.pipeline.Pipeline.__init__", lambda self, settings: seen.append(settings))
+    monkeypatch.setattr("wan_local.pipeline.Pipeline.resume", lambda *_, **__: iter(()))
+    monkeypatch.setattr("wan_local.cli.resume.follow", lambda *_: DONE)
+    assert cli.main(["resume", "stuck", "--attention", "sdpa", "--kernels", "off"]) == DONE
+    assert seen == [replace(now, attention="sdpa", kernels="off")]

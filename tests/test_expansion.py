@@ -449,7 +449,7 @@ def test_a_run_that_is_gone_on_with_asks_no_model_again(
     says(GOOD, monkeypatch, seeing)
     encoded = prompts_encoded(monkeypatch)
     running = Pipeline(settings).generate(stamp_request(enable_prompt_expansion=True), run_id="bird")
-    next(event for event in running if isinstance(event, Step) and event.stage == "denoise")
+    next(event for event in running if isinstance(event, Step) and event.stage == "denoise" and event.index)
     running.close()
     monkeypatch.setattr(switches, "expander_stage", lambda *_, **__: pytest.fail("the model was loaded again"))
     result = [*Pipeline(settings).resume("bird")][-1]
@@ -462,7 +462,7 @@ def test_a_run_that_has_its_prompt_can_be_gone_on_with_where_the_model_is_gone(
 ) -> None:
     says(GOOD, monkeypatch, seeing)
     running = Pipeline(settings).generate(stamp_request(enable_prompt_expansion=True), run_id="bird")
-    next(event for event in running if isinstance(event, Step) and event.stage == "denoise")
+    next(event for event in running if isinstance(event, Step) and event.stage == "denoise" and event.index)
     running.close()
     gone = replace(settings, expansion_model=str(settings.models_dir / "gone"))
     result = [*Pipeline(gone).resume("bird")][-1]

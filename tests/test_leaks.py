@@ -72,7 +72,7 @@ def one_run(number: int, settings: Settings, folder: Path) -> str:
         running = Pipeline(settings).generate(stamp_request(**changes), output=output)
         if kind == 1:  # cancelled in any stage
             stage = ("text", "image", "condition", "context", "denoise", "decode")[number // 5 % 6]
-            next(event for event in running if isinstance(event, Step) and event.stage == stage)
+            next(event for event in running if isinstance(event, Step) and event.stage == stage and event.index)
             running.close()
             return "closed"
         if kind == 2:  # cancelled in the middle of a block

@@ -122,8 +122,10 @@ def test_steps_tell_every_stage_in_order_with_previews_and_an_eta(settings: Sett
     order = list(dict.fromkeys(step.stage for step in steps))
     assert order == ["plan", "text", "image", "condition", "context", "denoise", "decode"]
     denoising = [step for step in steps if step.stage == "denoise"]
-    assert [(step.index, step.total) for step in denoising] == [(1, 3), (2, 3), (3, 3)]
-    assert all(step.preview.shape == (32, 32, 3) and step.eta_seconds is not None for step in denoising)
+    assert [(step.index, step.total) for step in denoising] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    begun, *made = denoising  # the first is there before the transformer is
+    assert begun.preview is None and begun.eta_seconds is None
+    assert all(step.preview.shape == (32, 32, 3) and step.eta_seconds is not None for step in made)
     assert steps[-1].index == steps[-1].total == 81
     assert [step.elapsed_seconds for step in steps] == sorted(step.elapsed_seconds for step in steps)
 

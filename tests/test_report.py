@@ -40,6 +40,22 @@ def test_eta_comes_from_the_pace_of_the_stage_and_counts_the_decoding_to_come() 
         assert report.step(5, 5, "all").eta_seconds == 0
 
 
+def test_the_pace_is_that_of_real_steps_and_not_of_those_that_were_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("wan_local.report.time.monotonic", lambda: clock[0])
+    report = Report(torch.device("cpu"))
+    with report.stage("denoise"):
+        for index in range(1, 26):
+            clock[0] += 0.05
+            report.known(index)
+            assert report.step(index, 30, "read").eta_seconds is None
+        clock[0] += 300
+        assert report.step(26, 30, "made").eta_seconds == pytest.approx(4 * 300)
+    with report.stage("decode"):
+        clock[0] += 10
+        assert report.step(1, 3, "made").eta_seconds == pytest.approx(20)
+
+
 def test_a_note_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     report = Report(torch.device("cpu"))
     report.note("expect little motion")

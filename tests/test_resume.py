@@ -16,13 +16,16 @@ from typing import Any
 
 import av
 import pytest
+import torch
 from PIL import Image
 
 import wan_local
 from tests.stamps import END, START, stamp_request, stamp_settings
 from wan_local import durable, order, pipeline, runs
+from wan_local.answers import Answers, Latents
 from wan_local.denoise import Guided
-from wan_local.errors import Busy, NotResumable
+from wan_local.errors import Busy, NotResumable, OutputError
+from wan_local.failure import describe
 from wan_local.pipeline import Pipeline
 from wan_local.request import Request, Result, Step
 from wan_local.settings import Settings
@@ -95,6 +98,7 @@ from pathlib import Path
 import pytest, torch
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel  # once for all that are forked
 from tests.stamps import stamp_request, stamp_settings
+from wan_local.failure import describe
 from wan_local.pipeline import Pipeline
 from wan_local.request import Step
 torch.set_num_threads(1)
@@ -276,6 +280,18 @@ def test_an_id_that_is_known_is_gone_on_with(
     assert (tmp_path / "x.mp4").read_bytes() == stamps.video
 
 
+def test_the_time_left_is_told_from_steps_that_are_made_and_not_from_those_that_are_read(
+    settings: Settings, stamps: Stamps, tmp_path: Path
+) -> None:
+    run_until(settings, stamps.request, "paced", tmp_path / "x.mp4", "denoise", 6)
+    run = runs.find(settings, "paced")
+    assert run is not None
+    events = [event for event in Pipeline(settings).resume("paced") if isinstance(event, Step)]
+    begun, *steps = [event for event in events if event.stage == "denoise"]
+    assert begun.index == 0 and begun.eta_seconds is None
+    assert [step.eta_seconds is None for step in steps] == [number < run.calls for number in range(len(steps))]
+
+
 def test_a_known_id_that_cannot_be_gone_on_with_is_begun_anew(
     settings: Settings, stamps: Stamps, tmp_path: Path
 ) -> None:
@@ -293,6 +309,36 @@ def test_resume_is_a_public_function_and_takes_another_output(
     result = wan_local.resume("public", settings=settings, output=tmp_path / "y.mp4")
     assert result.video.path == tmp_path / "y.mp4" and not (tmp_path / "x.mp4").exists()
     assert (tmp_path / "y.mp4").read_bytes() == stamps.video
+
+
+def test_another_output_is_written_down_only_once_it_is_known_to_be_possible(
+    settings: Settings, stamps: Stamps, tmp_path: Path
+) -> None:
+    run_until(settings, stamps.request, "mistyped", tmp_path / "x.mp4", "denoise", 2)
+    with pytest.raises(OutputError, match="nowhere"):
+        wan_local.resume("mistyped", settings=settings, output=tmp_path / "nowhere" / "y.mp4")
+    assert runs.list_runs(settings)[0].about["output"] == str(tmp_path / "x.mp4")
+    running = Pipeline(settings).resume("mistyped", output=tmp_path / "y.mp4")
+    next(running)
+    running.close()
+    assert finish(settings, "mistyped").video.path == tmp_path / "y.mp4"
+
+
+def test_a_run_whose_disk_is_full_can_be_gone_on_with_to_another(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_until(settings, stamps.request, "full", tmp_path / "x.mp4", "denoise", 10)
+    write = durable.write
+
+    def full(path: Path, chunks: Any) -> None:
+        if path.is_relative_to(settings.state_dir):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, chunks)
+
+    monkeypatch.setattr(durable, "write", full)
+    result = wan_local.resume("full", settings=settings, output=tmp_path / "y.mp4")
+    assert (tmp_path / "y.mp4").read_bytes() == stamps.video
+    assert any("new output could not be saved (No space left" in note for note in result.report["notes"])
 
 
 def test_thresholds_are_those_the_run_was_begun_with(settings: Settings, tmp_path: Path) -> None:
@@ -388,6 +434,32 @@ def test_what_changed_since_is_told(
     assert "wan_local 0.1.0 is now 99.0:" in made and "kernels auto is now off:" in computed
 
 
+def test_settings_that_change_what_is_computed_are_told(settings: Settings, stamps: Stamps, tmp_path: Path) -> None:
+    run_until(settings, stamps.request, "chosen", tmp_path / "x.mp4", "denoise")
+    result = finish(replace(settings, precision="reference", attention="sdpa"), "chosen")
+    assert "since the run was begun precision auto is now reference, attention auto is now sdpa" in "".join(
+        result.report["notes"]
+    )
+
+
+def test_every_error_of_a_kept_run_says_how_to_go_on(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OutputError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.VideoWriter, "finish", full)
+        with pytest.raises(OutputError) as caught:
+            list(Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="full"))
+    way_out = "What was done is kept. Go on with: wan-local resume full"
+    assert caught.value.__notes__ == [way_out]
+    assert describe(caught.value).body["detail"][0]["msg"] == f"the disk is full {way_out}"
+    with pytest.raises(wan_local.ModelNotFound) as missing:
+        list(Pipeline(replace(settings, model=str(tmp_path / "gone"))).resume("full"))
+    assert missing.value.__notes__ == [way_out]
+
+
 # What state may cost
 
 
@@ -416,6 +488,69 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on(
     assert len([note for note in result.report["notes"] if "No space left" in note]) == 1
     assert not any("call-0004" in name for name in written)
     assert runs.list_runs(settings) == []
+
+
+def keep_calls(answers: Answers, numbers: range) -> None:
+    for number in numbers:
+        latents = torch.full((1, 2), float(number))
+        answers.keep(number, latents, float(number), (latents + 1, latents + 1))
+
+
+@pytest.mark.parametrize(("failures", "kept"), [(1, 5), (2, 5), (100, 2)])
+def test_a_call_that_could_not_be_saved_is_tried_again_while_the_row_can_be_unbroken(
+    tmp_path: Path, failures: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, failed, notes = durable.write, [], list[str]()
+
+    def full(path: Path, chunks: Any) -> None:
+        if path.name.startswith("call") and path.name >= "call-0003" and len(failed) < failures:
+            failed.append(path.name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, chunks)
+
+    monkeypatch.setattr(durable, "write", full)
+    answers = Answers(tmp_path, notes.append)
+    keep_calls(answers, range(1, 6))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        f"call-{n:04d}.safetensors" for n in range(1, kept + 1)
+    ]
+    known = answers.answer(kept, torch.full((1, 2), float(kept)), float(kept))
+    assert known is not None and known[0].tolist() == [[kept + 1.0] * 2]
+    assert "call-0003 of this run's state could not be saved (No space left" in notes[0]
+    assert set(failed) == {"call-0003.safetensors"}
+    assert len(notes) == (1 if kept == 5 else 2)
+    answers.finish(Latents(torch.ones(1, 2), 5, {}))
+    assert answers.final() is not None and [path.name for path in tmp_path.iterdir()] == ["latents.safetensors"]
+
+
+def test_final_latents_need_no_more_room_than_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, notes = shutil.disk_usage(tmp_path), list[str]()
+    monkeypatch.setattr("wan_local.answers.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    answers = Answers(tmp_path, notes.append)
+    keep_calls(answers, range(1, 6))
+    answers.finish(Latents(torch.ones(1, 2), 5, {}))
+    assert answers.final() is not None
+    answers.finish(Latents(torch.ones(1000), 5, {}))
+    assert notes[-1].startswith("the final latents could not be saved (0 MB is free")
+
+
+def test_a_prompt_that_was_expanded_is_saved_before_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run gone on with from calls alone would have its prompt expanded again, perhaps to another."""
+    write = durable.write
+
+    def refused(path: Path, chunks: Any) -> None:
+        if path.name == runs.EXPANSION:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        write(path, chunks)
+
+    monkeypatch.setattr(durable, "write", refused)
+    answers = Answers(tmp_path, lambda _: None)
+    answers.keep_expansion({"prompt": "more"})
+    keep_calls(answers, range(1, 5))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(durable, "write", write)
+    answers.finish(Latents(torch.ones(1, 2), 4, {}))
+    assert answers.expansion() == {"prompt": "more"} and answers.final() is not None
 
 
 def test_state_leaves_room_on_the_disk(
@@ -470,7 +605,9 @@ def test_who_takes_a_run_over_or_drops_it_sweeps_its_partial_video(
     left_elsewhere = elsewhere / durable.partial_name("swept", ".json")
     for path in (left, others, left_elsewhere):
         path.touch()
-    runs.take(settings, "swept", elsewhere / "y.mp4").release(remove=False)
+    taken = runs.take(settings, "swept")
+    taken.send_to(elsewhere / "y.mp4")
+    taken.release(remove=False)
     assert not left.exists() and others.exists() and left_elsewhere.exists()
     assert runs.list_runs(settings)[0].about["output"] == str(elsewhere / "y.mp4")
     runs.remove(settings, "swept")
@@ -493,7 +630,7 @@ def test_a_partial_video_is_named_after_its_run(
     owners, named = [], durable.partial_name
     monkeypatch.setattr(durable, "partial_name", lambda owner, suffix: owners.append(owner) or named(owner, suffix))
     list(Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="named"))
-    assert owners == ["named", "named"]
+    assert owners[-2:] == ["named", "named"]  # before them the preflight's
 
 
 def test_a_run_that_cannot_be_begun_is_not_left_locked(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -271,6 +275,82 @@ def test_preflight_refuses_what_is_no_mp4_file(tmp_path: Path) -> None:
 def test_preflight_refuses_too_long_a_name(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="name is too long"):
         check_output(tmp_path / ("x" * 250 + ".mp4"), 0)  # the sidecar's name is the longer one
+
+
+def test_preflight_tries_the_names_that_the_run_will_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that has no such character, or a path too long for the partial file's name alone."""
+    opening, impossible = Path.open, "?"
+
+    def picky(self: Path, mode: str = "r", **options: Any) -> Any:
+        if "x" in mode and impossible in self.name:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opening(self, mode, **options)
+
+    monkeypatch.setattr(Path, "open", picky)
+    check_output(tmp_path / "clip.mp4", 0)
+    with pytest.raises(OutputError, match=r"what\?\.mp4 could not be written: Invalid argument"):
+        check_output(tmp_path / "what?.mp4", 0)
+    impossible = ".wan_local-"
+    with pytest.raises(OutputError, match="Invalid argument"):
+        check_output(tmp_path / "clip.mp4", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mp4.json"])
+def test_preflight_refuses_a_video_that_cannot_be_replaced(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, while a player has it open."""
+    path, opening = write(tmp_path / "clip.mp4", noise(5)), Path.open
+    before = path.read_bytes()
+
+    def held(self: Path, mode: str = "r", **options: Any) -> Any:
+        if self.name == name and "+" in mode:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opening(self, mode, **options)
+
+    check_output(path, 0)
+    monkeypatch.setattr(Path, "open", held)
+    with pytest.raises(OutputError, match="another program has it open"):
+        check_output(path, 0)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_preflight_touches_no_file_of_someone_else(tmp_path: Path) -> None:
+    theirs = tmp_path / "clip.mp4.part"
+    theirs.write_bytes(b"a download")
+    check_output(tmp_path / "clip.mp4", 0)
+    assert theirs.read_bytes() == b"a download"
+
+
+def test_a_video_that_a_virus_scanner_looks_at_is_put_in_place_a_little_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, refused = os.replace, set[str]()
+
+    def first_refused(source: Path, target: Path) -> None:
+        if target.name not in refused:
+            refused.add(target.name)
+            raise PermissionError(errno.EACCES, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", first_refused)
+    assert write(tmp_path / "clip.mp4", noise(5)).exists() and refused == {"clip.mp4", "clip.mp4.json"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no folder is flushed there")
+def test_a_folder_that_cannot_be_flushed_fails_no_finished_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = os.fsync
+
+    def of_files(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(number)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    assert write(tmp_path / "clip.mp4", noise(5)).exists()
 
 
 @pytest.mark.parametrize("name", ["a\0b.mp4", pytest.param("a\ud800b.mp4", marks=NAMES_ARE_BYTES)])

@@ -57,7 +57,7 @@ class EncodingCache:
 
     def _shared(self, key: str) -> Record | None:
         path = self._path(key)
-        if not self._limit_bytes or not path.exists():
+        if not self._limit_bytes or not os.path.exists(path):  # unlike Path's, no error where it may not look
             return None
         record = read_record(path)
         with suppress(OSError):  # another process may have removed it
@@ -93,8 +93,8 @@ class EncodingCache:
     def entries(self) -> list[Entry]:
         """Return every entry, the least recently used first."""
         found = []
-        for path in self._folder.glob(f"*{_SUFFIX}") if self._folder.is_dir() else ():
-            with suppress(FileNotFoundError):  # another process has removed it since
+        for path in self._folder.glob(f"*{_SUFFIX}") if os.path.isdir(self._folder) else ():
+            with suppress(OSError):  # another process has removed it since
                 status = path.stat()
                 found.append(Entry(path, path.name.partition("-")[0], status.st_size, status.st_mtime))
         return sorted(found, key=lambda entry: entry.used)
@@ -104,7 +104,7 @@ class EncodingCache:
         entries = self.entries()
         for entry in entries:
             entry.path.unlink(missing_ok=True)
-        if self._folder.is_dir():
+        if os.path.isdir(self._folder):
             durable.sweep(self._folder, older_than_seconds=0.0)
         return sum(entry.file_bytes for entry in entries)
 

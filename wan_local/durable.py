@@ -6,11 +6,15 @@ after a power cut, finds all of it or nothing.
 
 from __future__ import annotations
 
+import errno
+import functools
+import logging
 import os
 import secrets
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from wan_local.errors import OutputError
@@ -18,6 +22,11 @@ from wan_local.errors import OutputError
 PARTIAL = ".part"
 _STALE_SECONDS = 3600.0  # a partial file this old has no writer any more
 _PATIENCE_SECONDS = (0.0, 0.01, 0.04)
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # the last two as Windows says it
+_REPLACE_SECONDS = (0.05, 0.2, 0.5)  # a virus scanner on Windows looks at a new file for about so long
+# a file system that has no such thing, or a folder that may be written to and not read
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
+_log = logging.getLogger(__name__)
 
 
 def write(path: Path, chunks: Iterable[bytes]) -> None:
@@ -29,10 +38,37 @@ def write(path: Path, chunks: Iterable[bytes]) -> None:
                 stream.write(chunk)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(partial, path)
-        _flush_folder(path.parent)
+        replace(partial, path)
+        flush_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace(partial: Path, path: Path) -> None:
+    """Rename a complete file to its name, patiently where another program has just opened it. Raises OSError."""
+    for pause in _REPLACE_SECONDS:
+        try:
+            os.replace(partial, path)
+        except PermissionError:
+            time.sleep(pause)
+        else:
+            return
+    os.replace(partial, path)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where a folder can be flushed at all (not on Windows)."""
+    if sys.platform == "win32":
+        return
+    try:
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
 
 
 def make_folder(folder: Path) -> None:
@@ -52,11 +88,9 @@ def make_output_dir(folder: Path) -> None:
 def sweep(folder: Path, *, older_than_seconds: float = _STALE_SECONDS) -> None:
     """Remove what a killed writer left in `folder`."""
     for partial in folder.glob(f".*{PARTIAL}"):
-        try:
+        with suppress(OSError):  # its writer has just finished, or on Windows someone is reading it
             if time.time() - partial.stat().st_mtime >= older_than_seconds:
                 partial.unlink(missing_ok=True)
-        except FileNotFoundError:
-            continue  # its writer has just finished
 
 
 def partial_name(owner: str, suffix: str) -> str:
@@ -67,21 +101,15 @@ def partial_name(owner: str, suffix: str) -> str:
 def sweep_after(owner: str, folder: Path) -> None:
     """Remove what `owner`, who writes no more, left in `folder` under partial names."""
     for partial in folder.glob(f".wan_local-{owner}-{'[0-9a-f]' * 8}.*{PARTIAL}"):
-        partial.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where a folder can be flushed at all (not on Windows)."""
-    if sys.platform != "win32":
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        with suppress(OSError):  # a file that someone is reading on Windows keeps nobody from the run
+            partial.unlink(missing_ok=True)
 
 
 class Lock:
-    """An exclusive lock on a file; the system lets go of it when its process ends, however that ends."""
+    """An exclusive lock on a file; the system lets go of it when its process ends, however that ends.
+
+    On a file system that has no locks, everyone is told that it is free, with one warning.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -94,8 +122,10 @@ class Lock:
             time.sleep(pause)
             try:
                 _lock(number)
-            except OSError:
-                continue
+            except OSError as error:
+                if error.errno in _HELD:
+                    continue
+                _warn_of_no_locks(error.strerror or str(error))
             self._number = number
             return True
         os.close(number)
@@ -108,8 +138,14 @@ class Lock:
             self._number = None
 
 
+@functools.lru_cache(maxsize=8)
+def _warn_of_no_locks(reason: str) -> None:
+    """Say once in a process that nothing is locked."""
+    _log.warning("no file can be locked there (%s): see to it that no two processes do the same work", reason)
+
+
 def _lock(number: int) -> None:
-    """Lock an open file without waiting; OSError where another has it."""
+    """Lock an open file without waiting; OSError where another has it, or where there are no locks."""
     if sys.platform == "win32":
         import msvcrt
 

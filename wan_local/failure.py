@@ -58,6 +58,7 @@ def describe(error: BaseException) -> Failure:
         return Failure(504, body, {"x-fal-error-type": "startup_timeout", "x-fal-request-timeout-type": "user"})
     type_ = "internal_server_error"
     msg = str(error) if isinstance(error, WanLocalError) else f"{type(error).__name__}: {error}"
+    msg = " ".join([msg, *getattr(error, "__notes__", ())])  # how to go on with the run, where it is kept
     entry = {"loc": ["body"], "msg": msg, "type": type_, "url": f"https://docs.fal.ai/errors#{type_}"}
     return Failure(500, {"detail": [entry]}, {"x-fal-error-type": type_})
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from wan_local import durable
 from wan_local.errors import Busy
+from wan_local.home import temporary_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,7 @@ def holding_card(card: str, *, shared: bool) -> Iterator[None]:
 
 def device_lock_path(name: str) -> Path:
     """Return where the lock of a card, or of what else has a name, lies: one place for all processes of this user."""
-    user = "user" if sys.platform == "win32" else str(os.getuid())
-    return Path(tempfile.gettempdir()) / f"wan_local-{user}" / f"{name.replace(':', '-')}.lock"
+    return temporary_folder() / f"{name.replace(':', '-')}.lock"
 
 
 def _told(beside: Path) -> str:

@@ -132,7 +132,8 @@ def check_model(about: Mapping[str, Any], files: ModelFiles) -> None:
 def changes_since(about: Mapping[str, Any], settings: Settings, device: torch.device) -> list[str]:
     """Say what is different now from when the run was begun, where that may change the video."""
     made = _changed(about["made_with"], _made_with(device))
-    computed = _changed(about.get("settings", {}), {name: getattr(settings, name) for name in _COMPUTED_BY})
+    chosen = about.get("settings", {})
+    computed = _changed(chosen, {name: getattr(settings, name) for name in _COMPUTED_BY if name in chosen})
     notes = []
     if made:
         notes.append(f"since the run was begun {made}: the video may differ from it in its last bits")

@@ -40,7 +40,7 @@ from wan_local.request import Check, File, Request, Result, Step, unchecked
 from wan_local.scheduler import Scheduler
 from wan_local.settings import Settings, load_profile, load_settings
 from wan_local.switches import checked_frames, checked_images, expanded_prompt
-from wan_local.unfinished import as_begun, begun, taken
+from wan_local.unfinished import as_begun, begun, sent_to, taken
 from wan_local.video import VideoReport, VideoWriter
 from wan_local.workspace import Workspace
 
@@ -52,7 +52,8 @@ def generate(request: Request, *, settings: Settings | None = None, output: Path
     """Make one video and return where it is. Blocks; iterate over `Pipeline.generate` to see the steps.
 
     Raises InvalidRequest, ModelNotFound, WrongModel, CorruptModel, NotAvailable, DoesNotFit before any weight is
-    read, and NumericalError, OutOfMemory or OutputError later.
+    read, and NumericalError, OutOfMemory or OutputError later; a note on an error (`__notes__`) says how to go on with
+    the run where it is kept.
     """
     return _last(Pipeline(settings).generate(request, output=output))
 
@@ -60,7 +61,8 @@ def generate(request: Request, *, settings: Settings | None = None, output: Path
 def resume(run_id: str, *, settings: Settings | None = None, output: Path | str | None = None) -> Result:
     """Finish a run that was stopped, failed or killed, and return where its video is; `wan-local runs` lists them.
 
-    settings: those the run was begun with unless given. Raises NotResumable, and as `generate` does.
+    settings: unless given those the run was begun with, and over them what variables of the environment say of how it
+    is made. Raises NotResumable, and as `generate` does.
     """
     here = settings or load_settings()
     return _last(Pipeline(settings or runs.settings_of(run_id, here)).resume(run_id, output=output))
@@ -125,7 +127,7 @@ class Pipeline:
         output: elsewhere than it was to go. Raises NotResumable, and as `generate` does.
         """
         where = None if output is None else Path(output).expanduser().absolute()
-        with self._card(), taken(self.settings, run_id, where) as folder:
+        with self._card(), taken(self.settings, run_id) as folder:
             files, device = find_model(self.settings), resolve_device(self.settings.device)
             check_model(folder.about, files)
             report = Report(device)
@@ -133,6 +135,7 @@ class Pipeline:
             order = read_order(folder.folder, folder.about, output=where)
             job = planned(order, self.settings, files, device, answered=answers.expansion() is not None)
             job = replace(job, plan=as_begun(job.plan, folder.about, report.note))
+            sent_to(folder, order.output, report.note)  # after it was checked: a mistyped one is not kept
             for text in changes_since(folder.about, self.settings, device):
                 report.note(text)
             result = yield from _make(job, report, answers, check)
@@ -260,8 +263,11 @@ def sample(
     modelled = None if looped.source == "file" else looped.seconds  # how fast the disk is, is not known
     expected = None if modelled is None else modelled / request.num_inference_steps
     with report.stage("denoise"), Denoiser(space, guided, expected_seconds=expected) as denoiser:
-        predictor = Remembering(denoiser, answers, both=not isinstance(policy, EveryStep)) if answers else denoiser
-        for state in denoise(predictor, scheduler, noise, policy):
+        yield report.step(0, len(scheduler), "the transformer is read, and the first step made")
+        kept = Remembering(denoiser, answers, both=not isinstance(policy, EveryStep)) if answers else None
+        for state in denoise(kept or denoiser, scheduler, noise, policy):
+            if kept and kept.replays:
+                report.known(state.done)
             preview = to_rgb.picture(state.clean)
             yield report.step(state.done, state.total, f"step {state.done} of {state.total}", preview=preview)
     return Latents(state.latents, state.calls, policy.summary())

@@ -36,6 +36,7 @@ from wan_local.attention import (
 )
 from wan_local.device import driver_version
 from wan_local.durable import make_folder, write
+from wan_local.home import home_folder
 from wan_local.settings import AttentionName, ModelConfig, Settings
 
 REMEMBERED = Path(".wan_local") / "probes.json"  # below the home folder
@@ -70,7 +71,7 @@ def problem_of(name: AttentionName, device: torch.device, *, home: Path | None =
     """Return what is wrong with a backend on a card, or nothing; on a CPU nothing is tried."""
     if device.type != "cuda" or name == "sdpa":
         return ""
-    return remembered_problem(name, device, world_of(name, device), home or Path.home())
+    return remembered_problem(name, device, world_of(name, device), home or home_folder())
 
 
 def remembered_problem(name: AttentionName, device: torch.device, world: str, home: Path) -> str:

@@ -23,7 +23,8 @@ class Report:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._started = self._stage_started = time.monotonic()
+        self._started = self._stage_started = self._pace_started = time.monotonic()
+        self._known = 0
         self._stage: Stage = "plan"
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
@@ -37,6 +38,7 @@ class Report:
     def stage(self, name: Stage) -> Iterator[None]:
         """Measure a stage from here to the end of the block."""
         self._stage, self._stage_started = name, time.monotonic()
+        self.known(0)
         reset_peak(self.device)
         before = held_bytes(self.device)
         yield
@@ -60,6 +62,10 @@ class Report:
         """Keep something that the caller should know and log it."""
         _log.warning(text)
         self.notes.append(text)
+
+    def known(self, index: int) -> None:
+        """Take the pace of this stage from here on: its first `index` were known and cost no time of their own."""
+        self._known, self._pace_started = index, time.monotonic()
 
     def step(self, index: int, total: int, message: str, *, preview: Any = None) -> Step:
         """Return the sign of progress for `index` of `total` within the stage that is running."""
@@ -87,10 +93,10 @@ class Report:
 
     def _eta(self, index: int, total: int) -> float | None:
         """Seconds to the end of the run, from the pace of this stage; None before there is one."""
-        if self._stage not in ("denoise", "decode") or index == 0:
+        if self._stage not in ("denoise", "decode") or index <= self._known:
             return None
-        spent = time.monotonic() - self._stage_started
-        rest = spent / index * (total - index)
+        spent = time.monotonic() - self._pace_started
+        rest = spent / (index - self._known) * (total - index)
         if self._stage == "denoise":
             rest += _DECODE_TO_ENCODE * self.seconds.get("condition", 0.0)
         return rest

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -28,7 +29,7 @@ from typing import Any, Literal
 
 from wan_local import durable
 from wan_local.errors import Busy, NotResumable
-from wan_local.settings import Settings
+from wan_local.settings import Settings, in_environment
 
 State = Literal["running", "waiting"]
 
@@ -38,6 +39,8 @@ PICTURES = {"start_image_url": "start.png", "end_image_url": "end.png"}  # field
 _ABOUT, _LOCK = "run.json", "lock"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _GIGABYTE = 10**9
+# What a run is; the rest is how it is made, and a variable of the environment may say that anew.
+_ITS_OWN = ("model", "profile", "loras", "acceleration_policy", "acceleration_file")
 _log = logging.getLogger(__name__)
 
 
@@ -85,6 +88,13 @@ class RunFolder:
         """Whether a step is done: before that, beginning anew costs nothing more."""
         return _look_at(self.folder).worth_keeping
 
+    def send_to(self, output: Path) -> None:
+        """Let the video go to `output` from now on: there the next one sweeps a part of it. Raises OSError."""
+        if self.about.get("output") != str(output):
+            about = {**self.about, "output": str(output)}
+            _write_about(self.folder, about)
+            self.about = about
+
     def release(self, *, remove: bool) -> None:
         """Give the folder up, and remove it if it is of no more use."""
         self._lock.release()
@@ -115,11 +125,8 @@ def begin(settings: Settings, run_id: str, about: Mapping[str, Any]) -> RunFolde
     return begun
 
 
-def take(settings: Settings, run_id: str, output: Path | None = None) -> RunFolder:
-    """Take over a run that was left, from now on to be made to `output` where that is given.
-
-    Raises NotResumable: none is there, or of another format; Busy: it is running.
-    """
+def take(settings: Settings, run_id: str) -> RunFolder:
+    """Take over a run that was left. Raises NotResumable: none is there, or of another format; Busy: it is running."""
     run = find(settings, run_id)
     if run is None:
         raise _not_there(settings, run_id)
@@ -132,11 +139,8 @@ def take(settings: Settings, run_id: str, output: Path | None = None) -> RunFold
     with ExitStack() as undo:
         undo.callback(lock.release)
         _sweep_after(run)
-        # where the next one sweeps a partial video, if this one dies too
-        about = {**run.about, **({"output": str(output)} if output else {})}
-        _write_about(run.folder, about)
         undo.pop_all()
-    return RunFolder(run.folder, lock, about)
+    return RunFolder(run.folder, lock, run.about)
 
 
 def _write_about(folder: Path, about: Mapping[str, Any]) -> None:
@@ -146,7 +150,7 @@ def _write_about(folder: Path, about: Mapping[str, Any]) -> None:
 def find(settings: Settings, run_id: str) -> Run | None:
     """Return a run by its id, or None."""
     folder = _folder(settings, run_id)
-    return _look_at(folder) if (folder / _ABOUT).is_file() else None
+    return _look_at(folder) if os.path.isfile(folder / _ABOUT) else None  # no error where it may not look
 
 
 def kept_pictures(settings: Settings, run_id: str) -> dict[str, bytes]:
@@ -162,7 +166,7 @@ def kept_pictures(settings: Settings, run_id: str) -> dict[str, bytes]:
 def list_runs(settings: Settings) -> list[Run]:
     """Return every unfinished run, the newest first."""
     folder = runs_folder(settings)
-    found = [_look_at(path.parent) for path in folder.glob(f"*/{_ABOUT}")] if folder.is_dir() else []
+    found = [_look_at(path.parent) for path in folder.glob(f"*/{_ABOUT}")] if os.path.isdir(folder) else []
     return sorted(found, key=lambda run: run.changed, reverse=True)
 
 
@@ -198,7 +202,11 @@ def prune(settings: Settings) -> list[Run]:
 
 
 def settings_of(run_id: str, settings: Settings) -> Settings:
-    """Return the settings that a run was begun with, itself found by `settings`. Raises NotResumable."""
+    """Return the settings that a run was begun with, itself found by `settings`. Raises NotResumable.
+
+    Where a variable of the environment gives one that may be another, that of `settings` precedes: so an error's way
+    out such as WAN_LOCAL_SHARE_DEVICE=yes is one for a run that was begun without it.
+    """
     run = find(settings, run_id)
     if run is None:
         raise _not_there(settings, run_id)
@@ -209,7 +217,8 @@ def settings_of(run_id: str, settings: Settings) -> Settings:
             stored[field.name] = tuple(value)
         else:
             stored[field.name] = Path(value) if value is not None and "Path" in str(field.type) else value
-    return replace(Settings(**stored), state_dir=settings.state_dir)
+    anew = {"state_dir", *in_environment()}.difference(_ITS_OWN)
+    return replace(Settings(**stored), **{name: getattr(settings, name) for name in anew})
 
 
 def _folder(settings: Settings, run_id: str) -> Path:

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from wan_local.acceleration_config import AccelerationConfig, AccelerationPolicy, MergingConfig, ReuseConfig
 from wan_local.errors import WrongSetting
 from wan_local.geometry import Canvas, Resolution, Size
+from wan_local.home import home_folder
 from wan_local.switch_config import ExpansionConfig, ExpansionModel, SafetyConfig
 from wan_local.weight_format import Int8Arithmetic
 
@@ -220,12 +221,10 @@ def load_settings(**overrides: Any) -> Settings:
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise WrongSetting(f"unknown settings {unknown}; known are {sorted(known)}")
-    values: dict[str, Any] = {"output_dir": Path("outputs"), "models_dir": _data_dir() / "models"}
-    values |= {"state_dir": _state_dir(), "cache_dir": _data_dir() / "encodings"}
-    for name in known:
-        variable = f"WAN_LOCAL_{name.upper()}"
-        if os.environ.get(variable):
-            values[name] = os.environ[variable]
+    data_dir, state_dir = _own_dir("XDG_CACHE_HOME", ".cache"), _own_dir("XDG_STATE_HOME", ".local", "state")
+    values: dict[str, Any] = {"output_dir": Path("outputs"), "models_dir": data_dir / "models"}
+    values |= {"state_dir": state_dir, "cache_dir": data_dir / "encodings"}
+    values |= in_environment()
     values |= {name: value for name, value in overrides.items() if value is not None}
     for name in ("output_dir", "models_dir", "state_dir", "cache_dir"):
         values[name] = Path(values[name]).expanduser().absolute()
@@ -250,6 +249,12 @@ def load_settings(**overrides: Any) -> Settings:
     settings = Settings(**values)
     load_acceleration_config(settings)  # a mistake in it is told here and not after minutes
     return settings
+
+
+def in_environment() -> dict[str, str]:
+    """Return the settings that environment variables give, as they stand there."""
+    variables = {entry.name: f"WAN_LOCAL_{entry.name.upper()}" for entry in fields(Settings)}
+    return {name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)}
 
 
 def server_key() -> str | None:
@@ -362,7 +367,7 @@ def hub_cache_dir() -> Path:
     if os.environ.get("HF_HUB_CACHE"):
         return Path(os.environ["HF_HUB_CACHE"]).expanduser()
     home = os.environ.get("HF_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hub"
+    return (Path(home).expanduser() if home else home_folder() / ".cache" / "huggingface") / "hub"
 
 
 def read_toml(name: str) -> dict[str, Any]:
@@ -370,18 +375,11 @@ def read_toml(name: str) -> dict[str, Any]:
     return tomllib.loads((resources.files("wan_local.configs") / f"{name}.toml").read_text(encoding="utf-8"))
 
 
-def _data_dir() -> Path:
+def _own_dir(variable: str, *below_home: str) -> Path:
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "wan_local"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "wan_local"
-
-
-def _state_dir() -> Path:
-    if sys.platform == "win32":
-        return _data_dir()
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "wan_local"
+        variable, below_home = "LOCALAPPDATA", ()
+    base = os.environ.get(variable)
+    return (Path(base) if base else home_folder().joinpath(*below_home)) / "wan_local"
 
 
 def _canvas(table: dict[str, Any]) -> Canvas:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from wan_local import runs
 from wan_local.answers import Answers
 from wan_local.checkpoint import ModelFiles
-from wan_local.errors import InvalidRequest, OutOfMemory
+from wan_local.errors import InvalidRequest, NotResumable, OutOfMemory
 from wan_local.ladder import ran_out_of_memory
 from wan_local.order import Order, describe, write_pictures
 from wan_local.planner import Plan
@@ -38,11 +39,20 @@ def begun(
 
 
 @contextmanager
-def taken(settings: Settings, run_id: str, output: Path | None) -> Iterator[runs.RunFolder]:
-    """Take over an unfinished run, for another output if one is given. Raises NotResumable."""
-    folder = runs.take(settings, run_id, output)
+def taken(settings: Settings, run_id: str) -> Iterator[runs.RunFolder]:
+    """Take over an unfinished run. Raises NotResumable."""
+    folder = runs.take(settings, run_id)
     with _held(folder, keep=True):
         yield folder
+
+
+def sent_to(folder: runs.RunFolder, output: Path, note: Callable[[str], None]) -> None:
+    """Write down where the video of a run goes now; where that cannot be, it goes there all the same."""
+    try:
+        folder.send_to(output)
+    except OSError as error:
+        reason = error.strerror or error
+        note(f"the run's new output could not be saved ({reason}); if it is stopped again, name it again")
 
 
 def _begin(
@@ -84,7 +94,10 @@ def _cut_as(plan: Plan) -> dict[str, Any]:
 
 @contextmanager
 def _held(folder: runs.RunFolder, *, keep: bool = False) -> Iterator[None]:
-    """Remove the folder when the block ends well, or before anything was done unless `keep`; keep it otherwise."""
+    """Remove the folder when the block ends well, or before anything was done unless `keep`; keep it otherwise.
+
+    Every error that leaves it says in a note how to go on.
+    """
     done = False
     try:
         yield
@@ -93,11 +106,17 @@ def _held(folder: runs.RunFolder, *, keep: bool = False) -> Iterator[None]:
         done = True
         raise
     except (MemoryError, RuntimeError) as error:
-        if folder.worth_keeping and (isinstance(error, OutOfMemory) or ran_out_of_memory(error)):
-            raise OutOfMemory(f"{error} What was done is kept: wan-local resume {folder.id}") from error
+        if ran_out_of_memory(error) and folder.worth_keeping:
+            raise OutOfMemory(str(error)) from error
         raise
     finally:
         kept = not done and (keep or folder.worth_keeping)
         folder.release(remove=not kept)
         if kept:
             _log.info("the unfinished run %s is kept", folder.id)
+            _say_how_to_go_on(sys.exception(), folder)
+
+
+def _say_how_to_go_on(error: BaseException | None, folder: runs.RunFolder) -> None:
+    if error is not None and not isinstance(error, NotResumable):  # that says itself what is to be done
+        error.add_note(f"What was done is kept. Go on with: wan-local resume {folder.id}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ PRESET = "medium"
 # x264's code for AVX-512 gives other bytes from run to run (seen at 112x64 and 176x96)
 _SAME_EVERYWHERE = "cpu-independent=1"
 KEYFRAME_SECONDS = 2  # how far apart keyframes are at most, so that players can seek
+_LONGEST_OWNER = "0" * 36  # of partial files: a queue's ids are the longest
 _BYTES_PER_PIXEL = 0.25  # what CRF 16 needs for pictures full of fine noise; usual ones take a tenth of it
 
 # Without the flags swscale takes short cuts in 8 bits that cost up to 3 levels a round trip.
@@ -77,9 +77,7 @@ def check_output(path: Path, needed_bytes: int) -> None:
     if path.is_dir():
         raise OutputError(f"{path} is a folder. Give the name of a file, such as {path / 'video.mp4'}.")
     with _explained(path):
-        _sidecar_path(path).exists()  # raises if the name is too long
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0")
+        _try_names(path)
         free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise OutputError(
@@ -92,8 +90,26 @@ def check_output(path: Path, needed_bytes: int) -> None:
         )
 
 
+def _try_names(path: Path) -> None:
+    """Make and remove files as the run will; open those that it will replace. Raises OSError."""
+    partial = durable.partial_name(_LONGEST_OWNER, ".json")
+    for name in (partial, f"{path.name}{durable.PARTIAL}"):  # the second: as long as the sidecar's, of its characters
+        probe = path.with_name(name)
+        with suppress(FileExistsError), probe.open("xb") as stream:  # one that exists is someone's, and possible
+            try:
+                stream.write(b"\0")
+            finally:
+                stream.close()
+                probe.unlink()
+    for old in (path, _sidecar_path(path)):
+        with suppress(FileNotFoundError), old.open("r+b"):  # a player may hold it on Windows
+            pass
+
+
 def _is_name(path: Path) -> bool:
     """Tell whether the system can hold the path: `Path.exists` says of one that it cannot hold only that it is not."""
+    if os.name == "nt" and ":" in path.name:
+        return False  # the name of a stream within another file
     try:
         return b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
@@ -193,9 +209,9 @@ class VideoWriter:
             self._partial_sidecar.write_text(to_json(self._description(), indent=2) + "\n", encoding="utf-8")
             _flush_to_disk(self._partial)
             _flush_to_disk(self._partial_sidecar)
-            os.replace(self._partial, self._path)
-            os.replace(self._partial_sidecar, self._sidecar_path)
-            _flush_to_disk(self._path.parent)
+            durable.replace(self._partial, self._path)
+            durable.replace(self._partial_sidecar, self._sidecar_path)
+            durable.flush_folder(self._path.parent)
             return VideoReport(self._path, self._sidecar_path, self._num_frames, self._path.stat().st_size)
 
     def _description(self) -> dict[str, object]:
@@ -273,9 +289,7 @@ def _sidecar_path(path: Path) -> Path:
 
 def _flush_to_disk(path: Path) -> None:
     """Make sure that a crash of the machine can't leave a name without its bytes."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle to a folder, and keeps names in order by itself
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

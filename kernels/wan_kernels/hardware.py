@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +115,7 @@ def tile_launch(op: str, shape_class: str, device: torch.device) -> TileLaunch:
     """Return what `op` is launched with on `device`: what was tuned there, else what the table says."""
     if device.type != "cuda":
         return table_launch(op, shape_class, 0)
-    tuned = _tuned(Path.home() / TUNED).launches.get(tuned_key(op, shape_class, device))
+    tuned = _tuned(_home() / TUNED).launches.get(tuned_key(op, shape_class, device))
     if tuned in CANDIDATES[op, shape_class]:  # as long as it is one: what is no longer tried is no longer checked
         return tuned
     major, minor = torch.cuda.get_device_capability(device)
@@ -138,14 +140,23 @@ def _source_hash(op: str) -> str:
     return hashlib.sha256(Path(__file__).with_name(f"{op}.py").read_bytes()).hexdigest()[:12]
 
 
+def _home() -> Path:
+    """Return the home folder, or one among the temporary ones for a user who has neither a name nor HOME."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        user = "user" if sys.platform == "win32" else str(os.getuid())
+        return Path(tempfile.gettempdir()) / f"wan_local-{user}"
+
+
 def tuned_problem(home: Path | None = None) -> str:
     """Return why nothing that was tuned is used, or nothing where the file is sound or not there."""
-    return _tuned((home or Path.home()) / TUNED).problem
+    return _tuned((home or _home()) / TUNED).problem
 
 
 def save_tuned(found: Mapping[str, TileLaunch], home: Path | None = None) -> Path:
     """Add `found` to what the file holds by now and return the file; it appears complete or not at all."""
-    path = (home or Path.home()) / TUNED
+    path = (home or _home()) / TUNED
     _tuned.cache_clear()
     rows = {key: _as_list(launch) for key, launch in {**_tuned(path).launches, **found}.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,10 +178,10 @@ class _Tuned:
 @functools.lru_cache(maxsize=4)
 def _tuned(path: Path) -> _Tuned:
     """Read the file once; a damaged one is no reason to stop, since the table has a launch for everything."""
-    if not path.exists():
-        return _Tuned({})
     try:
         return _Tuned(_parsed(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return _Tuned({})
     except (OSError, ValueError) as error:
         problem = f"{path} cannot be read ({error}); the table's launches are used. Tune again, or delete it"
         _log.warning("%s", problem)

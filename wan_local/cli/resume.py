@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wan_local.cli.flags import add_lora_flag, add_memory_flags, add_place_flags, settings_from
+from wan_local.cli.flags import add_kernel_flags, add_lora_flag, add_memory_flags, add_place_flags, settings_from
 from wan_local.cli.generate import add_output_flags, follow
 from wan_local.runs import settings_of
 
@@ -22,8 +22,9 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.set_defaults(run=_resume)
     parser.add_argument("run_id", metavar="RUN", help="its id, as `wan-local runs` lists it")
-    local = parser.add_argument_group("where and how (as the run was begun unless told)")
+    local = parser.add_argument_group("where and how (as the run was begun unless told, here or by the environment)")
     add_place_flags(local)
+    add_kernel_flags(local)
     add_lora_flag(local)
     add_memory_flags(local)
     add_output_flags(local, default="where it was to go")
@@ -34,7 +35,7 @@ def _resume(options: argparse.Namespace) -> int:
 
     given = vars(options)
     here, run_id = settings_from(given), given["run_id"]
-    told = ("model", "device", "loras", "vram_gibibytes", "ram_gibibytes")
+    told = ("model", "device", "attention", "kernels", "loras", "vram_gibibytes", "ram_gibibytes")
     changes = {name: getattr(here, name) for name in told if name in given}
     settings = replace(settings_of(run_id, here), **changes)
     return follow(Pipeline(settings).resume(run_id, output=given.get("output")), run_id, settings, given)

@@ -24,7 +24,7 @@ def progress() -> Iterator[Callable[[Step], None]]:
         yield lambda step: say(f"{step.stage} {step.index}/{step.total}, {_clock(step)}: {step.message}")
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Column
 
     stage = TextColumn("{task.description}", markup=False, table_column=Column(min_width=9, no_wrap=True))
@@ -32,7 +32,7 @@ def progress() -> Iterator[Callable[[Step], None]]:
     words = TextColumn(
         "{task.fields[words]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
     )
-    with Progress(stage, bar, words, console=Console(stderr=True), expand=True) as bars:
+    with Progress(stage, bar, TimeElapsedColumn(), words, console=Console(stderr=True), expand=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(step: Step) -> None:
