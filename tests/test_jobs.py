@@ -420,6 +420,13 @@ def test_of_a_rejected_request_no_long_text_is_kept_and_nothing_that_its_check_h
     assert held[0]() is None
 
 
+def test_of_a_long_list_that_was_rejected_the_first_entries_are_kept() -> None:
+    numbers, fields = list(range(1000)), {str(number): number for number in range(1000)}
+    (entry,) = InvalidRequest.field("seed", "int_type", "no", value=[numbers, fields]).shortened().detail
+    assert entry["input"][0][-2:] == [99, "... (1000 entries)"]
+    assert len(entry["input"][1]) == 101 and entry["input"][1]["..."] == "1000 entries"
+
+
 # Memory
 
 

@@ -20,9 +20,10 @@ Every message names the value, the limit and the way out.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
-_KEPT_CHARACTERS = 2000  # of a text in an error that is kept
+_KEPT_CHARACTERS, _KEPT_ENTRIES = 2000, 100  # of a text, and of a list or an object, in an error that is kept
 
 
 class WanLocalError(Exception):
@@ -59,7 +60,7 @@ class InvalidRequest(WanLocalError, ValueError):
 
     def shortened(self) -> InvalidRequest:
         """Return the error as it is kept: without its traceback, and long texts in `input` and `ctx`, such as an image
-        as a data URI, cut after their first 2,000 characters.
+        as a data URI, cut after their first 2,000 characters, lists and objects after their first 100 entries.
         """
         return InvalidRequest(
             [
@@ -121,7 +122,10 @@ def _shortened(value: Any) -> Any:
     if isinstance(value, str) and len(value) > _KEPT_CHARACTERS:
         return f"{value[:_KEPT_CHARACTERS]}... ({len(value)} characters)"
     if isinstance(value, dict):
-        return {_shortened(key): _shortened(item) for key, item in value.items()}
+        kept = dict(itertools.islice(value.items(), _KEPT_ENTRIES))
+        rest = {"...": f"{len(value)} entries"} if len(value) > _KEPT_ENTRIES else {}
+        return {_shortened(key): _shortened(item) for key, item in kept.items()} | rest
     if isinstance(value, list):
-        return [_shortened(item) for item in value]
+        more = [f"... ({len(value)} entries)"] if len(value) > _KEPT_ENTRIES else []
+        return [_shortened(item) for item in value[:_KEPT_ENTRIES]] + more
     return value

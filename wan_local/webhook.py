@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -109,7 +110,8 @@ class Webhooks:
             content, headers = json.dumps(body()), {"content-type": "application/json"}
             with httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=trust_env) as client:
                 request = bound_request(client, "POST", target, address, headers=headers, content=content)
-                response = client.send(request)
+                with closing(client.send(request, stream=True)) as response:  # its body is of no interest
+                    done, status = response.is_success, response.status_code
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
-        return None if response.is_success else f"HTTP {response.status_code}"
+        return None if done else f"HTTP {status}"
