@@ -50,7 +50,7 @@ def test_a_run_goes_on_from_its_last_step_to_the_same_video(tmp_path: Path, monk
     engine = pipeline_engine(settings)
     with live_server(tmp_path, slowly(engine, 0.2)) as live:
         running, waiting = submit(live), submit(live, num_inference_steps=2)
-        while sum("step" in log["message"] for log in _logs(live, running)) < 3:
+        while sum(log["message"].startswith("step ") for log in _logs(live, running)) < 3:
             time.sleep(0.02)
     calls: list[float] = []
     predict = Guided.predict
