@@ -19,7 +19,7 @@ from wan_local.extent import DTYPES, read_rows, read_tensor
 from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical, ignorable
 from wan_local.lora import Lora, open_loras
-from wan_local.manifest import MANIFEST, Manifest, read_manifest
+from wan_local.manifest import MANIFEST, Manifest, check_sizes, read_manifest
 from wan_local.settings import TINY, ModelConfig, Settings, hub_cache_dir, known_models
 from wan_local.weight_files import ROTATED_KEY, read_part, read_weights, weight_sets
 
@@ -128,7 +128,9 @@ def open_model(folder: Path) -> ModelFiles:
             "Give the folder that holds transformer/, vae/, text_encoder/, image_encoder/ and tokenizer/."
         )
     weights, manifest = {part: read_part(folder / part) for part in PARTS}, read_manifest(folder)
-    if manifest is None and weights["transformer"].metadata.get(ROTATED_KEY):
+    if manifest is not None:
+        check_sizes(folder, manifest)
+    elif weights["transformer"].metadata.get(ROTATED_KEY):
         raise CorruptModel(
             f"{str(folder)!r} holds rotated weights without {MANIFEST}, which says which they are. Copy that file from "
             "the store that they are from."

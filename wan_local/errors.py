@@ -11,7 +11,7 @@
     |-- DoesNotFit (MemoryError)           the plan needs more memory than there is
     |-- OutOfMemory (MemoryError)          memory ran out during the run, on every rung that was tried
     |-- NotResumable (ValueError)          no such unfinished run, or not one that can be gone on with here
-    |-- NumericalError (ArithmeticError)   NaN or infinity where a picture should be
+    |-- NumericalError (ArithmeticError)   NaN, infinity or one flat colour where a picture should be
     |-- OutputError (OSError)              the video could not be written
     `-- Cancelled                          the caller asked to stop
 
@@ -93,7 +93,7 @@ class NotResumable(WanLocalError, ValueError):
 
 
 class NumericalError(WanLocalError, ArithmeticError):
-    """A tensor holds NaN or infinity; no video is written from it."""
+    """A tensor holds NaN or infinity, or all frames one colour; no video is written from it."""
 
 
 class OutputError(WanLocalError, OSError):

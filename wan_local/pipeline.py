@@ -28,6 +28,7 @@ from wan_local.device import capped, card_name, resolve_device
 from wan_local.encoders import encode_frames, encode_images, encode_prompts
 from wan_local.errors import NotResumable
 from wan_local.ladder import Rung
+from wan_local.likeness import compared_frames
 from wan_local.lock import holding_card
 from wan_local.models.transformer import Transformer
 from wan_local.order import changes_since, check_model, read_order
@@ -195,7 +196,8 @@ def _decode(job: Job, space: Workspace, final: Latents, *, owner: str | None) ->
         ):
             latents, tiling = final.latents.to(rung.device), rung.plan.tiling
             frames = decode_frames(vae, latents, job.geometry, tiling=tiling, check=space.check)
-            for decoded in checked_frames(job.switches, frames, job.geometry.num_frames, report):
+            compared = compared_frames(frames, job.images, job.files, report)
+            for decoded in checked_frames(job.switches, compared, job.geometry.num_frames, report):
                 writer.write(decoded.frames)
                 yield report.step(decoded.done, total, f"frame {decoded.done} of {total}")
             video = writer.finish()
