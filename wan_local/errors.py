@@ -10,6 +10,7 @@
     |-- Busy (RuntimeError)                another process holds what is needed; the message names it
     |-- DoesNotFit (MemoryError)           the plan needs more memory than there is
     |-- OutOfMemory (MemoryError)          memory ran out during the run, on every rung that was tried
+    |-- DeviceFailed (RuntimeError)        the card answers no more; the process has to be restarted
     |-- NotResumable (ValueError)          no such unfinished run, or not one that can be gone on with here
     |-- NumericalError (ArithmeticError)   NaN, infinity or one flat colour where a picture should be
     |-- OutputError (OSError)              the video could not be written
@@ -86,6 +87,10 @@ class DoesNotFit(WanLocalError, MemoryError):
 
 class OutOfMemory(WanLocalError, MemoryError):
     """Memory ran out during the run and going on with less did not help; the message says what was tried."""
+
+
+class DeviceFailed(WanLocalError, RuntimeError):
+    """A fault left this process's hold of the card unusable: nothing runs on it until the process is restarted."""
 
 
 class NotResumable(WanLocalError, ValueError):

@@ -63,27 +63,44 @@ class Journal:
 
     def accept(self, job: Job) -> None:
         """Write down a request that is about to be lined up. Raises OutputError, and then it must not be accepted."""
+        self._last += 1
+        self._numbers[job.id] = self._last
+        try:
+            self._write_request(job)
+        except OSError as error:
+            raise OutputError(f"the request could not be written to {self._folder}: {error}") from error
+
+    def keeps(self, job: Job) -> bool:
+        """Tell whether a job that has not ended is on record, to be taken up by a later process."""
+        return job.id in self._numbers
+
+    def accept_again(self, job: Job) -> None:
+        """Write down a request anew, whose run has left the device unusable once more."""
+        try:
+            self._write_request(job)
+        except OSError as error:  # it is taken up all the same, and this time is not counted
+            _log.error("request %s could not be written anew: %s", job.id, error)
+
+    def _write_request(self, job: Job) -> None:
         assert job.request is not None, "a job that waits has its request"
-        now = time.time() - (time.perf_counter() - job.submitted_at)
         record = {
             "id": job.id,
             "priority": job.priority,
             "start_timeout": job.start_timeout,
             "webhook_url": job.webhook_url,
-            "submitted_at": now,
+            "submitted_at": time.time() - (time.perf_counter() - job.submitted_at),
+            "device_failures": job.device_failures,
             "request": _request_as_json(job.request),
         }
-        self._last += 1
-        self._numbers[job.id] = self._last
-        try:
-            durable.write(self._path(job.id, _REQUEST), [json.dumps(record).encode()])
-        except OSError as error:
-            raise OutputError(f"the request could not be written to {self._folder}: {error}") from error
+        durable.write(self._path(job.id, _REQUEST), [json.dumps(record).encode()])
 
-    def end(self, job: Job) -> None:
-        """Write down what came of a job. After `close`, nothing: what is stopped now will be started again."""
+    def end(self, job: Job) -> bool:
+        """Write down what came of a job and return whether that is final.
+
+        After `close`, nothing is: what is stopped now will be started again.
+        """
         if self._closed:
-            return
+            return False
         if job.id not in self._numbers:
             self._last += 1
             self._numbers[job.id] = self._last
@@ -102,6 +119,7 @@ class Journal:
             self._path(job.id, _REQUEST).unlink(missing_ok=True)
         except OSError as error:  # the outcome is known to this process all the same
             _log.error("the outcome of request %s could not be written: %s", job.id, error)
+        return True
 
     def forget(self, job_id: str) -> None:
         """Remove what is known of a job that has ended."""
@@ -139,7 +157,8 @@ class Journal:
             request = Request(**_request_from_json(record["request"]))
             job = Job(record["id"], request, record["priority"], record["start_timeout"], record["webhook_url"])
             job.submitted_at = time.perf_counter() - (time.time() - record["submitted_at"])
-        except (ValidationError, LookupError, TypeError) as error:
+            job.device_failures = int(record.get("device_failures", 0))
+        except (ValidationError, LookupError, TypeError, ValueError) as error:
             _log.error("%s cannot be read and is left there: %s", path, error)
             return None
         return job

@@ -26,8 +26,8 @@ from wan_local.denoise import Guided, denoise
 from wan_local.denoiser import Denoiser
 from wan_local.device import capped, card_name, resolve_device
 from wan_local.encoders import encode_frames, encode_images, encode_prompts
-from wan_local.errors import NotResumable
-from wan_local.ladder import Rung
+from wan_local.errors import DeviceFailed, NotResumable, WanLocalError
+from wan_local.ladder import Rung, has_failed
 from wan_local.likeness import compared_frames
 from wan_local.lock import holding_card
 from wan_local.models.transformer import Transformer
@@ -141,12 +141,21 @@ class Pipeline:
 
     @contextmanager
     def _card(self) -> Iterator[None]:
-        """Hold the settings' card, and no more of its memory than they say. Raises Busy."""
+        """Hold the settings' card, and no more of its memory than they say. Raises Busy, DeviceFailed."""
         device, gibibytes = resolve_device(self.settings.device), self.settings.vram_gibibytes
         card = card_name(device)
         hold = nullcontext() if card is None else holding_card(card, shared=self.settings.share_device)
-        with hold, capped(device, None if gibibytes is None else int(gibibytes * GIB)):
-            yield
+        try:
+            with hold, capped(device, None if gibibytes is None else int(gibibytes * GIB)):
+                yield
+        except RuntimeError as error:
+            if isinstance(error, WanLocalError) or not has_failed(device):
+                raise
+            fault = str(error).partition("\n")[0]
+            raise DeviceFailed(
+                f"{device} ({card}) answers this process no more: {fault}. Restart the process, or the server; steps "
+                "that were done are kept (`wan-local runs`)."
+            ) from error
 
 
 def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Generator[Step, None, Result]:
