@@ -44,7 +44,7 @@ LINES = (
     ("expander",),
     ("conditioning", "scheduler", "acceleration", "denoise", "preview", "decode", "video", "report", "expansion"),
     ("identity", "cache", "ladder", "answers", "order"),
-    ("workspace", "unfinished", "switches"),
+    ("workspace", "unfinished", "switches", "likeness"),
     ("encoders", "denoiser"),
     ("preparation",),
     ("pipeline",),

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -13,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from tests import layouts
 from tests.parity import relative_error
+from wan_local.block_reader import BlockReader
 from wan_local.checkpoint import PartTensors, find_model, open_model
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
 from wan_local.header import read_header
+from wan_local.key_map import Part
 from wan_local.settings import load_settings
 from wan_local.stage import load_network
 from wan_local.weight_files import read_part
@@ -258,3 +262,54 @@ def test_integers_without_scales_are_refused(model: Path) -> None:
     retyped(model / "image_encoder" / "model.safetensors", torch.int8)
     with pytest.raises(CorruptModel, match=r"is stored as torch\.int8 and has no scale"):
         load_network("image_encoder", open_model(model), torch.device("cpu"), torch.float32)
+
+
+def replaced(file: Path) -> None:
+    """Put a file of the same size and other content in its place, as a copy or a download does."""
+    new = file.with_name("new")
+    new.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    os.utime(new, ns=(0, file.stat().st_mtime_ns + 1))
+    new.replace(file)
+
+
+def test_weights_that_are_replaced_while_they_are_in_use_are_an_error_not_garbage(model: Path, tmp_path: Path) -> None:
+    files = open_model(model)
+    encoder, transformer = PartTensors(files, "text_encoder"), PartTensors(files, "transformer")
+    reader, name = BlockReader(transformer, "blocks"), "attn1.to_q.weight"
+    views = {name: torch.empty(transformer.shape(f"blocks.0.{name}"), dtype=torch.float32)}
+    reader.fill(0, views)
+    for file in [*model.glob("t*/*.safetensors")]:
+        replaced(file)
+    changed = pytest.raises(CorruptModel, match="was changed while it was in use")
+    with changed:
+        reader.fill(0, views)
+    with changed:
+        _ = transformer[f"blocks.1.{name}"]
+    with changed:
+        encoder.rows("shared.weight", [3])
+    PartTensors(open_model(model), "text_encoder").rows("shared.weight", [3])
+
+
+def test_rows_of_a_table_are_read_without_room_for_the_table(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("this system does not say how much address space is taken")
+    file, rows = tmp_path / "table.safetensors", 2**20
+    header = json.dumps({"shared.weight": {"dtype": "BF16", "shape": [rows, 2048], "data_offsets": [0, rows * 4096]}})
+    with file.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header.encode())
+        stream.seek(7 * 4096, os.SEEK_CUR)
+        stream.write(torch.full((2048,), 1.5, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        stream.truncate(8 + len(header) + rows * 4096)  # 4 GiB, of which the disk has a page or two
+    part: Part = "text_encoder"
+    table = PartTensors(replace(open_model(TINY), tensors={part: read_header(file)}), part)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, hard))
+    try:
+        read = table.rows("shared.weight", [7, 0, 7])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert read.float().mean(1).tolist() == [1.5, 0.0, 1.5]
+    with pytest.raises(CorruptModel, match=f"row {rows} is needed of a table of {rows}"):
+        table.rows("shared.weight", [rows])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.random_model import random_source, write_random_model
@@ -296,8 +297,6 @@ def test_what_a_crash_left_is_not_trusted_beyond_what_was_noted(source: Source, 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("format_", FORMATS)
 def test_numbers_that_are_none_are_refused(tmp_path: Path, format_: WeightFormat, poison: float) -> None:
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(TINY, tmp_path / "source")
     [file] = (tmp_path / "source" / "transformer").glob("*.safetensors")
     state = load_file(file)
@@ -314,8 +313,6 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path, format_: WeightFormat
 @pytest.mark.parametrize("name", ["blocks.3.ffn.net.2.weight", "shared.weight"])
 def test_a_tensor_that_never_arrived_is_refused(tmp_path: Path, format_: WeightFormat, name: str) -> None:
     """A file whose place was reserved has its length, and zeros where its content should be."""
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(TINY, tmp_path / "source")
     part = "text_encoder" if name == "shared.weight" else "transformer"
     [file] = (tmp_path / "source" / part).glob("*.safetensors")
@@ -382,6 +379,10 @@ def test_a_damaged_store_is_told_from_a_sound_one(source: Source, tmp_path: Path
     with pytest.raises(CorruptModel, match=r"00001-of-00002\.safetensors has \d+ bytes and should have \d+"):
         verify(tmp_path / "store", manifest)
     with pytest.raises(CorruptModel, match="cut short"):
+        open_model(tmp_path / "store")
+    loop.write_bytes(sound)
+    save_file({name: tensor.clone() for name, tensor in load_file(loop).items()}, loop, {"from": "another store"})
+    with pytest.raises(CorruptModel, match=r"00001-of-00002\.safetensors has \d+ bytes and should have \d+"):
         open_model(tmp_path / "store")
     loop.unlink()
     with pytest.raises(CorruptModel, match="lacks"):

@@ -521,9 +521,19 @@ def test_an_old_transformers_is_told_before_any_work(settings: Settings, monkeyp
     assert describe(settings).startswith("not available: ")
 
 
-def test_where_memory_runs_out_the_prompt_stays_as_it_is(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+        MemoryError(),
+    ],
+)
+def test_where_memory_runs_out_the_prompt_stays_as_it_is(
+    error: Exception, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("no memory")
+        raise error
 
     monkeypatch.setattr(expansion, "answer_tokens", full)
     events = list(Pipeline(settings).generate(stamp_request(enable_prompt_expansion=True)))

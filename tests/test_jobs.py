@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wan_local.errors import Cancelled, DoesNotFit, InvalidRequest, WanLocalError
+from wan_local.errors import Cancelled, DeviceFailed, DoesNotFit, InvalidRequest, WanLocalError
 from wan_local.failure import StartTimeout, describe, owner_and_alias, unknown_application
 from wan_local.jobs import Job, Queue, Ticket
 from wan_local.request import File, Request, Result, Step
@@ -507,3 +507,27 @@ def test_application_ids_are_split_as_the_client_does(application: str, expected
 def test_an_application_id_without_an_owner_is_a_value_error() -> None:
     with pytest.raises(ValueError, match=r"^Invalid app id: nope\. Must be in the format <appOwner>/<appId>$"):
         owner_and_alias("nope")
+
+
+# A card that answers no more
+
+
+def test_after_a_device_failure_no_job_is_begun_or_taken(make: Make) -> None:
+    engine, told = StubEngine(held=True), threading.Event()
+
+    def failing(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
+        yield next(engine(request, ticket))
+        raise DeviceFailed("cuda:0 answers no more")
+
+    queue = make(failing)
+    queue.on_device_failure(told.set)
+    jobs = [queue.submit(request(str(number))) for number in range(3)]
+    engine.gate.set()
+    for job in jobs:
+        assert isinstance(finished(queue, job).error, DeviceFailed)
+    assert engine.prompts == ["0"] and told.wait(SOON)
+    with pytest.raises(DeviceFailed, match="cuda:0"):
+        queue.submit(request())
+    again = threading.Event()
+    queue.on_device_failure(again.set)
+    assert again.is_set()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from wan_local.errors import InvalidRequest, OutputError
+from wan_local.errors import DeviceFailed, InvalidRequest, OutputError
 from wan_local.failure import RecordedFailure, describe
 from wan_local.jobs import Job, Queue, Ticket
 from wan_local.journal import Journal, Recovered
@@ -206,3 +206,34 @@ def test_a_request_that_cannot_be_written_is_not_accepted(tmp_path: Path) -> Non
     with pytest.raises(OutputError, match="could not be written"):
         queue.submit(request())
     assert queue.unfinished == 0
+
+
+def test_jobs_outlive_a_device_failure_and_the_one_that_fails_it_thrice_is_failed(tmp_path: Path) -> None:
+    def engine(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
+        yield Step("denoise", 1, 1, "a step", 0.1)
+        assert gate.wait(SOON)
+        raise DeviceFailed("cuda:0 answers no more.")
+
+    gate = threading.Event()
+    ended: list[str] = []
+    first = Queue(engine, records=Journal(tmp_path), on_end=lambda job: ended.append(job.id))
+    jobs = [first.submit(request(str(number))) for number in range(3)]
+    attached = first.submit(request("on a connection"), attached=True)
+    gate.set()
+    assert first.wait(jobs[0], SOON) and first.wait(attached, SOON)
+    assert [job.state for job in jobs] == ["COMPLETED", "IN_QUEUE", "IN_QUEUE"]
+    first.close()
+    assert ended == [attached.id]
+    for life in (1, 2):
+        journal = Journal(tmp_path)
+        found = journal.recover()
+        assert [job.id for job in found.waiting] == [job.id for job in jobs]
+        assert [job.device_failures for job in found.waiting] == [life, 0, 0]
+        queue = Queue(engine, records=journal)
+        queue.restore(found.ended, found.waiting)
+        assert queue.wait(found.waiting[0], SOON)
+        queue.close()
+    found = recovered(tmp_path)
+    assert [job.id for job in found.waiting] == [job.id for job in jobs[1:]]
+    [failed] = [job for job in found.ended if job.id == jobs[0].id]
+    assert "answers no more. It was run 3 times" in str(failed.error)

@@ -16,7 +16,7 @@ from wan_local import denoise, pipeline, runs, scheduler, stage
 from wan_local.errors import DoesNotFit, OutOfMemory
 from wan_local.fitting import make_plan
 from wan_local.geometry import Geometry, Size
-from wan_local.ladder import Ladder, ran_out_of_memory
+from wan_local.ladder import Ladder, has_failed, ran_out_of_memory
 from wan_local.models import image_encoder, text_encoder, transformer, vae
 from wan_local.pipeline import Pipeline
 from wan_local.planner import Machine, Plan, StagePlan, shrink
@@ -223,6 +223,22 @@ def test_what_is_no_lack_of_memory_is_not_retried() -> None:
     assert ran_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     assert not ran_out_of_memory(DoesNotFit("planned")) and not ran_out_of_memory(RuntimeError("shapes differ"))
     assert not ran_out_of_memory(ValueError("out of memory"))
+
+
+def test_a_fault_that_the_card_recovers_from_is_told_from_one_that_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    answers: list[Exception] = [RuntimeError("CUDA error: an illegal memory access was encountered")]
+
+    def synchronize(_: torch.device) -> None:
+        if answers:
+            raise answers[0]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert has_failed(card) and not has_failed(torch.device("cpu"))
+    answers[0] = RuntimeError("CUDA error: out of memory")
+    assert not has_failed(card)
+    answers.clear()
+    assert not has_failed(card)
 
 
 def real_plan(free_gib: float) -> tuple[Plan, Callable[[Plan, str], Plan | None]]:

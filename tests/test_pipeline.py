@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.stamps import END, START, stamp_request, stamp_settings
 from wan_local import encoders, preparation
 from wan_local.denoise import Guided
 from wan_local.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotAvailable, NumericalError, OutputError
 from wan_local.geometry import Size
-from wan_local.image import fit
+from wan_local.image import fit, load_image
+from wan_local.likeness import LOWEST_PSNR
 from wan_local.pipeline import Pipeline, generate
 from wan_local.planner import Plan
 from wan_local.request import Result, Step
@@ -175,6 +179,51 @@ def _encode_and_spoil(*args: Any, **kwargs: Any) -> Any:
     condition = encode_condition(*args, **kwargs)
     condition[0, 5, 0, 0, 0] = float("nan")
     return condition
+
+
+def spoiled(settings: Settings, folder: Path, part: str, spoil: Callable[[dict[str, Any]], None]) -> Settings:
+    """Return settings for a copy of the embedded model whose `part` was spoiled, its files' sizes as they were."""
+    model = Path(shutil.copytree(str(resources.files("wan_local") / "tiny_model"), folder / "spoiled"))
+    file = next((model / part).glob("*.safetensors"))
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    spoil(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return replace(settings, model=str(model))
+
+
+def test_a_report_tells_how_much_the_ends_look_like_the_images(plain: Result, tmp_path: Path) -> None:
+    frames = frames_of(plain)
+    for name, frame, image in (("first", frames[0], START), ("last", frames[-1], END)):
+        picture = np.asarray(fit(load_image(image, field="image"), Size(*frame.shape[:2])))
+        assert plain.report[f"{name}_frame_psnr"] == pytest.approx(psnr(frame, picture), abs=1.0)  # x264 comes between
+        assert plain.report[f"{name}_frame_psnr"] > LOWEST_PSNR
+    assert not any("does not look like" in note for note in plain.report["notes"])
+
+
+def test_damaged_weights_are_told_by_what_they_make(settings: Settings, tmp_path: Path) -> None:
+    def zero_the_end(tensors: dict[str, Any]) -> None:
+        for name in sorted(tensors)[len(tensors) // 2 :]:
+            tensors[name].zero_()
+
+    result = generate(stamp_request(), settings=spoiled(settings, tmp_path, "transformer", zero_the_end))
+    told = [note for note in result.report["notes"] if "does not look like the image" in note]
+    assert len(told) == 1 and "`wan-local inspect --verify`" in told[0]
+    assert min(result.report["first_frame_psnr"], result.report["last_frame_psnr"]) < LOWEST_PSNR
+
+
+def test_a_video_of_one_flat_colour_is_no_success(settings: Settings, tmp_path: Path) -> None:
+    def zero_the_last_layer(tensors: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            if name.startswith("decoder.conv_out"):
+                tensor.zero_()
+
+    with pytest.raises(NumericalError, match="one flat colour"):
+        generate(
+            stamp_request(),
+            settings=spoiled(settings, tmp_path, "vae", zero_the_last_layer),
+            output=tmp_path / "flat.mp4",
+        )
+    assert not [*tmp_path.glob("*flat*")]
 
 
 @pytest.fixture

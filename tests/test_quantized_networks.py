@@ -116,3 +116,16 @@ def test_a_quantized_weight_of_a_wrong_shape_is_refused(tmp_path: Path) -> None:
         stage("transformer", open_model(tmp_path / "model"), CPU, torch.float32),
     ):
         pass
+
+
+def test_a_scale_that_is_no_number_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
+    quantized_copy(find_model(load_settings(model="tiny")).folder, tmp_path / "model", "int8")
+    [file] = (tmp_path / "model" / "transformer").glob("*.safetensors")
+    state = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    state["blocks.2.attn1.to_q.weight_scale"][3] = float("nan")
+    save_file(state, file)
+    with (
+        pytest.raises(CorruptModel, match=r"the scale 'blocks\.2\.attn1\.to_q\.weight_scale'.* is negative, NaN"),
+        stage("transformer", open_model(tmp_path / "model"), CPU, torch.float32, plan=streamed(0)),
+    ):
+        pass

@@ -24,7 +24,7 @@ from tests.stamps import END, START, stamp_request, stamp_settings
 from wan_local import durable, order, pipeline, runs
 from wan_local.answers import Answers, Latents
 from wan_local.denoise import Guided
-from wan_local.errors import Busy, NotResumable, OutputError
+from wan_local.errors import Busy, DeviceFailed, NotResumable, OutputError
 from wan_local.failure import describe
 from wan_local.pipeline import Pipeline
 from wan_local.request import Request, Result, Step
@@ -188,6 +188,18 @@ def test_a_stopped_run_is_kept_if_a_step_is_done(
     run = runs.find(settings, "stopped")
     assert (run is not None) is kept
     assert not list(tmp_path.rglob("*.mp4")) and not list(tmp_path.rglob("*.part"))
+
+
+def test_a_run_on_a_card_that_answers_no_more_is_kept_and_says_what_to_do(
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered\nSearch for ...")
+    monkeypatch.setattr(pipeline, "decode_frames", lambda *_, **__: (_ for _ in ()).throw(fault))
+    monkeypatch.setattr(pipeline, "has_failed", lambda _: True)
+    with pytest.raises(DeviceFailed, match=r"illegal memory access was encountered\. Restart the process"):
+        list(Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="faulted"))
+    run = runs.find(settings, "faulted")
+    assert run is not None and run.denoised
 
 
 def test_a_failed_decode_keeps_the_latents_and_nothing_else_is_done_again(

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,11 @@ import pytest
 
 from wan_local import cli
 from wan_local.cli.terminal import FAILED, WRONG_REQUEST
+from wan_local.errors import DeviceFailed
+from wan_local.jobs import Ticket
+from wan_local.request import Request, Result, Step
+from wan_local.server.options import ServerOptions
+from wan_local.server.process import Server
 
 
 @contextmanager
@@ -110,3 +116,26 @@ def test_the_variables_that_tls_prints_lead_an_unmodified_client_here(tmp_path: 
         assert done.stdout.strip() == "422 ['start_image_url', 'end_image_url']", done.stderr
         key = tmp_path / "server" / "tls" / "server.key"
         assert key.stat().st_mode & 0o077 == 0
+
+
+def test_a_card_that_answers_no_more_ends_the_server_with_an_error_and_its_queue_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
+        yield Step("denoise", 1, 1, "a step", 0.1)
+        assert gate.wait(5.0)
+        raise DeviceFailed("cuda:0 answers this process no more.")
+
+    def submit(_: ServerOptions, server: Server) -> None:
+        for _ in range(3):
+            server.service.submit({"prompt": "x", "start_image_url": "data:,", "end_image_url": "data:,"})
+        gate.set()
+
+    gate = threading.Event()
+
+    monkeypatch.setattr("wan_local.server.process.pipeline_engine", lambda _: engine)
+    monkeypatch.setattr("wan_local.server.process.fetching", lambda engine, *_: engine)
+    monkeypatch.setattr("wan_local.cli.serve._say_where", submit)
+    assert cli.main(["serve", "--model", "tiny", "--port", "0", "--output-dir", str(tmp_path)]) == FAILED
+    assert "no more. The server ends. What waited or ran is taken up again" in capsys.readouterr().err
+    assert len([*tmp_path.glob("server/requests/*.request.json")]) == 3

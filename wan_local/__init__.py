@@ -23,8 +23,9 @@ _NAMES_BY_MODULE = {
     ),
     "encoding": ("encode", "encode_file", "encode_image"),
     "errors": (
-        "Busy", "Cancelled", "CorruptModel", "DoesNotFit", "InvalidRequest", "ModelNotFound", "NotAvailable",
-        "NotResumable", "NumericalError", "OutOfMemory", "OutputError", "WanLocalError", "WrongModel", "WrongSetting",
+        "Busy", "Cancelled", "CorruptModel", "DeviceFailed", "DoesNotFit", "InvalidRequest", "ModelNotFound",
+        "NotAvailable", "NotResumable", "NumericalError", "OutOfMemory", "OutputError", "WanLocalError", "WrongModel",
+        "WrongSetting",
     ),
     "handle": ("AsyncRequestHandle", "Completed", "InProgress", "Queued", "Status", "SyncRequestHandle"),
     "lifecycle": ("ObjectExpiration", "StorageACL", "StorageACLDecision", "StorageACLRule", "StorageSettings"),
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from wan_local.errors import Busy as Busy
     from wan_local.errors import Cancelled as Cancelled
     from wan_local.errors import CorruptModel as CorruptModel
+    from wan_local.errors import DeviceFailed as DeviceFailed
     from wan_local.errors import DoesNotFit as DoesNotFit
     from wan_local.errors import InvalidRequest as InvalidRequest
     from wan_local.errors import ModelNotFound as ModelNotFound

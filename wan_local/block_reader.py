@@ -39,11 +39,11 @@ class BlockReader:
         first, nbytes = extent
         target = _laid_out_alike(views, infos, first, nbytes)
         if target is not None:
-            read_extent(first.file, first.offset, target)
+            read_extent(first.file, first.offset, target, first.stamp)
             return
         if self._staging.nbytes < nbytes:
             self._staging = torch.empty(nbytes, dtype=torch.uint8)
-        read_extent(first.file, first.offset, self._staging[:nbytes])
+        read_extent(first.file, first.offset, self._staging[:nbytes], first.stamp)
         for name, view in views.items():
             begin, info = infos[name].offset - first.offset, infos[name]
             stored = self._staging[begin : begin + info.nbytes].clone() if begin % 8 else self._staging[begin:]

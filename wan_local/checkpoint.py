@@ -12,15 +12,14 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from wan_local import kinds
 from wan_local.errors import CorruptModel, ModelNotFound, WrongModel
-from wan_local.extent import DTYPES, read_tensor
+from wan_local.extent import DTYPES, read_rows, read_tensor
 from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical, ignorable
 from wan_local.lora import Lora, open_loras
-from wan_local.manifest import MANIFEST, Manifest, read_manifest
+from wan_local.manifest import MANIFEST, Manifest, check_sizes, read_manifest
 from wan_local.settings import TINY, ModelConfig, Settings, hub_cache_dir, known_models
 from wan_local.weight_files import ROTATED_KEY, read_part, read_weights, weight_sets
 
@@ -49,34 +48,31 @@ class PartTensors(Mapping[str, torch.Tensor]):
     """The tensors of one part whose names satisfy `where`, under our names; each is read when it is asked for."""
 
     def __init__(self, files: ModelFiles, part: Part, where: Callable[[str], bool] = lambda _: True) -> None:
-        named = ((canonical(part, name), name, info) for name, info in files.tensors[part].items())
-        self._infos = {ours: (name, info) for ours, name, info in named if where(ours) and not ignorable(part, name)}
+        stored = ((name, info) for name, info in files.tensors[part].items() if not ignorable(part, name))
+        named = ((canonical(part, name), info) for name, info in stored)
+        self._infos = {ours: info for ours, info in named if where(ours)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        _, info = self._infos[name]
-        return read_tensor(info.file, info.offset, DTYPES[info.dtype], info.shape)
+        return read_tensor(self._infos[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._infos  # Mapping's own would read the tensor
 
     def info(self, name: str) -> TensorInfo:
         """Return what the header says of a tensor."""
-        return self._infos[name][1]
+        return self._infos[name]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype in which a tensor is stored."""
-        return DTYPES[self._infos[name][1].dtype]
+        return DTYPES[self._infos[name].dtype]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from its header."""
-        return self._infos[name][1].shape
+        return self._infos[name].shape
 
     def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """Return some rows of a table without reading the others."""
-        stored_name, info = self._infos[name]
-        with safe_open(info.file, framework="pt") as file:
-            table = file.get_slice(stored_name)
-            return torch.cat([table[index : index + 1] for index in indices])
+        return read_rows(self._infos[name], indices)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)
@@ -132,7 +128,9 @@ def open_model(folder: Path) -> ModelFiles:
             "Give the folder that holds transformer/, vae/, text_encoder/, image_encoder/ and tokenizer/."
         )
     weights, manifest = {part: read_part(folder / part) for part in PARTS}, read_manifest(folder)
-    if manifest is None and weights["transformer"].metadata.get(ROTATED_KEY):
+    if manifest is not None:
+        check_sizes(folder, manifest)
+    elif weights["transformer"].metadata.get(ROTATED_KEY):
         raise CorruptModel(
             f"{str(folder)!r} holds rotated weights without {MANIFEST}, which says which they are. Copy that file from "
             "the store that they are from."

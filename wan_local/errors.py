@@ -10,8 +10,9 @@
     |-- Busy (RuntimeError)                another process holds what is needed; the message names it
     |-- DoesNotFit (MemoryError)           the plan needs more memory than there is
     |-- OutOfMemory (MemoryError)          memory ran out during the run, on every rung that was tried
+    |-- DeviceFailed (RuntimeError)        the card answers no more; the process has to be restarted
     |-- NotResumable (ValueError)          no such unfinished run, or not one that can be gone on with here
-    |-- NumericalError (ArithmeticError)   NaN or infinity where a picture should be
+    |-- NumericalError (ArithmeticError)   NaN, infinity or one flat colour where a picture should be
     |-- OutputError (OSError)              the video could not be written
     `-- Cancelled                          the caller asked to stop
 
@@ -102,12 +103,16 @@ class OutOfMemory(WanLocalError, MemoryError):
     """Memory ran out during the run and going on with less did not help; the message says what was tried."""
 
 
+class DeviceFailed(WanLocalError, RuntimeError):
+    """A fault left this process's hold of the card unusable: nothing runs on it until the process is restarted."""
+
+
 class NotResumable(WanLocalError, ValueError):
     """An unfinished run is not there, is being made, is damaged, or was begun with another model; or a study was."""
 
 
 class NumericalError(WanLocalError, ArithmeticError):
-    """A tensor holds NaN or infinity; no video is written from it."""
+    """A tensor holds NaN or infinity, or all frames one colour; no video is written from it."""
 
 
 class OutputError(WanLocalError, OSError):

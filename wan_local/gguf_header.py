@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from wan_local.errors import CorruptModel, NotAvailable
-from wan_local.header import Header, TensorInfo
+from wan_local.header import FileStamp, Header, TensorInfo
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -66,10 +67,10 @@ class _Description(NamedTuple):
 
 def read_gguf_header(file: Path) -> Header:
     """Return the header of a GGUF file; CorruptModel if it is damaged, NotAvailable for an unknown version or type."""
-    size = file.stat().st_size
     try:
         with file.open("rb") as stream:
-            cursor = _Cursor(stream, size)
+            stamp = FileStamp.of(stream.fileno())
+            cursor = _Cursor(stream, stamp.nbytes)
             tensor_count, key_count = _counts(cursor, file)
             metadata = {}
             for _ in range(key_count):
@@ -82,7 +83,7 @@ def read_gguf_header(file: Path) -> Header:
             if type(alignment) is not int or not 0 < alignment <= 2**20:
                 raise _Damaged(f"its alignment is {alignment!r}")
             start = -(-cursor.position // alignment) * alignment
-        tensors = _placed(file, described, start, size)
+        tensors = _placed(file, described, start, stamp)
         if not tensors:
             raise _Damaged("it holds no tensors at all")
         return Header("gguf", _with_original_shapes(tensors, metadata), metadata)
@@ -208,7 +209,7 @@ def _described(cursor: _Cursor, count: int) -> dict[str, _Description]:
     return described
 
 
-def _placed(file: Path, described: Mapping[str, _Description], start: int, size: int) -> dict[str, TensorInfo]:
+def _placed(file: Path, described: Mapping[str, _Description], start: int, stamp: FileStamp) -> dict[str, TensorInfo]:
     """Check that each tensor lies inside the file and on no other."""
     tensors = {}
     end, before = start, "the header"
@@ -221,10 +222,11 @@ def _placed(file: Path, described: Mapping[str, _Description], start: int, size:
         nbytes = items // kind.items * kind.nbytes
         if start + begin < end:
             raise _Damaged(f"{name!r} at {begin} overlaps {before!r}")
-        if start + begin + nbytes > size:
-            raise _Damaged(f"{name!r} needs bytes {start + begin}..{start + begin + nbytes} and the file has {size}")
+        if start + begin + nbytes > stamp.nbytes:
+            has = f"the file has {stamp.nbytes}"
+            raise _Damaged(f"{name!r} needs bytes {start + begin}..{start + begin + nbytes} and {has}")
         end, before = start + begin + nbytes, name
-        tensors[name] = TensorInfo(kind.name, shape, file, nbytes, start + begin)
+        tensors[name] = TensorInfo(kind.name, shape, file, nbytes, start + begin, stamp)
     return tensors
 
 
@@ -243,5 +245,5 @@ def _with_original_shapes(tensors: dict[str, TensorInfo], metadata: Mapping[str,
             stored *= length
         if not valid or items != stored:
             raise _Damaged(f"{name!r} has {list(info.shape)} and is said to have been {str(shape)[:100]}")
-        tensors[name] = TensorInfo(info.dtype, tuple(shape), info.file, info.nbytes, info.offset)
+        tensors[name] = replace(info, shape=tuple(shape))
     return tensors

@@ -7,11 +7,12 @@ same `Header`. Everything in a header is distrusted: lengths are checked before 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from wan_local.errors import CorruptModel
 
@@ -35,14 +36,32 @@ _TEXT = re.compile(rb"[\t\r\n\x20-\x7e]{9,64}")
 
 
 @dataclass(frozen=True, slots=True)
+class FileStamp:
+    """A file's size and date when its header was read: with others, its header says nothing of it any more.
+
+    Its inode is no part of this: some network file systems give a file another one while it is in use.
+    """
+
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> Self:
+        """Return the stamp of an open file."""
+        status = os.fstat(descriptor)
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as the header of its file tells of it: `nbytes` bytes at `offset` of `file`."""
+    """A tensor as the header of its file tells of it: `nbytes` bytes at `offset` of `file`, while that has `stamp`."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
     nbytes: int
     offset: int
+    stamp: FileStamp | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +83,9 @@ def read_safetensors(file: Path) -> Header:
 
     Raises CorruptModel with expected and actual bytes. Format: https://github.com/huggingface/safetensors#format
     """
-    size = file.stat().st_size
     with file.open("rb") as stream:
-        start = stream.read(64)
+        stamp = FileStamp.of(stream.fileno())
+        size, start = stamp.nbytes, stream.read(64)
         length = int.from_bytes(start[:8], "little")
         if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8) or start[8:9] not in (b"{", b" "):
             raise CorruptModel(_why_no_header(file, start, size))
@@ -75,7 +94,7 @@ def read_safetensors(file: Path) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise CorruptModel(f"the header of {file.name!r} has metadata that is no table. Download it again.")
-    tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in entries.items()}
+    tensors = {name: _tensor_info(file, name, entry, 8 + length, stamp) for name, entry in entries.items()}
     if not tensors:
         raise CorruptModel(f"{file.name!r} holds no tensors at all. Download it again.")
     _check_cover(file, tensors, 8 + length, size)
@@ -119,7 +138,7 @@ def _without_twins(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int, stamp: FileStamp) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
@@ -134,7 +153,7 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
         expected *= length
     if expected != end - begin:
         raise CorruptModel(f"{name!r} in {file.name!r} is {dtype} {list(shape)} and has {end - begin} bytes")
-    return TensorInfo(dtype, shape, file, end - begin, data_start + begin)
+    return TensorInfo(dtype, shape, file, end - begin, data_start + begin, stamp)
 
 
 def _check_cover(file: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from wan_local.errors import Cancelled, InvalidRequest, WanLocalError
+from wan_local.errors import Cancelled, DeviceFailed, InvalidRequest, WanLocalError
 from wan_local.failure import StartTimeout
 from wan_local.request import Check, Request, Result, Step
 
@@ -29,6 +29,8 @@ State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
 _WAKE_SECONDS = 0.5  # a wait is never longer at a stretch, so that Ctrl-C reaches it (on Windows it cannot otherwise)
 _EXIT_SECONDS = 5.0  # how long an ending interpreter waits for the engine to clean up
+
+_MOST_DEVICE_FAILURES = 3  # of one job, over processes: then it is what kills the card
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Job:
     submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float | None = None
     finished_at: float | None = None
+    device_failures: int = 0  # how often its run has left the card unusable, in earlier processes too
 
     @property
     def start_deadline(self) -> float:
@@ -89,7 +92,11 @@ class Records(Protocol):
 
     def begin(self, job: Job) -> None: ...
 
-    def end(self, job: Job) -> None: ...
+    def keeps(self, job: Job) -> bool: ...
+
+    def accept_again(self, job: Job) -> None: ...
+
+    def end(self, job: Job) -> bool: ...
 
     def forget(self, job_id: str) -> None: ...
 
@@ -100,8 +107,8 @@ class Queue:
     """Runs jobs on `engine`, one at a time, in a thread that starts with the first job.
 
     Normal jobs go before low ones, else first come first served. Finished jobs are remembered for `keep_seconds`, and
-    at most `keep_jobs` of them. `on_end` is told each job that has ended, and must not block. What a job raises is that
-    job's outcome: the worker lives on.
+    at most `keep_jobs` of them. `on_end` is told each job that has ended for good, and must not block. What a job
+    raises is that job's outcome: the worker lives on, but after DeviceFailed, which the next job would end with, too.
     """
 
     def __init__(
@@ -123,6 +130,8 @@ class Queue:
         self._changed = threading.Condition()
         self._worker: threading.Thread | None = None
         self._closed = False
+        self._device_failure: DeviceFailed | None = None
+        self._on_device_failure: Callable[[], None] | None = None
 
     def submit(
         self,
@@ -138,11 +147,14 @@ class Queue:
 
         `base_url`: where its caller reaches this process's files, for the webhook. `attached`: its caller waits on a
         connection that ends with this process, so no later process takes it up.
+        Raises DeviceFailed once a job has ended with it.
         """
         job = Job(str(uuid.uuid4()), request, priority, start_timeout, webhook_url, base_url)
         with self._changed:
             if self._closed:
                 raise Cancelled("The queue is closed; no job is taken any more.")
+            if self._device_failure is not None:
+                raise DeviceFailed(str(self._device_failure))
             if self._records is not None and not attached:
                 self._records.accept(job)
             self._line_up(job)
@@ -163,6 +175,18 @@ class Queue:
             self._remember(job)
             self._finish(job, error=error)
         return job
+
+    @property
+    def device_failure(self) -> DeviceFailed | None:
+        """What the worker ended with, if a job has left the device unusable for this process."""
+        return self._device_failure
+
+    def on_device_failure(self, tell: Callable[[], None]) -> None:
+        """Call `tell`, which must not block, when a job has left the device unusable: at once if one has."""
+        with self._changed:
+            self._on_device_failure = tell
+            if self._device_failure is not None:
+                tell()
 
     def find(self, job_id: str) -> Job | None:
         with self._changed:
@@ -272,6 +296,8 @@ class Queue:
                     self._records.begin(job)
                 self._changed.notify_all()
             self._run(job)
+            if self._device_failure is not None:
+                return
 
     def _run(self, job: Job) -> None:
         outcome = _Outcome()
@@ -280,7 +306,35 @@ class Queue:
         if outcome.error is not None:
             _release(job, outcome.error)
         with self._changed:
-            self._finish(job, result=outcome.result, error=outcome.error)
+            if isinstance(outcome.error, DeviceFailed):
+                self._give_up(job, outcome.error)
+            else:
+                self._finish(job, result=outcome.result, error=outcome.error)
+
+    def _give_up(self, job: Job, error: DeviceFailed) -> None:
+        """End the job that left the device unusable. What is on record is left to the next process, this job too unless
+        it has done so too often; nothing else can come to an end.
+        """
+        self._device_failure = error
+        job.device_failures += 1
+        again = self._keeps(job) and job.device_failures < _MOST_DEVICE_FAILURES
+        for lost in [waiting for waiting in self._line() if not self._keeps(waiting)]:
+            self._waiting[lost.priority].remove(lost)
+            self._finish(lost, error=error)
+        if not again:
+            times = f" It was run {job.device_failures} times." if job.device_failures > 1 else ""
+            self._finish(job, error=DeviceFailed(f"{error}{times}"))
+        if self._records is not None:
+            if again:
+                self._records.accept_again(job)
+            self._records.close()
+        if again:
+            self._finish(job, error=error)
+        if self._on_device_failure is not None:
+            self._on_device_failure()
+
+    def _keeps(self, job: Job) -> bool:
+        return self._records is not None and self._records.keeps(job)
 
     def _iterate(self, job: Job) -> Result:
         """Run the engine to its end; a cancelled job ends where the engine checks, or where it yields."""
@@ -319,11 +373,10 @@ class Queue:
         job.request = None  # it may hold images, as a wrong one's values and frames may
         job.steps = [replace(step, preview=None) for step in job.steps]
         job.finished_at = time.perf_counter()
-        if self._records is not None:
-            self._records.end(job)
+        for_good = self._records is None or self._records.end(job)
         job.state = "COMPLETED"
         self._changed.notify_all()
-        if self._on_end is not None:
+        if self._on_end is not None and for_good:
             self._on_end(job)
 
     def _line(self) -> list[Job]:

@@ -70,19 +70,26 @@ class Journal:
         except OSError as error:
             raise OutputError(f"the request could not be written to {self._folder}: {error}") from error
 
+    def keeps(self, job: Job) -> bool:
+        """Tell whether a job that has not ended is on record, to be taken up by a later process."""
+        return job.id in self._numbers
+
     def begin(self, job: Job) -> None:
         """Write down that a job has begun: begun again by a later process, it has kept its start timeout already."""
-        if self._closed or job.start_timeout is None or job.id not in self._numbers:
-            return
-        try:
-            self._write_request(job, start_timeout=None)
-        except OSError as error:  # it runs all the same
-            _log.error("that request %s has begun could not be written: %s", job.id, error)
+        if not self._closed and job.start_timeout is not None and self.keeps(job):
+            self._write_again(job)
 
-    def end(self, job: Job) -> None:
-        """Write down what came of a job. After `close`, nothing: what is stopped now will be started again."""
+    def accept_again(self, job: Job) -> None:
+        """Write down a request anew, whose run has left the device unusable once more."""
+        self._write_again(job)
+
+    def end(self, job: Job) -> bool:
+        """Write down what came of a job and return whether that is final.
+
+        After `close`, nothing is: what is stopped now will be started again.
+        """
         if self._closed:
-            return
+            return False
         if job.id not in self._numbers:
             self._last += 1
             self._numbers[job.id] = self._last
@@ -101,6 +108,7 @@ class Journal:
             self._path(job.id, _REQUEST).unlink(missing_ok=True)
         except OSError as error:  # the outcome is known to this process all the same
             _log.error("the outcome of request %s could not be written: %s", job.id, error)
+        return True
 
     def forget(self, job_id: str) -> None:
         """Remove what is known of a job that has ended."""
@@ -113,12 +121,20 @@ class Journal:
         """Write nothing any more."""
         self._closed = True
 
+    def _write_again(self, job: Job) -> None:
+        """Write down a request that has begun, and so has kept its start timeout."""
+        try:
+            self._write_request(job, start_timeout=None)
+        except OSError as error:  # it runs, and is taken up, all the same
+            _log.error("request %s could not be written anew: %s", job.id, error)
+
     def _write_request(self, job: Job, *, start_timeout: float | None) -> None:
         assert job.request is not None, "a job that has not ended has its request"
         record = {
             "id": job.id,
             "priority": job.priority,
             "start_timeout": start_timeout,
+            "device_failures": job.device_failures,
             "webhook_url": job.webhook_url,
             "base_url": job.base_url,
             "request": _request_as_json(job.request),
@@ -150,7 +166,8 @@ class Journal:
             request = Request(**_request_from_json(record["request"]))
             job = Job(record["id"], request, record["priority"], record["start_timeout"], record["webhook_url"])
             job.base_url = record.get("base_url")  # journals of earlier versions have none
-        except (ValidationError, LookupError, TypeError) as error:
+            job.device_failures = int(record.get("device_failures", 0))
+        except (ValidationError, LookupError, TypeError, ValueError) as error:
             _log.error("%s cannot be read and is left there: %s", path, error)
             return None
         return job

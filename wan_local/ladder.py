@@ -155,6 +155,17 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY_WORDS)
 
 
+def has_failed(device: torch.device) -> bool:
+    """Tell whether a card answers this process no more: after some faults every later call fails as the first did."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return not ran_out_of_memory(error)
+    return False
+
+
 def _clear(error: BaseException) -> None:
     """Let go of what the frames of an error hold: tensors that the next attempt needs the room of."""
     link: BaseException | None = error

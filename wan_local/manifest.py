@@ -97,20 +97,34 @@ def _checked(file: Path, content: dict[str, Any]) -> Manifest:
     return Manifest(**{**content, "files": stored, "rotated": tuple(rotated)})
 
 
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Compare the size of every file of a store with the manifest, reading none. Raises CorruptModel as `verify`."""
+    _refuse(folder, [text for name, stored in manifest.files.items() if (text := _misfit(folder / name, stored))])
+
+
 def verify(folder: Path, manifest: Manifest) -> None:
     """Read every file of a store and compare it with the manifest. Raises CorruptModel that lists what is wrong."""
-    wrong = [text for name, stored in manifest.files.items() if (text := _difference(folder / name, stored))]
+    _refuse(folder, [text for name, stored in manifest.files.items() if (text := _difference(folder / name, stored))])
+
+
+def _refuse(folder: Path, wrong: Sequence[str]) -> None:
     if wrong:
         raise CorruptModel(
             f"the store {str(folder)!r} is damaged: {'; '.join(wrong)}. Delete it and convert its source again."
         )
 
 
-def _difference(file: Path, stored: StoredFile) -> str | None:
+def _misfit(file: Path, stored: StoredFile) -> str | None:
     if not file.is_file():
         return f"{file.name} is missing"
     if file.stat().st_size != stored.bytes:
         return f"{file.name} has {file.stat().st_size} bytes and should have {stored.bytes}"
+    return None
+
+
+def _difference(file: Path, stored: StoredFile) -> str | None:
+    if text := _misfit(file, stored):
+        return text
     if sha256(file) != stored.sha256:
         return f"{file.name} has other content than was written (SHA-256 differs)"
     return None

@@ -26,8 +26,9 @@ from wan_local.denoise import Guided, denoise
 from wan_local.denoiser import Denoiser
 from wan_local.device import capped, card_name, resolve_device, spill_bytes
 from wan_local.encoders import encode_frames, encode_images, encode_prompts
-from wan_local.errors import NotResumable
-from wan_local.ladder import Rung
+from wan_local.errors import DeviceFailed, NotResumable, WanLocalError
+from wan_local.ladder import Rung, has_failed
+from wan_local.likeness import compared_frames
 from wan_local.lock import holding_card
 from wan_local.models.transformer import Transformer
 from wan_local.order import changes_since, check_model, read_order
@@ -143,14 +144,23 @@ class Pipeline:
 
     @contextmanager
     def _card(self) -> Iterator[None]:
-        """Hold the settings' card, and no more of its memory than they say. Raises Busy."""
+        """Hold the settings' card, and no more of its memory than they say. Raises Busy, DeviceFailed."""
         device, gibibytes = resolve_device(self.settings.device), self.settings.vram_gibibytes
         card = card_name(device)
         hold = nullcontext() if card is None else holding_card(card, shared=self.settings.share_device)
-        with hold:
-            limits = (None if gibibytes is None else int(gibibytes * GIB), spill_bytes(device))
-            with capped(device, min((limit for limit in limits if limit is not None), default=None)):
-                yield
+        try:
+            with hold:
+                limits = (None if gibibytes is None else int(gibibytes * GIB), spill_bytes(device))
+                with capped(device, min((limit for limit in limits if limit is not None), default=None)):
+                    yield
+        except RuntimeError as error:
+            if isinstance(error, WanLocalError) or not has_failed(device):
+                raise
+            fault = str(error).partition("\n")[0]
+            raise DeviceFailed(
+                f"{device} ({card}) answers this process no more: {fault}. Restart the process, or the server; steps "
+                "that were done are kept (`wan-local runs`)."
+            ) from error
 
 
 def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Generator[Step, None, Result]:
@@ -200,7 +210,8 @@ def _decode(job: Job, space: Workspace, final: Latents, *, owner: str | None) ->
         ):
             latents, tiling = final.latents.to(rung.device), rung.plan.tiling
             frames = decode_frames(vae, latents, job.geometry, tiling=tiling, check=space.check)
-            for decoded in checked_frames(job.switches, frames, job.geometry.num_frames, report):
+            compared = compared_frames(frames, job.images, job.files, report)
+            for decoded in checked_frames(job.switches, compared, job.geometry.num_frames, report):
                 writer.write(decoded.frames)
                 yield report.step(decoded.done, total, f"frame {decoded.done} of {total}")
             video = writer.finish()

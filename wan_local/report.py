@@ -32,6 +32,7 @@ class Report:
         self.notes: list[str] = []
         self.acceleration: dict[str, Any] = {}
         self.kernels = ""
+        self.likeness: dict[str, float] = {}  # of the video's ends to the images
         self.facts: dict[str, Any] = {}  # what belongs into the video's metadata too
 
     @contextmanager
@@ -87,6 +88,7 @@ class Report:
             "peak_bytes": dict(self.peak_bytes),
             "acceleration": dict(self.acceleration),
             "kernels": self.kernels,
+            **self.likeness,
             "notes": list(self.notes),
             **self.facts,
         }

@@ -30,6 +30,7 @@ from wan_local.planner import NetworkSize, StagePlan, spread
 from wan_local.quantize import SCALE, SHIFT, STORED_DTYPES, default_arithmetic, stays_as_stored
 from wan_local.quantized_layers import hold_in_format, hold_quantized
 from wan_local.request import Check, unchecked
+from wan_local.scales import check_scales
 from wan_local.settings import ModelConfig
 from wan_local.weight_format import PLAIN, WeightFormats
 
@@ -200,6 +201,7 @@ def _load(module: nn.Module, network: Network, files: ModelFiles, place: _Place,
     recipe, device = _RECIPES[network], place.device
     tensors = PartTensors(files, recipe.part, recipe.where)
     place = replace(place, stored=tensors)
+    check_scales({name: tensors.info(name) for name in tensors})
     hold_quantized(module, files, recipe.part, tensors, (plan and plan.int8_arithmetic) or default_arithmetic(device))
     adapted = adapt(module, recipe.part, tensors, files.loras)
     if plan is None or plan.resident_blocks is None:

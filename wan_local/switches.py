@@ -20,6 +20,7 @@ from wan_local.device import compute_dtype
 from wan_local.errors import NumericalError
 from wan_local.expander import Expander, choose_model, expander_stage, find_expanders, known_sizes, sizes_of
 from wan_local.expansion import Expansion, ask, expand
+from wan_local.ladder import ran_out_of_memory
 from wan_local.planner import Machine, StagePlan
 from wan_local.preview import to_uint8
 from wan_local.report import Report
@@ -162,8 +163,11 @@ def _written(
             yield report.step(0, limit, f"{expander.name} reads the prompt{_where(plan, device)}")
             writing = expand(model, question, seed=seed, check=check)
             return (yield from _told(writing, report, limit))
-    except torch.OutOfMemoryError:
-        return Expansion(prompt, expander.name, "", 0, f"{device} had less free memory than planned")
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        words = str(error).partition("\n")[0] or type(error).__name__
+        return Expansion(prompt, expander.name, "", 0, f"there was less free memory than planned ({words})")
     except NumericalError as error:
         return Expansion(prompt, expander.name, "", 0, f"{error}: its weights may be damaged")
 

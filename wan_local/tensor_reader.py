@@ -14,8 +14,9 @@ from torch import Tensor
 
 from wan_local.dequantize import dequantize_blocks
 from wan_local.errors import CorruptModel, WrongModel
+from wan_local.extent import read_extent
 from wan_local.gguf_header import TYPES
-from wan_local.header import Container
+from wan_local.header import Container, TensorInfo
 from wan_local.key_map import without_prefix
 from wan_local.pickle_header import unwrapped
 from wan_local.stored_tensor import EIGHT_BITS, WHOLE_SHIFTS, StoredTensor
@@ -85,17 +86,17 @@ def _load_pickle(file: Path) -> Mapping[str, Tensor]:
 def _read_rows(stored: StoredTensor, start: int, stop: int | None) -> Tensor:
     info = stored.info
     if not stored.shape:
-        return _numbers(info.dtype, _bytes(info.file, info.offset, info.nbytes)).view(())
+        return _numbers(info.dtype, _bytes(info, info.offset, info.nbytes)).view(())
     start, stop, _ = slice(start, stop).indices(stored.shape[0])
     width = math.prod(stored.shape[1:])
     first, count = (stored.first_row + start) * width, max(0, stop - start) * width
     items, nbytes = _BLOCK_ITEMS.get(info.dtype, (1, 0))
     if items == 1:
         item = _DTYPES[info.dtype].itemsize
-        content = _bytes(info.file, info.offset + first * item, count * item)
+        content = _bytes(info, info.offset + first * item, count * item)
         return _numbers(info.dtype, content).view(-1, *stored.shape[1:])
     from_block, to_block = first // items, -(-(first + count) // items)  # rows may begin inside a block
-    content = _bytes(info.file, info.offset + from_block * nbytes, (to_block - from_block) * nbytes)
+    content = _bytes(info, info.offset + from_block * nbytes, (to_block - from_block) * nbytes)
     try:
         numbers = dequantize_blocks(info.dtype, content)
     except CorruptModel as error:
@@ -109,11 +110,11 @@ def _read_packed(stored: StoredTensor) -> Tensor:
     of q that stand for zero: scale * (q - shift)."""
     info, shift = stored.info, stored.shift
     assert shift is not None, stored
-    packed = _bytes(info.file, info.offset, info.nbytes).view(info.shape)
+    packed = _bytes(info, info.offset, info.nbytes).view(info.shape)
     halves = (packed & 15, packed >> 4)
     numbers = torch.stack(halves, dim=2).flatten(1) if stored.pairs else torch.cat(halves)
     groups = numbers.float().view(math.prod(shift.shape), -1)
-    shifts = _bytes(shift.file, shift.offset, shift.nbytes).view(_DTYPES[shift.dtype]).float().view(-1, 1)
+    shifts = _bytes(shift, shift.offset, shift.nbytes).view(_DTYPES[shift.dtype]).float().view(-1, 1)
     scales = _scale_numbers(stored).view(-1, 1)
     whole = shift.dtype in WHOLE_SHIFTS
     return (groups.sub_(shifts).mul_(scales) if whole else groups.mul_(scales).sub_(shifts)).view(stored.shape)
@@ -145,7 +146,7 @@ def _scale_numbers(stored: StoredTensor) -> Tensor:
     """Return all of a tensor's scales, float32 [count]."""
     scale = stored.scale
     assert scale is not None
-    numbers = _bytes(scale.file, scale.offset, scale.nbytes).view(_DTYPES[scale.dtype]).float().view(-1)
+    numbers = _bytes(scale, scale.offset, scale.nbytes).view(_DTYPES[scale.dtype]).float().view(-1)
     zero = numbers.numel() == 1 and not numbers.all()  # a row or a group may be all zero
     if zero or not torch.isfinite(numbers).all():
         raise CorruptModel(
@@ -161,14 +162,7 @@ def _read_scale(stored: StoredTensor, start: int, stop: int | None, dimensions: 
     return numbers.view(-1, *(1,) * (dimensions - 1))
 
 
-def _bytes(file: Path, offset: int, count: int) -> Tensor:
+def _bytes(info: TensorInfo, offset: int, count: int) -> Tensor:
     content = torch.empty(count, dtype=torch.uint8)
-    with file.open("rb", buffering=0) as stream:
-        stream.seek(offset)
-        view, done = content.numpy().data, 0
-        while done < count:
-            got = stream.readinto(view[done:])
-            if not got:
-                raise CorruptModel(f"{file.name!r} ends at byte {offset + done}: it became shorter while it was read")
-            done += got
+    read_extent(info.file, offset, content, info.stamp)
     return content

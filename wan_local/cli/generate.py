@@ -102,13 +102,18 @@ def _last(events: Generator[Step | Result], given: Mapping[str, Any], show: Call
     """Iterate over the pipeline to its end; leaving this for any reason closes it, which removes what it had begun."""
     from wan_local.request import Result
 
+    folder: Path | None = given.get("preview")
     with closing(events) as steps:
         for event in steps:
             if isinstance(event, Result):
                 return event
             show(event)
-            if "preview" in given and event.preview is not None:
-                _save_preview(given["preview"] / f"{event.stage}_{event.index:02d}.png", event.preview)
+            if folder is not None and event.preview is not None:
+                try:
+                    _save_preview(folder / f"{event.stage}_{event.index:02d}.png", event.preview)
+                except OutputError as error:
+                    say(f"{error} The run goes on without previews.")
+                    folder = None
     raise AssertionError("the pipeline ended without a result")
 
 

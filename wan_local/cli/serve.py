@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_local.cli.flags import add_kernel_flags, add_lora_flag, add_memory_flags, add_place_flags, settings_from
-from wan_local.cli.terminal import DONE, say
-from wan_local.errors import NotAvailable
+from wan_local.cli.terminal import DONE, FAILED, say
+from wan_local.errors import DeviceFailed, NotAvailable
 
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
     from wan_local.server.options import ServerOptions
     from wan_local.server.process import Server
 
+_TAKEN_UP = "What waited or ran is taken up again by the next `wan-local serve` on the same folder."
 _NEEDED = ("fastapi", "uvicorn", "cryptography")
 
 
@@ -70,7 +71,10 @@ def _serve(options: argparse.Namespace) -> int:
         key = given.get("api_key") or server_key()
         serve(settings, ServerOptions(**wanted, cors_origins=origins, api_key=key), ready=_say_where)
     except KeyboardInterrupt:
-        say("Stopped. What waited or ran is taken up again by the next `wan-local serve` on the same folder.")
+        say(f"Stopped. {_TAKEN_UP}")
+    except DeviceFailed as error:
+        say(f"{error} The server ends. {_TAKEN_UP}")
+        return FAILED
     return DONE
 
 

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from wan_local import __version__
-from wan_local.errors import InvalidRequest, OutputError
+from wan_local.errors import DeviceFailed, InvalidRequest, OutputError
 from wan_local.failure import Failure, describe, unknown_application
 from wan_local.jobs import Job
 from wan_local.request import APPLICATION, Request
@@ -63,6 +63,7 @@ def create_app(service: Service, files: ServedFiles, options: ServerOptions) -> 
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(BodyTooLarge, lambda *_: refusal(413, "The request is too large."))
     app.add_exception_handler(TooLarge, lambda _, error: refusal(413, str(error)))
+    app.add_exception_handler(DeviceFailed, lambda _, error: failure_response(describe(error)))
     app.add_exception_handler(OutputError, lambda _, error: failure_response(describe(error)))
     return Guard(cast("App", app), options)
 

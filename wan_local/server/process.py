@@ -86,7 +86,8 @@ def opened(output_dir: Path, engine: Engine, options: ServerOptions, *, kept: Ke
 def serve(settings: Settings, options: ServerOptions, *, ready: Callable[[ServerOptions, Server], None]) -> None:
     """Serve until Ctrl-C or SIGTERM. `ready` is called with the options as they became (the port, if 0 was asked).
 
-    Raises NotAvailable for an address that cannot be listened at, or that is open to the network without a key.
+    Raises NotAvailable for an address that cannot be listened at, or that is open to the network without a key;
+    DeviceFailed as soon as a run has left the card unusable for this process.
     """
     options.check()
     listening = _listen(options)
@@ -94,9 +95,16 @@ def serve(settings: Settings, options: ServerOptions, *, ready: Callable[[Server
     certificate = ensure_certificate(settings.output_dir / "server" / "tls", options.host) if options.tls else None
     engine, kept = pipeline_engine(settings), functools.partial(kept_pictures, settings)
     with listening, opened(settings.output_dir, engine, options, kept=kept) as server:
-        running = uvicorn.Server(_config(server.app, certificate))
+        running, queue = uvicorn.Server(_config(server.app, certificate)), server.service.queue
         ready(options, server)
+
+        def stop() -> None:
+            running.should_exit = True
+
+        queue.on_device_failure(stop)
         running.run(sockets=[listening])
+        if queue.device_failure is not None:
+            raise queue.device_failure
 
 
 def _config(app: App, certificate: Certificate | None) -> uvicorn.Config:
