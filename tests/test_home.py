@@ -16,10 +16,12 @@ from tests.stamps import stamp_request, stamp_settings
 from wan_kernels import hardware
 from wan_local import probe
 from wan_local.cache import EncodingCache
+from wan_local.checkpoint import find_model
+from wan_local.errors import ModelNotFound
 from wan_local.home import home_folder, temporary_folder
 from wan_local.pipeline import Pipeline
 from wan_local.request import Result
-from wan_local.settings import hub_cache_dir, load_settings
+from wan_local.settings import hub_cache_dir, load_settings, usual_places
 
 
 @pytest.fixture
@@ -82,3 +84,11 @@ def test_a_home_that_may_not_be_looked_into_costs_the_state_and_not_the_run(
     result = list(Pipeline(settings).generate(stamp_request(), output=tmp_path / "x.mp4", run_id="kept"))[-1]
     assert isinstance(result, Result) and (tmp_path / "x.mp4").is_file()
     assert any("cannot be saved" in note for note in result.report["notes"])
+
+
+def test_weights_in_a_home_that_may_not_be_looked_into_are_none(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(locked / "hub"))
+    settings = load_settings(models_dir=str(locked / "models"))
+    assert usual_places(settings, "model", "somebody/model") == []
+    with pytest.raises(ModelNotFound, match="wan-local download"):
+        find_model(settings)

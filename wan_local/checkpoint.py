@@ -20,7 +20,7 @@ from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical, ignorable
 from wan_local.lora import Lora, open_loras
 from wan_local.manifest import MANIFEST, Manifest, check_sizes, read_manifest
-from wan_local.settings import TINY, ModelConfig, Settings, hub_cache_dir, known_models
+from wan_local.settings import TINY, ModelConfig, Settings, known_models, usual_places
 from wan_local.weight_files import ROTATED_KEY, read_part, read_weights, weight_sets
 
 
@@ -103,7 +103,8 @@ def _find_weights(settings: Settings) -> ModelFiles:
         if not folder.is_dir():
             raise ModelNotFound(f"there is no model folder {str(folder)!r}. {_how_to_get(real, settings)}")
         return open_model(folder)
-    for folder in _usual_places(real, settings):
+    assert real.repository is not None
+    for folder in usual_places(settings, real.repository.split("/")[1], real.repository):
         if (folder / "transformer").is_dir():
             return open_model(folder)
     raise ModelNotFound(f"no weights of {real.title} were found. {_how_to_get(real, settings)}")
@@ -166,14 +167,6 @@ def _refuse_foreign(folder: Path) -> None:
         if kind.part == "transformer" or folder.is_file():
             advice = kind.advice or (f"Add it to a model: --lora {folder}:1.0." if kind.part == "lora" else "")
             raise WrongModel(f"{str(folder)!r} holds {kind.name}, which is no model that runs here. {advice}")
-
-
-def _usual_places(config: ModelConfig, settings: Settings) -> Iterator[Path]:
-    assert config.repository is not None
-    yield settings.models_dir / config.repository.split("/")[1]
-    snapshots = hub_cache_dir() / f"models--{config.repository.replace('/', '--')}" / "snapshots"
-    if snapshots.is_dir():
-        yield from sorted(snapshots.iterdir())
 
 
 def _how_to_get(config: ModelConfig, settings: Settings) -> str:

@@ -19,7 +19,7 @@ from wan_local.models.language_model import BLIND, LAYERS, SEEING, build_languag
 from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks
 from wan_local.planner import GIB, Machine, NetworkSize, StagePlan, spread, streamed_if_needed, usable_bytes
 from wan_local.request import Check, unchecked
-from wan_local.settings import Settings, hub_cache_dir, load_expansion_config
+from wan_local.settings import Settings, load_expansion_config, usual_places
 from wan_local.stage import freed_after
 from wan_local.switch_config import ExpansionConfig, ExpansionModel
 from wan_local.weight_files import read_json, read_part
@@ -65,7 +65,9 @@ def find_expanders(settings: Settings) -> list[Expander]:
                 f"expansion_model is {str(folder)!r}, which holds no config.json. {how_to_get(config, settings)}"
             )
         return [open_expander(folder)]
-    folders = [folder for known in config.models for folder in _usual_places(known, settings)]
+    folders = [
+        folder for known in config.models for folder in usual_places(settings, known.folder_name, known.repository)
+    ]
     found = [open_expander(folder) for folder in folders if (folder / "config.json").is_file()]
     if not found:
         raise ModelNotFound(
@@ -122,13 +124,6 @@ def describe(settings: Settings) -> str:
         f"{'sees both images' if model.sees_pictures else 'text only'}) in {model.folder}"
         for model in found
     )
-
-
-def _usual_places(model: ExpansionModel, settings: Settings) -> Iterator[Path]:
-    yield settings.models_dir / model.folder_name
-    snapshots = hub_cache_dir() / f"models--{model.repository.replace('/', '--')}" / "snapshots"
-    if snapshots.is_dir():
-        yield from sorted(snapshots.iterdir())
 
 
 def sizes_of(found: Sequence[Expander]) -> list[tuple[Expander, NetworkSize]]:

@@ -10,6 +10,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -368,6 +369,17 @@ def hub_cache_dir() -> Path:
         return Path(os.environ["HF_HUB_CACHE"]).expanduser()
     home = os.environ.get("HF_HOME")
     return (Path(home).expanduser() if home else home_folder() / ".cache" / "huggingface") / "hub"
+
+
+def usual_places(settings: Settings, folder_name: str, repository: str) -> list[Path]:
+    """Return the folders where a repository's weights are looked for: in `models_dir`, and huggingface_hub's snapshots.
+
+    What is not there, or may not be looked into (a container's user in the home of another), is none.
+    """
+    places = [settings.models_dir / folder_name]
+    with suppress(OSError):
+        places += sorted((hub_cache_dir() / f"models--{repository.replace('/', '--')}" / "snapshots").iterdir())
+    return [place for place in places if os.path.isdir(place)]
 
 
 def read_toml(name: str) -> dict[str, Any]:
