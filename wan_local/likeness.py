@@ -19,7 +19,7 @@ from wan_local.preview import to_uint8
 from wan_local.report import Report
 
 LOWEST_PSNR = 14.0  # dB. The embedded model gives 19 to 30, with damaged weights 8 to 12
-_MOST_PSNR = 99.0  # of equal pictures
+PSNR_OF_EQUAL = 99.0  # infinite, by its formula
 _FLAT, _NOT_FLAT = 0.5, 4.0  # standard deviation of a channel, of 255
 
 
@@ -42,9 +42,9 @@ def compared_frames(
     assert first is not None, "a video has frames"
     if contrast < _FLAT and _contrast(np.stack((start, end))) >= _NOT_FLAT:
         raise NumericalError(f"every frame came out as one flat colour; no video is written. {_way_out(files)}")
-    psnr = {"first": _psnr(first, start), "last": _psnr(last, end)}
-    report.likeness = {f"{name}_frame_psnr": round(value, 2) for name, value in psnr.items()}
-    low = [f"the {name} frame ({value:.1f} dB)" for name, value in psnr.items() if value < LOWEST_PSNR]
+    figures = {"first": psnr(first, start), "last": psnr(last, end)}
+    report.likeness = {f"{name}_frame_psnr": round(value, 2) for name, value in figures.items()}
+    low = [f"the {name} frame ({value:.1f} dB)" for name, value in figures.items() if value < LOWEST_PSNR]
     if low:
         report.note(f"{' and '.join(low)} of the video does not look like the image it is made from. {_way_out(files)}")
 
@@ -63,6 +63,7 @@ def _contrast(frames_NHW3: Frames) -> float:
     return max(float(frame[..., channel].std()) for frame in frames_NHW3 for channel in range(frame.shape[-1]))
 
 
-def _psnr(a: Frames, b: Frames) -> float:
-    error = float(np.square(a.astype(np.float32) - b.astype(np.float32)).mean())
-    return _MOST_PSNR if error == 0 else min(_MOST_PSNR, 10 * float(np.log10(255**2 / error)))
+def psnr(a: Frames, b: Frames) -> float:
+    """Return the peak signal-to-noise ratio over all of both arrays, in dB."""
+    error = float(np.mean(np.square(a.astype(np.float32) - b.astype(np.float32))))
+    return PSNR_OF_EQUAL if error == 0 else min(PSNR_OF_EQUAL, 10 * float(np.log10(255**2 / error)))

@@ -13,18 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from wan_local.likeness import psnr as psnr
+
 Frames = NDArray[np.uint8]
 
-PSNR_OF_EQUAL = 99.0
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 _OCCLUDED = 1.0  # pixels by which a flow and its way back may disagree
-
-
-def psnr(a: Frames, b: Frames) -> float:
-    """Return the peak signal-to-noise ratio over all of both arrays."""
-    error = float(np.mean(np.square(a.astype(np.float32) - b.astype(np.float32))))
-    return PSNR_OF_EQUAL if error == 0 else min(PSNR_OF_EQUAL, 10 * float(np.log10(255**2 / error)))
 
 
 def worst_frame_psnr(a: Frames, b: Frames) -> float:
