@@ -21,6 +21,7 @@ from bench.quality import extent
 from wan_local import cli
 from wan_local.cli import terminal
 from wan_local.errors import InvalidRequest
+from wan_local.likeness import psnr
 from wan_local.models.vae import TilePixels, Vae
 from wan_local.preparation import Job
 from wan_local.quality import decision, metrics, own_model, protocol
@@ -50,8 +51,8 @@ def noisy(frames: metrics.Frames, sigma: float) -> metrics.Frames:
 
 def test_psnr_of_a_known_error() -> None:
     grey = np.full((2, 8, 8, 3), 100, np.uint8)
-    assert metrics.psnr(grey, grey) == 99.0
-    assert metrics.psnr(grey, grey + 10) == pytest.approx(20 * np.log10(255 / 10), abs=1e-5)
+    assert psnr(grey, grey) == 99.0
+    assert psnr(grey, grey + 10) == pytest.approx(20 * np.log10(255 / 10), abs=1e-5)
     other = grey.copy()
     other[1] += 20
     assert metrics.worst_frame_psnr(grey, other) == pytest.approx(20 * np.log10(255 / 20), abs=1e-5)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from wan_local.attention import sdpa
+from wan_local.likeness import psnr
 from wan_local.models.transformer import ContextKV, Modulation, fold_padding
-from wan_local.quality import metrics
 from wan_local.quality.making import Maker
 from wan_local.quality.shelf import Shelf
 from wan_local.quality.subject import Cell, Clip, Unit, Variant
@@ -37,8 +37,8 @@ def test_runs_together_are_the_runs_alone_also_where_they_merge_steps_of_their_o
     together = maker.make(units, encoded, MERGING)
     [alone] = maker.make(units[1:], encoded[1:], MERGING)
     assert together[1].calls == alone.calls < 13 and together[0].calls < 12
-    assert metrics.psnr(together[1].frames, alone.frames) > 55
-    assert metrics.psnr(together[0].frames, together[1].frames) < 30
+    assert psnr(together[1].frames, alone.frames) > 55
+    assert psnr(together[0].frames, together[1].frames) < 30
 
 
 def test_a_batch_is_of_all_that_still_run_and_an_error_ends_every_run() -> None:

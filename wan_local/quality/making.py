@@ -22,9 +22,9 @@ from wan_local.decode import decode_frames
 from wan_local.encoders import encode_frames, encode_images, encode_prompts
 from wan_local.geometry import Geometry
 from wan_local.image import fit
+from wan_local.likeness import psnr
 from wan_local.pipeline import Embeds, sample
 from wan_local.preparation import Job, prepare
-from wan_local.quality import metrics
 from wan_local.quality.metrics import Frames
 from wan_local.quality.shelf import Shelf
 from wan_local.quality.subject import EXACT, Cell, Clip, Unit, Variant
@@ -142,7 +142,7 @@ class Maker:
         ends = (np.asarray(fit(clip.start, size)), np.asarray(fit(clip.end, size)))
         if clip.name not in self._ceilings:
             first, last = _through_vae(job, space)
-            self._ceilings[clip.name] = (metrics.psnr(first, ends[0]), metrics.psnr(last, ends[1]))
+            self._ceilings[clip.name] = (psnr(first, ends[0]), psnr(last, ends[1]))
         embeds = Embeds(prompts["prompt"], prompts["negative_prompt"], images)
         return Encoded(embeds, condition, ends, self._ceilings[clip.name])
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from wan_local.likeness import psnr as psnr
+from wan_local.likeness import psnr
 
 Frames = NDArray[np.uint8]
 
