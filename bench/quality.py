@@ -216,10 +216,15 @@ def in_order(options: argparse.Namespace) -> Callable[[Row], Any]:
 
 def extent(rows: Sequence[Row]) -> str:
     """Return in words of how many clips and seeds the rows of each cell are."""
-    parts = []
+    groups: dict[str, list[str]] = {}
     for cell in dict.fromkeys(row["cell"] for row in rows):
         clips, seeds = (len({row[kind] for row in rows if row["cell"] == cell}) for kind in ("clip", "seed"))
-        parts.append(f"{clips} clip{'s' * (clips > 1)} with {seeds} seed{'s' * (seeds > 1)} at {cell}")
+        words = f"{clips} clip{'s' * (clips > 1)} with {f'up to {seeds} seeds' if seeds > 1 else '1 seed'}"
+        groups.setdefault(words, []).append(cell)
+    parts = [
+        f"{words} at {cells[0]}" if len(cells) == 1 else f"{words} in each of {len(cells)} other cells"
+        for words, cells in groups.items()
+    ]
     return f'There are {"; ".join(parts)}. "runs" says of how many of them a row is.'
 
 

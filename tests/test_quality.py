@@ -147,7 +147,7 @@ def test_the_page_has_a_table_pictures_and_readable_csv(pan: metrics.Frames, tmp
 
 def test_the_page_of_the_embedded_model_tells_of_the_rows_that_there_are() -> None:
     rows = [{"cell": "30 steps, shift 5", "clip": clip, "seed": seed} for clip in "ab" for seed in (1, 2)]
-    assert extent(rows).startswith("There are 2 clips with 2 seeds at 30 steps, shift 5. ")
+    assert extent(rows).startswith("There are 2 clips with up to 2 seeds at 30 steps, shift 5. ")
     rows.append({"cell": "20 steps, shift 3", "clip": "a", "seed": 1})
     assert "at 30 steps, shift 5; 1 clip with 1 seed at 20 steps, shift 3. " in extent(rows)
 
