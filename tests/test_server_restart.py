@@ -110,5 +110,5 @@ def test_a_run_that_goes_on_needs_its_addresses_no_more(tmp_path: Path) -> None:
     run = fetching(engine, files, ServerOptions(), lambda run_id: kept.get(run_id, {}))
     request = Request(prompt="p", start_image_url="http://127.0.0.1:9/a.png", end_image_url="http://127.0.0.1:9/b.png")
     assert list(run(request, Ticket("run", lambda: None))) == [] and seen == [(b"start", b"end")]
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequest):  # nothing is kept of this one
         list(run(request, Ticket("another", lambda: None)))

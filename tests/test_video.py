@@ -311,6 +311,7 @@ def test_preflight_refuses_a_video_that_cannot_be_replaced(
 
     check_output(path, 0)
     monkeypatch.setattr(Path, "open", held)
+    monkeypatch.setattr("wan_local.video._OPEN_FILES_STAY", True)
     with pytest.raises(OutputError, match="another program has it open"):
         check_output(path, 0)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2

@@ -317,7 +317,7 @@ class Queue:
         """
         self._device_failure = error
         job.device_failures += 1
-        again = self._keeps(job) and job.device_failures < _MOST_DEVICE_FAILURES
+        again = self._keeps(job) and job.device_failures < _MOST_DEVICE_FAILURES and not job.cancelled
         for lost in [waiting for waiting in self._line() if not self._keeps(waiting)]:
             self._waiting[lost.priority].remove(lost)
             self._finish(lost, error=error)

@@ -41,6 +41,7 @@ PRESET = "medium"
 # x264's code for AVX-512 gives other bytes from run to run (seen at 112x64 and 176x96)
 _SAME_EVERYWHERE = "cpu-independent=1"
 KEYFRAME_SECONDS = 2  # how far apart keyframes are at most, so that players can seek
+_OPEN_FILES_STAY = os.name == "nt"  # elsewhere a file is replaced whoever has it open
 _LONGEST_OWNER = "0" * 36  # of partial files: a queue's ids are the longest
 _BYTES_PER_PIXEL = 0.25  # what CRF 16 needs for pictures full of fine noise; usual ones take a tenth of it
 
@@ -101,7 +102,7 @@ def _try_names(path: Path) -> None:
             finally:
                 stream.close()
                 probe.unlink()
-    for old in (path, _sidecar_path(path)):
+    for old in (path, _sidecar_path(path)) if _OPEN_FILES_STAY else ():
         with suppress(FileNotFoundError), old.open("r+b"):  # a player may hold it on Windows
             pass
 

@@ -42,16 +42,21 @@ def unpack(request: Request, files: ServedFiles) -> Request:
 def fetching(engine: Engine, files: ServedFiles, options: ServerOptions, kept: Kept = none_kept) -> Engine:
     """Return the engine behind a step that opens the images as the options allow.
 
-    kept: those of a job's unfinished run, which is gone on with although its addresses may be gone.
+    kept: those of a job's unfinished run, for where its addresses are gone: it is gone on with all the same.
     """
 
     def run(request: Request, ticket: Ticket) -> Iterator[Step | Result]:
         given = {field: getattr(request, field) for field in FIELDS}
-        opened: dict[str, Path | bytes] = dict(kept(ticket.id))
+        opened: dict[str, Path | bytes] = {}
         for field, source in given.items():
             ticket.check()
-            if field not in opened:
+            try:
                 opened[field] = _open(source, field, files, options, ticket.check)
+            except InvalidRequest:
+                pictures = kept(ticket.id)
+                if field not in pictures:
+                    raise
+                opened[field] = pictures[field]
         try:
             yield from engine(request.model_copy(update=opened), ticket)
         except InvalidRequest as error:

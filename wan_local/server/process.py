@@ -54,8 +54,8 @@ class Server:
 @contextmanager
 def opened(output_dir: Path, engine: Engine, options: ServerOptions, *, kept: Kept = none_kept) -> Iterator[Server]:
     """Give a server on the folder, for as long as the block runs. Raises Busy, OutputError. kept: see `fetching`."""
-    make_output_dir(output_dir)
     folder = output_dir / "server"
+    make_output_dir(folder)
     way_out = "Use that server, end it, or give this one another --output-dir."
     with holding(folder / "lock", what=f"the queue in {folder}", way_out=way_out):
         files = ServedFiles(
@@ -90,6 +90,7 @@ def serve(settings: Settings, options: ServerOptions, *, ready: Callable[[Server
     DeviceFailed as soon as a run has left the card unusable for this process.
     """
     options.check()
+    make_output_dir(settings.output_dir / "server")
     listening = _listen(options)
     options = replace(options, port=listening.getsockname()[1])
     certificate = ensure_certificate(settings.output_dir / "server" / "tls", options.host) if options.tls else None
