@@ -157,10 +157,13 @@ class Pipeline:
             if isinstance(error, WanLocalError) or not has_failed(device):
                 raise
             fault = str(error).partition("\n")[0]
-            raise DeviceFailed(
-                f"{device} ({card}) answers this process no more: {fault}. Restart the process, or the server; steps "
-                "that were done are kept (`wan-local runs`)."
-            ) from error
+            failed = DeviceFailed(
+                f"{device} ({card}) answers this process no more: {fault}. Restart the process, or the server; "
+                "`wan-local runs` lists what is kept."
+            )
+            for note in getattr(error, "__notes__", ()):  # how to go on with the run, where it is kept
+                failed.add_note(note)
+            raise failed from error
 
 
 def _make(job: Job, report: Report, answers: Answers | None, check: Check) -> Generator[Step, None, Result]:
