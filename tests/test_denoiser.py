@@ -46,6 +46,24 @@ def test_loading_is_no_slow_call_and_unknown_cards_are_not_judged(clock: list[fl
     assert notes == []
 
 
+def test_who_is_shown_a_step_may_take_time_and_a_lower_rung_is_slower(clock: list[float]) -> None:
+    notes: list[str] = []
+    pace = Pace(2.0, notes.append)
+    for _ in range(2):
+        pace.call()
+        clock[0] += 3.0
+        pace.pause()
+        clock[0] += 100.0
+    pace.stop()
+    calls(pace, clock, 100.0)
+    assert notes == []
+    slow = Pace(2.0, notes.append)
+    slow.call()
+    clock[0] += 9.0
+    slow.pause()
+    assert len(notes) == 1
+
+
 @pytest.mark.parametrize(("system", "device", "limit"), [("win32", "cuda:0", 5), ("linux", "cuda:0", None)])
 def test_only_windows_spills(system: str, device: str, limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", system)

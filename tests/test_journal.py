@@ -69,13 +69,13 @@ def test_waiting_and_running_jobs_come_back_in_their_order(tmp_path: Path) -> No
 def test_a_start_timeout_is_kept_once_and_counts_from_the_restart(tmp_path: Path) -> None:
     engine = Engine()
     queue = Queue(engine, records=Journal(tmp_path))
-    running = queue.submit(request("running"), start_timeout=0.4)
+    running = queue.submit(request("running"), start_timeout=2.0)
     while queue.status(running).state == "IN_QUEUE":
         time.sleep(0.001)
-    queue.submit(request("waiting"), start_timeout=0.4)
-    time.sleep(0.5)  # the process dies, and it is a while until the next one
+    queue.submit(request("waiting"), start_timeout=2.0)
+    time.sleep(2.1)  # the process dies, and it is a while until the next one
     found = recovered(tmp_path)
-    assert [job.start_timeout for job in found.waiting] == [None, 0.4]
+    assert [job.start_timeout for job in found.waiting] == [None, 2.0]
     second = Engine()
     second.gate.set()
     later = Queue(second, records=Journal(tmp_path / "later"))
@@ -237,3 +237,22 @@ def test_jobs_outlive_a_device_failure_and_the_one_that_fails_it_thrice_is_faile
     assert [job.id for job in found.waiting] == [job.id for job in jobs[1:]]
     [failed] = [job for job in found.ended if job.id == jobs[0].id]
     assert "answers no more. It was run 3 times" in str(failed.error)
+
+
+def test_a_job_that_was_cancelled_before_it_failed_the_device_does_not_come_back(tmp_path: Path) -> None:
+    begun, gate = threading.Event(), threading.Event()
+
+    def failing(_: Request, __: Ticket) -> Iterator[Step | Result]:
+        begun.set()
+        assert gate.wait(SOON)
+        yield from ()
+        raise DeviceFailed("cuda:0 answers no more.")
+
+    journal = Journal(tmp_path)
+    queue = Queue(failing, records=journal)
+    running, waiting = queue.submit(request("running")), queue.submit(request("waiting"))
+    assert begun.wait(SOON) and queue.cancel(running)
+    gate.set()
+    assert queue.wait(running, SOON)
+    queue.close()
+    assert [job.id for job in recovered(tmp_path).waiting] == [waiting.id]

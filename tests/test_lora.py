@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -261,6 +262,18 @@ def test_axes_of_length_one_may_be_added_and_dropped(tmp_path: Path) -> None:
     lora = open_lora(save(tmp_path / "lora.safetensors", state), 1.0, TINY)
     assert torch.equal(lora.delta(name, (1, *flat.shape)), flat[None])
     assert torch.equal(lora.delta(NOT_SQUARE, tuple(more.shape[:2])), more[..., 0, 0])
+
+
+def test_a_convolution_may_be_stored_flat_but_not_turned(tmp_path: Path) -> None:
+    shape = ours()["patch_embedding.weight"].shape
+    flat = torch.randn(shape[0], math.prod(shape[1:]))
+    down, up = torch.randn(4, flat.shape[1]), torch.randn(shape[0], 4)
+    pair = {"patch_embedding.lora_down.weight": down, "patch_embedding.lora_up.weight": up}
+    for state, change in (({"patch_embedding.diff": flat}, flat), (pair, up @ down)):
+        lora = open_lora(save(tmp_path / "lora.safetensors", state), 1.0, TINY)
+        assert torch.allclose(lora.delta("patch_embedding.weight", tuple(shape)), change.view(shape))
+    with pytest.raises(WrongModel):
+        open_lora(save(tmp_path / "turned.safetensors", {"patch_embedding.diff": flat.T.contiguous()}), 1.0, TINY)
 
 
 def test_strength_zero_is_an_error_that_says_that_all_is_zero(tmp_path: Path) -> None:

@@ -196,10 +196,11 @@ def test_a_run_on_a_card_that_answers_no_more_is_kept_and_says_what_to_do(
     fault = RuntimeError("CUDA error: an illegal memory access was encountered\nSearch for ...")
     monkeypatch.setattr(pipeline, "decode_frames", lambda *_, **__: (_ for _ in ()).throw(fault))
     monkeypatch.setattr(pipeline, "has_failed", lambda _: True)
-    with pytest.raises(DeviceFailed, match=r"illegal memory access was encountered\. Restart the process"):
+    with pytest.raises(DeviceFailed, match=r"illegal memory access was encountered\. Restart the process") as raised:
         list(Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="faulted"))
     run = runs.find(settings, "faulted")
     assert run is not None and run.denoised
+    assert raised.value.__notes__ == ["What was done is kept. Go on with: wan-local resume faulted"]
 
 
 def test_a_failed_decode_keeps_the_latents_and_nothing_else_is_done_again(

@@ -35,20 +35,29 @@ class Pace:
         self._began: float | None = None
 
     def call(self) -> None:
-        """Begin a call, and with that end the one before: only then has the card done what it was given."""
-        now = time.perf_counter()
-        if self._expected is not None and self._began is not None and now - self._began > _TOO_SLOW * self._expected:
+        """Begin a call, and with that end the one before."""
+        self.pause()
+        self._began = time.perf_counter()
+
+    def pause(self) -> None:
+        """End the call that was begun, which the card has done by now, and judge it: what follows is others' time."""
+        taken = 0.0 if self._began is None else time.perf_counter() - self._began
+        if self._expected is not None and taken > _TOO_SLOW * self._expected:
             self._note(
-                f"a model call took {now - self._began:.1f} s where about {self._expected:.1f} s were expected: either "
-                "another program uses the card, or its driver uses RAM for what does not fit (Windows' 'CUDA - Sysmem "
-                "Fallback Policy'). Give the run less with --vram, or make a smaller or shorter video."
+                f"a model call took {taken:.1f} s where about {self._expected:.1f} s were expected: either another "
+                "program uses the card, or its driver uses RAM for what does not fit (Windows' 'CUDA - Sysmem Fallback "
+                "Policy'). Give the run less with --vram, or make a smaller or shorter video."
             )
             self._expected = None
-        self._began = now
+        self._began = None
 
     def rest(self) -> None:
-        """Forget the call before: what comes next is loading."""
+        """Forget the call that was begun: it is mostly loading."""
         self._began = None
+
+    def stop(self) -> None:
+        """Judge no more: what is expected was modelled for another plan."""
+        self._began = self._expected = None
 
 
 class Denoiser:
@@ -84,6 +93,7 @@ class Denoiser:
         for attempt in self._space.attempts("denoise"):
             with attempt as rung:
                 return self._finite(self._on(rung), latents, timestep)
+            self._pace.stop()  # the next rung is slower
             self._free()
         raise AssertionError("the last attempt raises")
 
@@ -101,10 +111,13 @@ class Denoiser:
         if self._loaded is None:
             transformer = self._stage.enter_context(self._space.open("transformer", rung))
             self._loaded = self._stage.enter_context(self._guided(transformer, rung))
-            self._pace.rest()  # this call's time is mostly that of loading
+            self._pace.rest()
         return self._loaded
 
+    def pause(self) -> None:
+        """Say that the last call is done and that others have their turn now; see `Pace`."""
+        self._pace.pause()
+
     def _free(self) -> None:
-        self._pace.rest()
         self._loaded = None
         self._stage.close()

@@ -168,7 +168,8 @@ def _check_dtypes(file: str, pieces: Pieces) -> None:
 
 def _check_shapes(file: str, target: str, pieces: Pieces, shape: tuple[int, ...]) -> None:
     made, name = _made_shape(file, pieces), next(iter(pieces.values()))[0]
-    if _long(made) != _long(shape) and not widens(target, made, shape):
+    flat = (shape[0], math.prod(shape[1:]))  # as some tools store a convolution
+    if _long(made) not in (_long(shape), _long(flat)) and not widens(target, made, shape):
         turned = sorted(_long(made)) == sorted(_long(shape))
         raise WrongModel(
             f"{name!r} in {file!r} changes a tensor of {list(made)}, and {target!r} is {list(shape)}: "

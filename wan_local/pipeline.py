@@ -283,6 +283,7 @@ def sample(
             if kept and kept.replays:
                 report.known(state.done)
             preview = to_rgb.picture(state.clean)
+            denoiser.pause()
             yield report.step(state.done, state.total, f"step {state.done} of {state.total}", preview=preview)
     return Latents(state.latents, state.calls, policy.summary())
 
