@@ -186,7 +186,10 @@ def fill(options: argparse.Namespace, study: Study) -> None:
         cv2.setNumThreads(1)
     if options.share.startswith("0/"):
         world = ", ".join(f"{name} {value}" for name, value in describe(torch.device(options.device)).items() if value)
-        (options.work / WORLD).write_text(f"{world}, {options.at_once} runs at once", encoding="utf-8")
+        path = options.work / WORLD  # a line for every world that rows were made in
+        known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = dict.fromkeys([*known, f"{world}, {options.at_once} runs at once"])
+        path.write_text("\n".join(lines), encoding="utf-8")
     compared = [v for v in variants(options.work) if options.variants is None or v.label in options.variants]
     deadline = math.inf if options.until is None else options.until - time.time() + time.monotonic()
     for row in study.run(wanted(options), compared, deadline=deadline):
@@ -260,7 +263,7 @@ def main() -> None:
     maker = Maker(settings, arguments, options.work, edit=in_float32, shelf=Shelf())
     study = Study(maker, options.work, at_once=options.at_once)
     if options.page:
-        world = (options.work / WORLD).read_text(encoding="utf-8").strip()
+        world = "; ".join((options.work / WORLD).read_text(encoding="utf-8").split("\n"))
         words = f"{WORDS}\n{extent(study.rows())}\n\nMeasured on: {world}."
         write_page(study, options.page, "What each approximation costs", words, verdict=section)
         return
