@@ -150,7 +150,7 @@ def _write_int4(numbers_NK: Tensor, data: Tensor, scale: Tensor, shift: Tensor |
     scale.copy_((high - low).clamp_(min=SMALLEST).div_(15))
     shift.copy_(-low)
     groups.add_(shift.float().unsqueeze(2)).div_(scale.float().unsqueeze(2)).round_().clamp_(0, 15)
-    data.copy_(pack_int4(numbers_NK.to(torch.uint8)))
+    data.copy_(pack_int4(numbers_NK.to(torch.int8).view(torch.uint8)))  # a cast to uint8 is seven times slower
 
 
 def pack_int4(q_NK: Tensor) -> Tensor:
