@@ -27,6 +27,8 @@ from wan_local.errors import CorruptModel, ModelNotFound, WanLocalError
 from wan_local.header import read_safetensors
 from wan_local.inspection import inspect
 from wan_local.pickle_header import read_pickle_header
+from wan_local.stored_tensor import StoredTensor
+from wan_local.tensor_reader import read_stored
 from wan_local.weight_files import read_file_header
 
 MOST_BYTES = 32 * 2**20  # of memory that a refusal may take
@@ -347,6 +349,25 @@ def test_a_pth_with_a_directory_of_a_forged_length_is_refused(tmp_path: Path) ->
     refused(file, "a list of contents of 4294967294 bytes is announced")
 
 
+def test_a_pth_whose_directory_points_elsewhere_is_refused(tmp_path: Path) -> None:
+    file = pth(tmp_path / "w.pth", some_state())
+    content = bytearray(file.read_bytes())
+    entry = content.rindex(b"w/data/3") - 46
+    content[entry + 42 : entry + 46] = struct.pack("<I", 7)
+    file.write_bytes(content)
+    refused(file, r"'w/data/3\d*' is not where its list of contents says")
+
+
+def test_a_pth_that_is_compressed_is_refused(tmp_path: Path) -> None:
+    file = pth(tmp_path / "w.pth", some_state())
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    refused(file, "is compressed, as torch never writes it")
+
+
 def test_a_pickle_bomb_is_refused(tmp_path: Path) -> None:
     file = pth(tmp_path / "w.pth", some_state())
 
@@ -370,6 +391,8 @@ def test_what_torch_saves_reads_as_torch_reads_it(tmp_path: Path) -> None:
         table = case.get("state_dict", case)
         assert isinstance(table, dict)
         assert {n: i.shape for n, i in header.tensors.items()} == {n: tuple(t.shape) for n, t in table.items()}
+        for name, info in header.tensors.items():
+            assert torch.equal(read_stored(StoredTensor(name, info, info.shape)), table[name].float()), name
     file = tmp_path / "ordered.pth"
     torch.save(module.state_dict(), file)  # an OrderedDict with an attribute
     assert read_pickle_header(file).tensors["0.weight"].dtype == "F32"

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tests import layouts
 from tests.layouts import TINY, tiny
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
+from wan_local.inspection import inspect
 from wan_local.key_map import PARTS, Part
 from wan_local.sources import Source, open_source
-from wan_local.tensor_reader import _load_pickle
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_a_wrong_shape_is_named(comfy: Path, tmp_path: Path) -> None:
         open_source(folder)
 
 
-@pytest.mark.parametrize("value", [float("nan"), 0.0, float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), 0.0, float("inf"), -1.0])
 def test_a_scale_that_is_no_number_is_damage(value: float, tmp_path: Path) -> None:
     folder = layouts.write_comfy(tmp_path / "made", "fp8_scaled")
     name = "model.diffusion_model.blocks.2.ffn.0.scale_weight"
@@ -262,26 +262,66 @@ def test_an_embedding_in_plain_8_bits_beside_scaled_linears_is_read(tmp_path: Pa
     assert torch.equal(read, state["shared.weight"].bfloat16())
 
 
-def test_a_pickle_is_mapped_anew_when_much_of_it_was_read(
-    official: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """What was read of a mapping counts as this process's memory until it goes."""
-    loads: list[Path] = []
+def scaled(part: Part, *, rows: bool) -> layouts.State:
+    """Return a part as LightX2V's int8 files have it: a scale for each row, or one for a tensor."""
+    state = layouts.official(part)
+    for name in [
+        name for name, tensor in state.items() if tensor.dim() == 2 and re.search(r"blocks|transformer", name)
+    ]:
+        numbers = state[name].float()
+        scale = (numbers.abs().amax(1, keepdim=True) if rows else numbers.abs().max().view(1)) / 127
+        state[name], state[f"{name}_scale"] = (numbers / scale).round().to(torch.int8), scale
+    return state
 
-    def load(file: Path) -> Mapping[str, torch.Tensor]:
-        loads.append(file)
-        return _load_pickle(file)
 
-    monkeypatch.setattr("wan_local.tensor_reader._REMAP_BYTES", 50_000)
-    monkeypatch.setattr("wan_local.tensor_reader._load_pickle", load)
-    tensors = open_source(official).part("text_encoder")  # 214 KB, its table 131 KB of them
-    for name, expected in tiny("text_encoder").items():
-        assert torch.equal(tensors[name], expected.bfloat16())
-    assert 2 <= len(loads) <= 5
-    few = len(loads)
-    for start in range(0, 256, 16):
-        assert torch.equal(
-            tensors.row_range("shared.weight", start, start + 16),
-            tensors.rows("shared.weight", list(range(start, start + 16))),
-        )
-    assert len(loads) - few <= 3  # rows count, not the whole table each time
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("part", ["text_encoder", "image_encoder"])
+def test_scales_in_a_pickle_are_those_of_its_safetensors_twin(part: Part, rows: bool, tmp_path: Path) -> None:
+    state = scaled(part, rows=rows)
+    torch.save(state, tmp_path / "model.pth")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    assert inspect(tmp_path / "model.pth").parts[0].quantization == "int8, scaled"
+    got, expected = (
+        open_source(TINY, **{part: tmp_path / f"model.{end}"}).part(part)  # type: ignore[arg-type]
+        for end in ("pth", "safetensors")
+    )
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+        assert torch.equal(got.row_range(name, 1, 3), expected.row_range(name, 1, 3)), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_a_scale_in_a_pickle_that_is_none_is_damage(value: float, tmp_path: Path) -> None:
+    state = scaled("text_encoder", rows=True)
+    state["blocks.0.ffn.fc1.weight_scale"][2] = value
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(CorruptModel, match=r"blocks\.0\.ffn\.fc1\.weight_scale.* is negative, NaN"):
+        inspect(tmp_path / "model.pth")
+    with pytest.raises(CorruptModel, match=r"a scale of 'blocks\.0\.ffn\.fc1\.weight'.* is negative, NaN"):
+        open_source(TINY, text_encoder=tmp_path / "model.pth").part("text_encoder")[
+            "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"
+        ]
+
+
+def test_what_a_pickle_holds_of_other_tensors_and_turned_round_is_read(tmp_path: Path) -> None:
+    """As `t()`, rows of a larger tensor and a memory format leave them: not row by row, or not from the first on."""
+    state = layouts.official("vae")
+    for name, tensor in state.items():
+        larger = torch.cat((tensor.flatten(), torch.ones(5)))
+        state[name] = larger[: tensor.numel()].view(tensor.shape)
+        if tensor.dim() == 5:
+            state[name] = state[name].to(memory_format=torch.channels_last_3d)
+    state["conv1.bias"] = torch.stack((torch.zeros(32), state["conv1.bias"]), dim=1)[:, 1]
+    torch.save(state, tmp_path / "model.pth")
+    tensors = open_source(TINY, vae=tmp_path / "model.pth").part("vae")
+    for name, expected in tiny("vae").items():
+        assert torch.equal(tensors[name], expected), name
+        assert torch.equal(tensors.row_range(name, 2, 5), expected[2:5]), name
+
+
+def test_a_pickle_that_is_replaced_while_it_is_read_is_an_error(official: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(official, tmp_path / "model"))
+    tensors = open_source(folder).part("vae")
+    torch.save(layouts.official("vae"), folder / "Wan2.1_VAE.pth")
+    with pytest.raises(CorruptModel, match="was changed while it was in use"):
+        tensors["encoder.conv_in.weight"]

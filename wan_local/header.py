@@ -7,6 +7,7 @@ same `Header`. Everything in a header is distrusted: lengths are checked before 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -54,7 +55,10 @@ class FileStamp:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as the header of its file tells of it: `nbytes` bytes at `offset` of `file`, while that has `stamp`."""
+    """A tensor as the header of its file tells of it: `nbytes` bytes at `offset` of `file`, while that has `stamp`.
+
+    `strides`: how many items lie from a neighbour to the next on each axis, where that is not row by row; see `span`.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,6 +66,14 @@ class TensorInfo:
     nbytes: int
     offset: int
     stamp: FileStamp | None = None
+    strides: tuple[int, ...] | None = None  # of pickles alone
+
+    @property
+    def span(self) -> int:
+        """How many items lie from its first to its last in the file; none where it is empty."""
+        if self.strides is None or 0 in self.shape:
+            return math.prod(self.shape)
+        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

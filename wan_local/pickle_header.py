@@ -1,23 +1,26 @@
 """The header of a torch `.pth` file: its pickle is walked, never run. No torch; no tensor is read.
 
 A `.pth` is a zip file whose `data.pkl` builds a dict of tensors. The few instructions and callables that this takes are
-known here; any other is code, and the file is refused before torch sees it.
+known here; any other is code, and the file is refused. Its tensors lie in the zip file as they are, and are read from
+there: nothing ever runs the pickle.
 Format: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
 
 from __future__ import annotations
 
+import math
 import pickletools
 import struct
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from wan_local.errors import CorruptModel
-from wan_local.header import ITEM_BYTES, Header, TensorInfo
+from wan_local.header import ITEM_BYTES, FileStamp, Header, TensorInfo
 
 _MAX_BYTES = 32 * 2**20  # of the pickle, and of the zip file's directory; UMT5-XXL has 0.1 MB
+_LOCAL_HEADER_BYTES = 30  # of a zip file's entry; its name and an extra field follow
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
@@ -49,6 +52,7 @@ class _Tensor:
     storage: _Storage
     first: int  # item of the storage
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None  # None: row by row
 
 
 def read_pickle_header(file: Path) -> Header:
@@ -62,16 +66,16 @@ def read_pickle_header(file: Path) -> Header:
                 raise CorruptModel(f"{file.name!r} is a zip file without torch's data.pkl, not weights.")
             with archive.open(pickles[0]) as stream:
                 content = stream.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise CorruptModel(f"{file.name!r} has a pickle of more than {_MAX_BYTES} bytes, which no weights need.")
+        prefix = pickles[0].removesuffix("data.pkl")
+        storages = {name.removeprefix(f"{prefix}data/"): entry for name, entry in members.items()}
+        return Header("pickle", _tensors_of(file, _run(file, content), storages), {})
     except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise CorruptModel(f"{file.name!r} is cut short or damaged: {error}. Download it again.") from error
-    if len(content) > _MAX_BYTES:
-        raise CorruptModel(f"{file.name!r} has a pickle of more than {_MAX_BYTES} bytes, which no weights need.")
-    prefix = pickles[0].removesuffix("data.pkl")
-    sizes = {name.removeprefix(f"{prefix}data/"): entry.file_size for name, entry in members.items()}
-    return Header("pickle", _tensors_of(file, _run(file, content), sizes), {})
 
 
-def unwrapped(table: Any) -> Any:
+def _unwrapped(table: Any) -> Any:
     """Return the dict of tensors itself where a training script has wrapped it."""
     for name in _WRAPPERS:
         if isinstance(table, dict) and isinstance(table.get(name), dict):
@@ -98,25 +102,39 @@ def _check_directory(file: Path) -> None:
         raise zipfile.BadZipFile(f"a list of contents of {length} bytes is announced")
 
 
-def _tensors_of(file: Path, table: Any, sizes: dict[str, int]) -> dict[str, TensorInfo]:
-    table = unwrapped(table)
+def _tensors_of(file: Path, table: Any, storages: dict[str, zipfile.ZipInfo]) -> dict[str, TensorInfo]:
+    table = _unwrapped(table)
     if not isinstance(table, dict) or not table:
         raise CorruptModel(f"{file.name!r} holds no dict of tensors.")
     tensors = {}
-    for name, value in table.items():
-        if not isinstance(name, str) or not isinstance(value, _Tensor):
-            raise CorruptModel(f"{file.name!r} is no dict of tensors: {str(name)[:60]!r} is a {type(value).__name__}.")
-        item, count = ITEM_BYTES[value.storage.dtype], 1
-        for length in value.shape:
-            count *= length
-        have = sizes.get(value.storage.key)
-        if have is None or (value.first + count) * item > have:
-            raise CorruptModel(
-                f"{name!r} in {file.name!r} needs {(value.first + count) * item} bytes and has {have or 0}. "
-                "Download it again."
-            )
-        tensors[name] = TensorInfo(value.storage.dtype, value.shape, file, count * item, 0)
+    with file.open("rb") as stream:
+        stamp = FileStamp.of(stream.fileno())
+        for name, value in table.items():
+            if not isinstance(name, str) or not isinstance(value, _Tensor):
+                what = type(value).__name__
+                raise CorruptModel(f"{file.name!r} is no dict of tensors: {str(name)[:60]!r} is a {what}.")
+            dtype, count = value.storage.dtype, math.prod(value.shape)
+            item, storage = ITEM_BYTES[dtype], storages.get(value.storage.key)
+            info = TensorInfo(dtype, value.shape, file, count * item, 0, stamp, value.strides)
+            needed, have = (value.first + max(count, info.span)) * item, storage.file_size if storage else 0
+            if storage is None or needed > have:
+                raise CorruptModel(f"{name!r} in {file.name!r} needs {needed} bytes and has {have}. Download it again.")
+            tensors[name] = replace(info, offset=_data_start(stream, storage) + value.first * item)
+            if tensors[name].offset + info.span * item > stamp.nbytes:
+                raise zipfile.BadZipFile(f"{name!r} would reach beyond its end")
     return tensors
+
+
+def _data_start(stream: BinaryIO, storage: zipfile.ZipInfo) -> int:
+    """Return where a storage's bytes begin in the file, after a header of their own."""
+    if storage.compress_type != zipfile.ZIP_STORED:
+        raise zipfile.BadZipFile(f"{storage.filename!r} is compressed, as torch never writes it")
+    stream.seek(storage.header_offset)
+    header = stream.read(_LOCAL_HEADER_BYTES)
+    if header[:4] != b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"{storage.filename!r} is not where its list of contents says")
+    name_bytes, extra_bytes = struct.unpack_from("<HH", header, _LOCAL_HEADER_BYTES - 4)
+    return storage.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
 
 
 def _run(file: Path, content: bytes) -> Any:
@@ -218,11 +236,19 @@ class _Machine:
         elif function.name.endswith("_rebuild_parameter"):
             result = arguments[0]
         elif function.name.endswith("_rebuild_tensor_v2"):
-            storage, first, shape = arguments[:3]
-            sizes = (first, *shape)
-            if not isinstance(storage, _Storage) or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
-                raise ValueError(f"a tensor of shape {str(sizes)[:100]}")
-            result = _Tensor(storage, first, tuple(shape))
+            result = _tensor(*arguments[:4])
         else:
             raise _Code(function.name.replace(" ", "."))
         self.stack.append(result)
+
+
+def _tensor(storage: Any, first: Any, shape: Any, strides: Any) -> _Tensor:
+    """Return a tensor after checking that it can be one."""
+    sizes = (first, *shape, *strides)
+    if not isinstance(storage, _Storage) or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
+        raise ValueError(f"a tensor of shape {str(sizes)[:100]}")
+    step, row_by_row = 1, True
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        row_by_row &= length == 1 or stride == step  # the stride of a single item means nothing
+        step *= length
+    return _Tensor(storage, first, tuple(shape), None if row_by_row or step == 0 else tuple(strides))

@@ -20,7 +20,7 @@ from wan_local.key_map import PARTS, Part
 from wan_local.kinds import GET_TRANSFORMER, Kind, identify
 from wan_local.settings import ModelConfig
 from wan_local.stored_tensor import StoredTensor, misfit, stored_tensors
-from wan_local.tensor_reader import TensorReader, given_dtype
+from wan_local.tensor_reader import given_dtype, read_stored
 from wan_local.weight_files import ROTATED_KEY, WeightFiles, read_weights
 
 
@@ -31,12 +31,12 @@ class SourceTensors(Mapping[str, Tensor]):
     all that is scaled or in blocks comes in float32. `ignored`: names in the files that FLF2V has no use for.
     """
 
-    def __init__(self, stored: Mapping[str, StoredTensor], ignored: Sequence[str], reader: TensorReader) -> None:
-        self._stored, self._reader = stored, reader
+    def __init__(self, stored: Mapping[str, StoredTensor], ignored: Sequence[str]) -> None:
+        self._stored = stored
         self.ignored = tuple(ignored)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._reader.read(self._stored[name])
+        return read_stored(self._stored[name])
 
     def stored(self, name: str) -> StoredTensor:
         """Return where a tensor is in its file, and as what."""
@@ -56,7 +56,7 @@ class SourceTensors(Mapping[str, Tensor]):
 
     def row_range(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop` of a tensor, and read no others: for tables of gigabytes."""
-        return self._reader.read(self._stored[name], start, stop)
+        return read_stored(self._stored[name], start, stop)
 
     def rows(self, name: str, indices: Sequence[int]) -> Tensor:
         """Return some rows of a table without reading the others."""
@@ -148,7 +148,7 @@ def open_part(part: Part, weights: WeightFiles, kind: Kind, config: ModelConfig)
     problem = misfit(stored, expected)
     if problem:
         raise WrongModel(f"{weights.path.name!r} does not fit the {part} of {config.title}: {problem}")
-    return SourceTensors({name: stored[name] for name in expected}, ignored, TensorReader(weights.container))
+    return SourceTensors({name: stored[name] for name in expected}, ignored)
 
 
 def _find_parts(path: Path, given: Mapping[Part, Path]) -> tuple[dict[Part, WeightFiles], dict[Part, Kind]]:
