@@ -262,25 +262,30 @@ def test_an_embedding_in_plain_8_bits_beside_scaled_linears_is_read(tmp_path: Pa
     assert torch.equal(read, state["shared.weight"].bfloat16())
 
 
-def scaled(part: Part, *, rows: bool) -> layouts.State:
-    """Return a part as LightX2V's int8 files have it: a scale for each row, or one for a tensor."""
+def scaled(part: Part, *, rows: bool, dtype: torch.dtype = torch.int8) -> layouts.State:
+    """Return a part as LightX2V's files of 8 bits have it: a scale for each row, or one for a tensor."""
+    most = 127 if dtype == torch.int8 else 448
     state = layouts.official(part)
     for name in [
         name for name, tensor in state.items() if tensor.dim() == 2 and re.search(r"blocks|transformer", name)
     ]:
         numbers = state[name].float()
-        scale = (numbers.abs().amax(1, keepdim=True) if rows else numbers.abs().max().view(1)) / 127
-        state[name], state[f"{name}_scale"] = (numbers / scale).round().to(torch.int8), scale
+        scale = (numbers.abs().amax(1, keepdim=True) if rows else numbers.abs().max().view(1)) / most
+        rounded = (numbers / scale).round() if dtype == torch.int8 else numbers / scale
+        state[name], state[f"{name}_scale"] = rounded.to(dtype), scale
     return state
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("part", ["text_encoder", "image_encoder"])
-def test_scales_in_a_pickle_are_those_of_its_safetensors_twin(part: Part, rows: bool, tmp_path: Path) -> None:
-    state = scaled(part, rows=rows)
+def test_scales_in_a_pickle_are_those_of_its_safetensors_twin(
+    part: Part, rows: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    state = scaled(part, rows=rows, dtype=dtype)
     torch.save(state, tmp_path / "model.pth")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
-    assert inspect(tmp_path / "model.pth").parts[0].quantization == "int8, scaled"
+    assert inspect(tmp_path / "model.pth").parts[0].quantization.endswith(", scaled")
     got, expected = (
         open_source(TINY, **{part: tmp_path / f"model.{end}"}).part(part)  # type: ignore[arg-type]
         for end in ("pth", "safetensors")
