@@ -26,6 +26,7 @@ from wan_local import store_file
 from wan_local.checkpoint import ModelFiles, PartTensors, find_model, open_model
 from wan_local.convert import Conversion, Progress, convert, is_complete
 from wan_local.errors import CorruptModel, NotAvailable, OutputError
+from wan_local.identity import folder_identity
 from wan_local.manifest import MANIFEST, read_manifest, sha256, verify
 from wan_local.planner import StagePlan
 from wan_local.quantize import QuantizedWeight, dequantize, is_block_linear, quantize_weight
@@ -195,6 +196,20 @@ def test_a_target_that_is_something_else_is_refused(source: Source, tmp_path: Pa
     with pytest.raises(OutputError, match="is no store of wan_local"):
         convert(Conversion(source, all_in("int8")), tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+def test_another_tokenizer_is_another_store(source: Source, tmp_path: Path) -> None:
+    """What was begun takes the tokenizer of the last call; what is complete says that it has another."""
+    other = Path(shutil.copytree(TINY / "tokenizer", tmp_path / "other"))
+    (other / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (other / "added_tokens.json").write_text("{}")
+    begun = tmp_path / "store.part" / "tokenizer"
+    begun.mkdir(parents=True)
+    shutil.copy(other / "added_tokens.json", begun)
+    convert(Conversion(source, all_in("int8")), tmp_path / "store")
+    assert folder_identity(tmp_path / "store" / "tokenizer") == folder_identity(TINY / "tokenizer")
+    with pytest.raises(OutputError, match=r"of these weights with another tokenizer than that in '.*other'"):
+        convert(Conversion(open_source(TINY, tokenizer=other), all_in("int8")), tmp_path / "store")
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(

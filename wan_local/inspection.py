@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_local.anatomy import in_context, part_shapes
-from wan_local.errors import ModelNotFound, NotAvailable, WrongModel
+from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
 from wan_local.gguf_header import TYPES
 from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical_names, ignorable, weight_name, without_prefix
@@ -20,6 +20,7 @@ from wan_local.kinds import GET_IMAGE, GET_TEXT, GET_TRANSFORMER, GET_VAE, Kind,
 from wan_local.scales import check_scales, is_scale
 from wan_local.settings import ModelConfig, known_models
 from wan_local.stored_tensor import misfit, stored_tensors
+from wan_local.tokenizer_file import GET_TOKENIZER, check_tokenizer, tokenizer_folder
 from wan_local.weight_files import WeightFiles, read_json, read_weights, weight_sets
 
 WHERE: Mapping[str, str] = {
@@ -27,10 +28,8 @@ WHERE: Mapping[str, str] = {
     "vae": GET_VAE,
     "text_encoder": GET_TEXT,
     "image_encoder": GET_IMAGE,
-    "tokenizer": "Get tokenizer/ of Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers, or google/umt5-xxl: 20 MB, no weights.",
+    "tokenizer": GET_TOKENIZER,
 }
-TOKENIZER_FOLDERS = ("tokenizer", "google/umt5-xxl", "umt5-xxl")
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 STORE_MANIFEST = "manifest.json"
 _BLOCKS = {kind.name for kind in TYPES.values() if kind.items > 1}
 _GGUF_MIXES = {  # general.file_type, where it says more than the type of most tensors
@@ -62,7 +61,10 @@ class PartReport:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All that lies at a path. `missing`: what a whole model needs beside it, with where to get it."""
+    """All that lies at a path. `missing`: what a whole model needs beside it, with where to get it.
+
+    A tokenizer that is damaged or another model's is missing, too.
+    """
 
     path: Path
     layout: str
@@ -99,14 +101,6 @@ def inspect(path: Path) -> Inspection:
         return _inspect_folder(path)
     report = _report(read_weights(path))
     return Inspection(path, _layout_of_file(report), (report,), _still_needed([report], path.parent))
-
-
-def tokenizer_folder(folder: Path) -> Path | None:
-    """Return the folder with UMT5's tokenizer in or below `folder`."""
-    for candidate in (*(folder / name for name in TOKENIZER_FOLDERS), folder):
-        if any((candidate / name).is_file() for name in TOKENIZER_FILES):
-            return candidate
-    return None
 
 
 def sets_below(folder: Path) -> list[Path]:
@@ -244,8 +238,23 @@ def _still_needed(reports: list[PartReport], folder: Path) -> dict[str, str]:
     have = {report.kind.part for report in reports if report.usable}
     if not have & set(PARTS):
         return {}
-    needed = [part for part in PARTS if part not in have] + ([] if tokenizer_folder(folder) else ["tokenizer"])
-    return {name: WHERE[name] for name in needed}
+    needed = {part: WHERE[part] for part in PARTS if part not in have}
+    problem = _tokenizer_problem(reports, folder)
+    return {**needed, "tokenizer": problem} if problem else needed
+
+
+def _tokenizer_problem(reports: list[PartReport], folder: Path) -> str:
+    """Return why there is no tokenizer for these parts, and what to do; empty if there is."""
+    found = tokenizer_folder(folder)
+    if found is None:
+        return GET_TOKENIZER
+    kinds = {report.kind.part: report.kind for report in reports if report.usable}
+    kind = next(kinds[part] for part in ("text_encoder", *PARTS) if part in kinds)
+    try:
+        check_tokenizer(found, rows=_config_for(kind).text_encoder.vocab_size)
+    except (ModelNotFound, CorruptModel, WrongModel) as error:
+        return str(error)
+    return ""
 
 
 def _part_as_json(part: PartReport) -> dict[str, Any]:

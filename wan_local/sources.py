@@ -15,12 +15,13 @@ from torch import Tensor
 
 from wan_local.anatomy import part_shapes
 from wan_local.errors import ModelNotFound, NotAvailable, WrongModel
-from wan_local.inspection import TOKENIZER_FILES, WHERE, sets_below, tokenizer_folder
+from wan_local.inspection import WHERE, sets_below
 from wan_local.key_map import PARTS, Part
 from wan_local.kinds import GET_TRANSFORMER, Kind, identify
 from wan_local.settings import ModelConfig
 from wan_local.stored_tensor import StoredTensor, misfit, stored_tensors
 from wan_local.tensor_reader import given_dtype, read_stored
+from wan_local.tokenizer_file import TOKENIZER, check_tokenizer, tokenizer_folder
 from wan_local.weight_files import ROTATED_KEY, WeightFiles, read_weights
 
 
@@ -129,6 +130,7 @@ def open_source(
     config = kinds["transformer"].config
     assert config is not None, kinds["transformer"]
     tensors = {part: open_part(part, weights[part], kinds[part], config) for part in PARTS}
+    check_tokenizer(folder, rows=config.text_encoder.vocab_size)
     return Source(config, kinds, weights, tensors, folder)
 
 
@@ -210,5 +212,5 @@ def _tokenizer_folder(given: Path | None, path: Path, parts: Mapping[Part, Path]
         if found is not None:
             return found
     if given is not None:
-        raise ModelNotFound(f"{str(given)!r} holds no {' or '.join(TOKENIZER_FILES)}. {WHERE['tokenizer']}")
+        raise ModelNotFound(f"{str(given)!r} holds no {TOKENIZER}. {WHERE['tokenizer']}")
     return None
