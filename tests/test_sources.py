@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from tests import layouts
 from tests.layouts import TINY, tiny
+from wan_local.checkpoint import find_model, open_model
+from wan_local.cli import main
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
 from wan_local.inspection import inspect
 from wan_local.key_map import PARTS, Part
+from wan_local.settings import load_settings
 from wan_local.sources import Source, open_source
 
 
@@ -96,6 +99,31 @@ def test_what_is_missing_is_named_with_where_to_get_it(comfy: Path, tmp_path: Pa
 def test_a_part_that_is_another_is_refused_by_name(comfy: Path) -> None:
     with pytest.raises(WrongModel, match=r"given as vae and is image encoder of .*Get the VAE"):
         open_source(comfy, vae=comfy / "clip_vision")
+
+
+def test_files_of_other_things_in_a_folder_are_no_reason_to_refuse_it(comfy: Path, tmp_path: Path) -> None:
+    """An upscaler and a textual inversion, as they lie in Comfy's folders, and what macOS leaves on other disks."""
+    folder = Path(shutil.copytree(comfy, tmp_path / "models"))
+    torch.save({"params_ema": {"conv.weight": torch.zeros(3, 3)}}, folder / "vae" / "RealESRGAN.pth")
+    torch.save({"string_to_param": {"*": torch.zeros(2, 768)}, "name": "x"}, folder / "embedding.pt")
+    assert_equal_to_the_tiny_model(open_source(folder))
+    found = inspect(folder)
+    others = {part.path.name: part.problem for part in found.parts if part.kind.part == "other"}
+    assert others.keys() == {"RealESRGAN.pth", "embedding.pt"} and "no dict of tensors" in others["embedding.pt"]
+    assert not found.missing and found.layout == "files side by side" and main(["inspect", str(folder)]) == 1
+    with pytest.raises(WrongModel, match="has to be converted once"):
+        find_model(load_settings(model=str(folder)))
+    (folder / "vae" / "wan_2.1_vae.safetensors").write_bytes(b"")
+    with pytest.raises(CorruptModel, match=r"'wan_2\.1_vae\.safetensors' is empty.*needs: vae missing"):
+        open_source(folder)
+
+
+def test_hidden_files_are_no_weights(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    for place in ("vae/._diffusion_pytorch_model.safetensors", "vae/._x.safetensors.index.json", "tokenizer/._x.json"):
+        (folder / place).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+    assert_equal_to_the_tiny_model(open_source(folder))
+    assert inspect(folder).usable and open_model(folder).folder == folder
 
 
 def test_two_candidates_for_a_part_are_named(comfy: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from wan_local.lora import Lora, open_loras
 from wan_local.manifest import MANIFEST, Manifest, check_sizes, read_manifest
 from wan_local.settings import TINY, ModelConfig, Settings, known_models, usual_places
 from wan_local.tokenizer_file import check_tokenizer
-from wan_local.weight_files import ROTATED_KEY, read_part, read_weights, weight_sets
+from wan_local.weight_files import ROTATED_KEY, UNREADABLE, read_part, read_weights, weight_sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,12 @@ def _refuse_foreign(folder: Path) -> None:
     """Raise WrongModel for weights that are sound but in a layout that has to be converted first."""
     candidates = [folder] if folder.is_file() else weight_sets(folder)
     for candidate in candidates:
-        kind = kinds.identify(read_weights(candidate).tensors, candidate.name)
+        try:
+            kind = kinds.identify(read_weights(candidate).tensors, candidate.name)
+        except UNREADABLE:
+            if folder.is_file():
+                raise
+            continue
         if kind.part == "transformer" and kind.usable:
             raise WrongModel(
                 f"{str(folder)!r} holds {kind.name} in a layout that has to be converted once: run `wan-local convert "

@@ -241,7 +241,10 @@ def _tokenizer(source: Source) -> dict[str, bytes]:
     return {
         f"{_TOKENIZER}{file.name}": file.read_bytes()
         for file in files
-        if file.suffix in wanted and not file.name.endswith(".index.json") and file.name != "config.json"
+        if file.suffix in wanted
+        and not file.name.startswith(".")
+        and not file.name.endswith(".index.json")
+        and file.name != "config.json"
     }
 
 

@@ -21,7 +21,7 @@ from wan_local.scales import check_scales, is_scale
 from wan_local.settings import ModelConfig, known_models
 from wan_local.stored_tensor import misfit, stored_tensors
 from wan_local.tokenizer_file import GET_TOKENIZER, check_tokenizer, tokenizer_folder
-from wan_local.weight_files import WeightFiles, read_json, read_weights, weight_sets
+from wan_local.weight_files import UNREADABLE, WeightFiles, read_json, read_weights, weight_sets
 
 WHERE: Mapping[str, str] = {
     "transformer": GET_TRANSFORMER,
@@ -95,7 +95,8 @@ class Inspection:
 def inspect(path: Path) -> Inspection:
     """Return what lies at `path`, a file or a folder; its headers are read, and checked in full.
 
-    Raises ModelNotFound for nothing, CorruptModel for what is damaged, NotAvailable for a format that is not known.
+    Raises ModelNotFound for nothing, CorruptModel for what is damaged, NotAvailable for a format that is not known; a
+    file like that beside other weights in a folder is a part that is not usable.
     """
     if path.is_dir():
         return _inspect_folder(path)
@@ -111,7 +112,18 @@ def sets_below(folder: Path) -> list[Path]:
 
 
 def _inspect_folder(folder: Path) -> Inspection:
-    reports = [_report(read_weights(path)) for path in sets_below(folder)]
+    reports, errors = [], []
+    for path in sets_below(folder):
+        try:
+            reports.append(_report(read_weights(path)))
+        except UNREADABLE as error:
+            if path.is_dir():  # a part of one model
+                raise
+            errors.append(error)
+            kind = Kind("other", "no weights that are known", usable=False)
+            reports.append(PartReport(kind, path, 1, path.stat().st_size, 0, {}, "none", problem=str(error)))
+    if errors and len(errors) == len(reports):
+        raise errors[0]
     reports.sort(key=lambda report: [*PARTS, "lora", "other"].index(report.kind.part))
     if not reports:
         lost = next((path for path in sorted(folder.rglob("*")) if path.is_symlink() and not path.exists()), None)
@@ -227,8 +239,8 @@ def _layout_of_folder(folder: Path, reports: list[PartReport]) -> str:
         return "quanto"
     if (folder / "transformer").is_dir():
         return "diffusers"
-    pickles = {report.path.suffix for report in reports}
-    if ".pth" in pickles and any(report.kind.part == "transformer" for report in reports):
+    suffixes = {report.path.suffix for report in reports if report.kind.part != "other"}
+    if ".pth" in suffixes and any(report.kind.part == "transformer" for report in reports):
         return "official"
     return "files side by side" if len(reports) > 1 else _layout_of_file(reports[0])
 
