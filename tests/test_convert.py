@@ -27,14 +27,13 @@ from wan_local.checkpoint import ModelFiles, PartTensors, find_model, open_model
 from wan_local.convert import Conversion, Progress, convert, is_complete
 from wan_local.errors import CorruptModel, NotAvailable, OutputError
 from wan_local.identity import folder_identity
-from wan_local.manifest import MANIFEST, read_manifest, sha256, verify
+from wan_local.manifest import JOURNAL, MANIFEST, read_manifest, sha256, verify
 from wan_local.planner import StagePlan
 from wan_local.quantize import QuantizedWeight, dequantize, is_block_linear, quantize_weight
 from wan_local.settings import ImageEncoderConfig, TextEncoderConfig, load_model_config, load_settings
 from wan_local.sources import Source, open_source
 from wan_local.stage import Network, load_network, stage
 from wan_local.store_file import Producer
-from wan_local.store_journal import JOURNAL
 from wan_local.store_layout import ROTATED
 from wan_local.weight_format import WeightFormat, WeightFormats
 

@@ -13,11 +13,13 @@ from tests import layouts
 from tests.layouts import TINY, tiny
 from wan_local.checkpoint import find_model, open_model
 from wan_local.cli import main
+from wan_local.convert import Conversion, convert
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
 from wan_local.inspection import inspect
 from wan_local.key_map import PARTS, Part
 from wan_local.settings import load_settings
 from wan_local.sources import Source, open_source
+from wan_local.weight_format import WeightFormats
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,26 @@ def test_files_of_other_things_in_a_folder_are_no_reason_to_refuse_it(comfy: Pat
     (folder / "vae" / "wan_2.1_vae.safetensors").write_bytes(b"")
     with pytest.raises(CorruptModel, match=r"'wan_2\.1_vae\.safetensors' is empty.*needs: vae missing"):
         open_source(folder)
+
+
+def test_a_store_in_the_folder_it_is_made_of_is_no_candidate(comfy: Path, tmp_path: Path) -> None:
+    """Neither while it is made nor when it is complete; named itself, it is what it is."""
+    folder = Path(shutil.copytree(comfy, tmp_path / "models"))
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    conversion = Conversion(open_source(folder), WeightFormats.converted("int8"))
+    with pytest.raises(KeyboardInterrupt):
+        convert(conversion, folder / "int8", stop)
+    assert (folder / "int8.part").is_dir() and not inspect(folder).missing
+    manifest = convert(Conversion(open_source(folder), conversion.formats), folder / "int8")
+    assert convert(Conversion(open_source(folder), conversion.formats), folder / "int8") == manifest
+    assert len(inspect(folder).parts) == 4
+    assert inspect(folder / "int8").layout == "wan_local store" and inspect(folder / "int8" / "vae").parts
+    Path(folder / "int8").rename(tmp_path / "int8")
+    with pytest.raises(ModelNotFound, match=r"no weights beside the store 'int8'\. Give that folder"):
+        inspect(Path(shutil.copytree(tmp_path / "int8", tmp_path / "stores" / "int8")).parent)
 
 
 def test_hidden_files_are_no_weights(tmp_path: Path) -> None:

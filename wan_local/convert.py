@@ -24,10 +24,10 @@ from wan_local import __version__
 from wan_local.diffusers_config import config_files
 from wan_local.errors import OutputError, WanLocalError
 from wan_local.lock import device_lock_path, holding
-from wan_local.manifest import MANIFEST, Manifest, StoredFile, read_manifest, sha256
+from wan_local.manifest import JOURNAL, MANIFEST, Manifest, StoredFile, read_manifest, sha256
 from wan_local.sources import Source
 from wan_local.store_file import Adapter, Producer, write_file
-from wan_local.store_journal import JOURNAL, Journal
+from wan_local.store_journal import Journal
 from wan_local.store_layout import INDEX, ROTATED, StoreFile, index_of, store_files
 from wan_local.weight_format import WeightFormats
 

@@ -17,6 +17,7 @@ from wan_local.gguf_header import TYPES
 from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical_names, ignorable, weight_name, without_prefix
 from wan_local.kinds import GET_IMAGE, GET_TEXT, GET_TRANSFORMER, GET_VAE, Kind, identify
+from wan_local.manifest import KIND, MANIFEST, is_store
 from wan_local.scales import check_scales, is_scale
 from wan_local.settings import ModelConfig, known_models
 from wan_local.stored_tensor import misfit, stored_tensors
@@ -30,7 +31,6 @@ WHERE: Mapping[str, str] = {
     "image_encoder": GET_IMAGE,
     "tokenizer": GET_TOKENIZER,
 }
-STORE_MANIFEST = "manifest.json"
 _BLOCKS = {kind.name for kind in TYPES.values() if kind.items > 1}
 _GGUF_MIXES = {  # general.file_type, where it says more than the type of most tensors
     11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
@@ -126,6 +126,9 @@ def _inspect_folder(folder: Path) -> Inspection:
         raise errors[0]
     reports.sort(key=lambda report: [*PARTS, "lora", "other"].index(report.kind.part))
     if not reports:
+        stores = [path.name for path in sorted(folder.iterdir()) if is_store(path)]
+        if stores:
+            raise ModelNotFound(f"{str(folder)!r} holds no weights beside the store {stores[0]!r}. Give that folder.")
         lost = next((path for path in sorted(folder.rglob("*")) if path.is_symlink() and not path.exists()), None)
         link = f"; {lost.name!r} in it is a link to {str(lost.readlink())!r}, which is not there" if lost else ""
         raise ModelNotFound(
@@ -233,8 +236,8 @@ def _layout_of_file(report: PartReport) -> str:
 
 
 def _layout_of_folder(folder: Path, reports: list[PartReport]) -> str:
-    if (folder / STORE_MANIFEST).is_file() and read_json(folder / STORE_MANIFEST).get("kind") == "wan_local store":
-        return "wan_local store"
+    if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("kind") == KIND:
+        return KIND
     if any(report.quantization.startswith("quanto") for report in reports):
         return "quanto"
     if (folder / "transformer").is_dir():

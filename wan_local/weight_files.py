@@ -15,6 +15,7 @@ from typing import Any
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
 from wan_local.gguf_header import MAGIC, read_gguf_header
 from wan_local.header import Container, Header, TensorInfo, read_safetensors
+from wan_local.manifest import is_store
 from wan_local.pickle_header import read_pickle_header
 
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
@@ -106,11 +107,18 @@ def read_part(folder: Path) -> WeightFiles:
 
 
 def weight_sets(folder: Path) -> list[Path]:
-    """Return one path for each set of weights in `folder` or up to two folders below: a file or a first shard."""
+    """Return one path for each set of weights in `folder` or up to two folders below: a file or a first shard.
+
+    What is in a store below is left out: it was made of weights that are here, or is looked at by its own path.
+    """
     found = [file for pattern in ("*", "*/*", "*/*/*") for file in sorted(folder.glob(pattern)) if file.is_file()]
     files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    places = {place for file in files for place in file.parents if folder in place.parents}
+    stores = {place for place in places if is_store(place)}
     firsts = []
     for file in files:
+        if not stores.isdisjoint(file.parents):
+            continue
         shard = _SHARD.fullmatch(file.name)
         if file.suffix.lower() in SUFFIXES and (shard is None or int(shard["number"]) == 1 or _is_first(file, shard)):
             firsts.append(file)
