@@ -197,6 +197,24 @@ def test_a_target_that_is_something_else_is_refused(source: Source, tmp_path: Pa
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
+def test_files_of_the_same_name_in_folders_of_the_same_name_all_count(tmp_path: Path) -> None:
+    files: dict[str, Path] = {}
+    for part in ("text_encoder", "image_encoder"):
+        (tmp_path / part / "x").mkdir(parents=True)
+        files[part] = shutil.copy(TINY / part / "model.safetensors", tmp_path / part / "x")
+    accounts = []
+    for changed in (None, *files.values()):
+        if changed is not None:
+            os.utime(changed, (0, 0))
+        source = open_source(TINY, **files)  # type: ignore[arg-type]
+        accounts.append(Conversion(source, all_in("int8")).account()["source"]["files"])
+    assert accounts[0] != accounts[1] != accounts[2]
+    assert accounts[0].keys() == {
+        "text_encoder: x/model.safetensors", "image_encoder: x/model.safetensors",
+        *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("transformer", "vae")),
+    }  # fmt: skip
+
+
 def test_another_tokenizer_is_another_store(source: Source, tmp_path: Path) -> None:
     """What was begun takes the tokenizer of the last call; what is complete says that it has another."""
     other = Path(shutil.copytree(TINY / "tokenizer", tmp_path / "other"))

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Conversion:
             "rotated": list(ROTATED) if self.rotate and self.formats.transformer == "int8" else [],
             "source": {
                 "kind": self.source.kind.name,
-                "files": {f"{file.parent.name}/{file.name}": _identity(file) for file in sorted(self.source.files)},
+                "files": {name: _identity(file) for file, name in _names(self.source).items()},
             },
             "loras": [{**dataclasses.asdict(lora.report), "sha256": sha256(lora.file)} for lora in self.loras],
         }
@@ -268,6 +269,16 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _names(source: Source) -> dict[Path, str]:
+    """Return what each source file is called: its folder and itself, and its part where two would be called alike."""
+    short = {file: f"{file.parent.name}/{file.name}" for file in sorted(source.files)}
+    counts = Counter(short.values())
+    if len(counts) == len(short):
+        return short
+    parts = {file: part for part in source.parts for file in source.weights[part].files}
+    return {file: name if counts[name] == 1 else f"{parts[file]}: {name}" for file, name in short.items()}
 
 
 def _identity(file: Path) -> dict[str, Any]:
