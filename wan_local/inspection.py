@@ -253,7 +253,7 @@ def _still_needed(reports: list[PartReport], folder: Path) -> dict[str, str]:
     have = {report.kind.part for report in reports if report.usable}
     if not have & set(PARTS):
         return {}
-    needed = {part: WHERE[part] for part in PARTS if part not in have}
+    needed: dict[str, str] = {part: WHERE[part] for part in PARTS if part not in have}
     problem = _tokenizer_problem(reports, folder)
     return {**needed, "tokenizer": problem} if problem else needed
 

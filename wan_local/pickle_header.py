@@ -141,8 +141,8 @@ def _data_start(stream: BinaryIO, storage: zipfile.ZipInfo) -> int:
     header = stream.read(_LOCAL_HEADER_BYTES)
     if header[:4] != b"PK\x03\x04":
         raise zipfile.BadZipFile(f"{storage.filename!r} is not where its list of contents says")
-    name_bytes, extra_bytes = struct.unpack_from("<HH", header, _LOCAL_HEADER_BYTES - 4)
-    return storage.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+    lengths: tuple[int, int] = struct.unpack_from("<HH", header, _LOCAL_HEADER_BYTES - 4)  # of name and extra field
+    return storage.header_offset + _LOCAL_HEADER_BYTES + sum(lengths)
 
 
 def _run(file: Path, content: bytes) -> Any:
