@@ -38,10 +38,21 @@ _FILES = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_mo
 def write_random_model(
     folder: Path, config: ModelConfig, layout: Layout = "diffusers", parts: Iterable[Part] = PARTS
 ) -> None:
-    """Write parts of a model, with the tokenizer of the embedded one."""
+    """Write parts of a model, with a tokenizer."""
     for part in parts:
         write_random_part(folder, part, config, layout)
-    shutil.copytree(TINY / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    write_tokenizer(folder / "tokenizer", config)
+
+
+def write_tokenizer(folder: Path, config: ModelConfig) -> Path:
+    """Write the tokenizer of the embedded model, and tokens that no text has up to the rows of the table."""
+    shutil.copytree(TINY / "tokenizer", folder, dirs_exist_ok=True)
+    file = folder / "tokenizer.json"
+    table = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = table["model"]["vocab"]
+    vocabulary |= {f"<none {at}>": at for at in range(len(vocabulary), config.text_encoder.vocab_size)}
+    file.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+    return folder
 
 
 def write_random_part(folder: Path, part: Part, config: ModelConfig, layout: Layout) -> None:

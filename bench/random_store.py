@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.random_model import TINY
+from bench.random_model import write_tokenizer
 from wan_local.key_map import Part
 from wan_local.manifest import MANIFEST, Manifest, StoredFile
 from wan_local.settings import ModelConfig
@@ -39,7 +38,7 @@ def write_random_store(folder: Path, config: ModelConfig) -> int:
     with ThreadPoolExecutor(len(files)) as pool:
         list(pool.map(lambda file: _write(folder / file.path, file, numbers), files))
     (folder / INDEX).write_bytes(index_of(files))
-    shutil.copytree(TINY / "tokenizer", folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", config)
     Manifest(
         model=config.name,
         formats={part: FORMATS.of_block(part, 9, 40) for part in ("transformer", "text_encoder", "image_encoder")},

@@ -34,7 +34,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bench.random_model import TINY, Layout, random_source, write_random_part
+from bench.random_model import TINY, Layout, random_source, write_random_part, write_tokenizer
 from bench.world import append_row, describe
 from wan_local.anatomy import part_shapes
 from wan_local.block_reader import BlockReader
@@ -238,7 +238,8 @@ class _NoiseSource:
 
 def _make_whole(target: str) -> dict[str, float]:
     tensors = {part: _Noise(part_shapes(part, REAL)) for part in PARTS}
-    source = _NoiseSource(REAL, tensors, TINY / "tokenizer", Kind("transformer", "noise", usable=True, config=REAL))
+    tokenizer = write_tokenizer(Path(target).with_name("tokenizer"), REAL)
+    source = _NoiseSource(REAL, tensors, tokenizer, Kind("transformer", "noise", usable=True, config=REAL))
     started = time.monotonic()
     manifest = convert(Conversion(cast(Any, source), WeightFormats("int8", "int8")), Path(target))
     nbytes = sum(file.bytes for file in manifest.files.values())

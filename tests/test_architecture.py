@@ -24,7 +24,7 @@ LINES = (
     ("anatomy", "gguf_header", "pickle_header"),
     ("lora_header",),
     ("weight_files", "kinds", "scales"),
-    ("stored_tensor",),
+    ("stored_tensor", "tokenizer_file"),
     ("inspection",),
     ("extent", "dequantize"),
     ("tensor_reader",),
@@ -90,7 +90,7 @@ WITHOUT_TORCH = (
 )
 WITHOUT_TORCH += ("tiling", "vae_cost", "network_cost", "timing")
 WITHOUT_TORCH += ("pickle_header", "weight_files", "lora_header", "kinds", "scales", "stored_tensor", "inspection")
-WITHOUT_TORCH += ("hub", "durable", "home", "runs")
+WITHOUT_TORCH += ("hub", "durable", "home", "runs", "tokenizer_file")
 IMPORTERS_OF_KERNELS = ("attention", "fusions", "layers", "device", "doctor")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")
 

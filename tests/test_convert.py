@@ -26,14 +26,14 @@ from wan_local import store_file
 from wan_local.checkpoint import ModelFiles, PartTensors, find_model, open_model
 from wan_local.convert import Conversion, Progress, convert, is_complete
 from wan_local.errors import CorruptModel, NotAvailable, OutputError
-from wan_local.manifest import MANIFEST, read_manifest, sha256, verify
+from wan_local.identity import folder_identity
+from wan_local.manifest import JOURNAL, MANIFEST, read_manifest, sha256, verify
 from wan_local.planner import StagePlan
 from wan_local.quantize import QuantizedWeight, dequantize, is_block_linear, quantize_weight
 from wan_local.settings import ImageEncoderConfig, TextEncoderConfig, load_model_config, load_settings
 from wan_local.sources import Source, open_source
 from wan_local.stage import Network, load_network, stage
 from wan_local.store_file import Producer
-from wan_local.store_journal import JOURNAL
 from wan_local.store_layout import ROTATED
 from wan_local.weight_format import WeightFormat, WeightFormats
 
@@ -195,6 +195,38 @@ def test_a_target_that_is_something_else_is_refused(source: Source, tmp_path: Pa
     with pytest.raises(OutputError, match="is no store of wan_local"):
         convert(Conversion(source, all_in("int8")), tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+def test_files_of_the_same_name_in_folders_of_the_same_name_all_count(tmp_path: Path) -> None:
+    files: dict[str, Path] = {}
+    for part in ("text_encoder", "image_encoder"):
+        (tmp_path / part / "x").mkdir(parents=True)
+        files[part] = shutil.copy(TINY / part / "model.safetensors", tmp_path / part / "x")
+    accounts = []
+    for changed in (None, *files.values()):
+        if changed is not None:
+            os.utime(changed, (0, 0))
+        source = open_source(TINY, **files)  # type: ignore[arg-type]
+        accounts.append(Conversion(source, all_in("int8")).account()["source"]["files"])
+    assert accounts[0] != accounts[1] != accounts[2]
+    assert accounts[0].keys() == {
+        "text_encoder: x/model.safetensors", "image_encoder: x/model.safetensors",
+        *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("transformer", "vae")),
+    }  # fmt: skip
+
+
+def test_another_tokenizer_is_another_store(source: Source, tmp_path: Path) -> None:
+    """What was begun takes the tokenizer of the last call; what is complete says that it has another."""
+    other = Path(shutil.copytree(TINY / "tokenizer", tmp_path / "other"))
+    (other / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (other / "added_tokens.json").write_text("{}")
+    begun = tmp_path / "store.part" / "tokenizer"
+    begun.mkdir(parents=True)
+    shutil.copy(other / "added_tokens.json", begun)
+    convert(Conversion(source, all_in("int8")), tmp_path / "store")
+    assert folder_identity(tmp_path / "store" / "tokenizer") == folder_identity(TINY / "tokenizer")
+    with pytest.raises(OutputError, match=r"of these weights with another tokenizer than that in '.*other'"):
+        convert(Conversion(open_source(TINY, tokenizer=other), all_in("int8")), tmp_path / "store")
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import pickle
@@ -27,6 +28,8 @@ from wan_local.errors import CorruptModel, ModelNotFound, WanLocalError
 from wan_local.header import read_safetensors
 from wan_local.inspection import inspect
 from wan_local.pickle_header import read_pickle_header
+from wan_local.stored_tensor import StoredTensor
+from wan_local.tensor_reader import read_stored
 from wan_local.weight_files import read_file_header
 
 MOST_BYTES = 32 * 2**20  # of memory that a refusal may take
@@ -307,9 +310,9 @@ def some_state() -> dict[str, torch.Tensor]:
 
 def test_a_pickle_that_holds_code_is_refused_and_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(
-        pth(tmp_path / "Wan2.1_VAE.pth", {**some_state(), "x": Attack()}), r"holds code \(posix\.system\)|holds code"
-    )
+    for protocol in (2, 4):
+        torch.save({**some_state(), "x": Attack()}, tmp_path / "Wan2.1_VAE.pth", pickle_protocol=protocol)
+        refused(tmp_path / "Wan2.1_VAE.pth", r"holds code \((posix|nt)\.system\)")
     assert not (tmp_path / "attacked").exists()
 
 
@@ -347,6 +350,25 @@ def test_a_pth_with_a_directory_of_a_forged_length_is_refused(tmp_path: Path) ->
     refused(file, "a list of contents of 4294967294 bytes is announced")
 
 
+def test_a_pth_whose_directory_points_elsewhere_is_refused(tmp_path: Path) -> None:
+    file = pth(tmp_path / "w.pth", some_state())
+    content = bytearray(file.read_bytes())
+    entry = content.rindex(b"w/data/3") - 46
+    content[entry + 42 : entry + 46] = struct.pack("<I", 7)
+    file.write_bytes(content)
+    refused(file, r"'w/data/3\d*' is not where its list of contents says")
+
+
+def test_a_pth_that_is_compressed_is_refused(tmp_path: Path) -> None:
+    file = pth(tmp_path / "w.pth", some_state())
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    refused(file, "is compressed, as torch never writes it")
+
+
 def test_a_pickle_bomb_is_refused(tmp_path: Path) -> None:
     file = pth(tmp_path / "w.pth", some_state())
 
@@ -364,12 +386,16 @@ def test_what_torch_saves_reads_as_torch_reads_it(tmp_path: Path) -> None:
         {"state_dict": module.state_dict()},
         {"a": base[1:3], "b": base.t(), "c": torch.ones((), dtype=torch.bfloat16), "d": torch.zeros(0, 5).half()},
         {"p": torch.nn.Parameter(torch.ones(2, 2))},
+        {"e4": base[1:, 2:].to(torch.float8_e4m3fn), "e5": base.to(torch.float8_e5m2).t(), "b": base.bfloat16()},
     ]
-    for case in cases:
-        header = read_pickle_header(pth(tmp_path / "w.pth", case))
+    for protocol, case in itertools.product((2, 4), cases):
+        torch.save(case, tmp_path / "w.pth", pickle_protocol=protocol)
+        header = read_pickle_header(tmp_path / "w.pth")
         table = case.get("state_dict", case)
         assert isinstance(table, dict)
         assert {n: i.shape for n, i in header.tensors.items()} == {n: tuple(t.shape) for n, t in table.items()}
+        for name, info in header.tensors.items():
+            assert torch.equal(read_stored(StoredTensor(name, info, info.shape)), table[name].float()), name
     file = tmp_path / "ordered.pth"
     torch.save(module.state_dict(), file)  # an OrderedDict with an attribute
     assert read_pickle_header(file).tensors["0.weight"].dtype == "F32"
@@ -449,13 +475,15 @@ def check_like_safetensors(content: bytes, file: Path) -> None:
 @given(
     changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=5),
     keep=st.floats(0.2, 1),
+    protocol=st.sampled_from((2, 4)),
 )
 @settings(max_examples=150, deadline=None)
 def test_no_change_of_a_pickle_is_anything_but_read_or_refused(
-    changes: list[tuple[int, int]], keep: float, tmp_path_factory: pytest.TempPathFactory
+    changes: list[tuple[int, int]], keep: float, protocol: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     stream = io.BytesIO()
-    torch.save({"a": torch.ones(2, 3), "b": torch.ones(5).bfloat16()}, stream)
+    tensors = {"a": torch.ones(2, 3), "b": torch.ones(5).bfloat16(), "c": torch.ones(4, 2).to(torch.float8_e4m3fn).t()}
+    torch.save(tensors, stream, pickle_protocol=protocol)
     with zipfile.ZipFile(stream) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     name = next(name for name in members if name.endswith("data.pkl"))

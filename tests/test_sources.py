@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from tests import layouts
 from tests.layouts import TINY, tiny
+from wan_local.checkpoint import find_model, open_model
+from wan_local.cli import main
+from wan_local.convert import Conversion, convert
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
+from wan_local.inspection import inspect
 from wan_local.key_map import PARTS, Part
+from wan_local.settings import load_settings
 from wan_local.sources import Source, open_source
-from wan_local.tensor_reader import _load_pickle
+from wan_local.weight_format import WeightFormats
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,51 @@ def test_a_part_that_is_another_is_refused_by_name(comfy: Path) -> None:
         open_source(comfy, vae=comfy / "clip_vision")
 
 
+def test_files_of_other_things_in_a_folder_are_no_reason_to_refuse_it(comfy: Path, tmp_path: Path) -> None:
+    """An upscaler and a textual inversion, as they lie in Comfy's folders, and what macOS leaves on other disks."""
+    folder = Path(shutil.copytree(comfy, tmp_path / "models"))
+    torch.save({"params_ema": {"conv.weight": torch.zeros(3, 3)}}, folder / "vae" / "RealESRGAN.pth")
+    torch.save({"string_to_param": {"*": torch.zeros(2, 768)}, "name": "x"}, folder / "embedding.pt")
+    assert_equal_to_the_tiny_model(open_source(folder))
+    found = inspect(folder)
+    others = {part.path.name: part.problem for part in found.parts if part.kind.part == "other"}
+    assert others.keys() == {"RealESRGAN.pth", "embedding.pt"} and "no dict of tensors" in others["embedding.pt"]
+    assert not found.missing and found.layout == "files side by side" and main(["inspect", str(folder)]) == 1
+    with pytest.raises(WrongModel, match="has to be converted once"):
+        find_model(load_settings(model=str(folder)))
+    (folder / "vae" / "wan_2.1_vae.safetensors").write_bytes(b"")
+    with pytest.raises(CorruptModel, match=r"'wan_2\.1_vae\.safetensors' is empty.*needs: vae missing"):
+        open_source(folder)
+
+
+def test_a_store_in_the_folder_it_is_made_of_is_no_candidate(comfy: Path, tmp_path: Path) -> None:
+    """Neither while it is made nor when it is complete; named itself, it is what it is."""
+    folder = Path(shutil.copytree(comfy, tmp_path / "models"))
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    conversion = Conversion(open_source(folder), WeightFormats.converted("int8"))
+    with pytest.raises(KeyboardInterrupt):
+        convert(conversion, folder / "int8", stop)
+    assert (folder / "int8.part").is_dir() and not inspect(folder).missing
+    manifest = convert(Conversion(open_source(folder), conversion.formats), folder / "int8")
+    assert convert(Conversion(open_source(folder), conversion.formats), folder / "int8") == manifest
+    assert len(inspect(folder).parts) == 4
+    assert inspect(folder / "int8").layout == "wan_local store" and inspect(folder / "int8" / "vae").parts
+    Path(folder / "int8").rename(tmp_path / "int8")
+    with pytest.raises(ModelNotFound, match=r"no weights beside the store 'int8'\. Give that folder"):
+        inspect(Path(shutil.copytree(tmp_path / "int8", tmp_path / "stores" / "int8")).parent)
+
+
+def test_hidden_files_are_no_weights(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    for place in ("vae/._diffusion_pytorch_model.safetensors", "vae/._x.safetensors.index.json", "tokenizer/._x.json"):
+        (folder / place).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+    assert_equal_to_the_tiny_model(open_source(folder))
+    assert inspect(folder).usable and open_model(folder).folder == folder
+
+
 def test_two_candidates_for_a_part_are_named(comfy: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(comfy, tmp_path / "models"))
     shutil.copy(folder / "vae" / "wan_2.1_vae.safetensors", folder / "vae" / "other.safetensors")
@@ -168,7 +218,7 @@ def test_a_wrong_shape_is_named(comfy: Path, tmp_path: Path) -> None:
         open_source(folder)
 
 
-@pytest.mark.parametrize("value", [float("nan"), 0.0, float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), 0.0, float("inf"), -1.0])
 def test_a_scale_that_is_no_number_is_damage(value: float, tmp_path: Path) -> None:
     folder = layouts.write_comfy(tmp_path / "made", "fp8_scaled")
     name = "model.diffusion_model.blocks.2.ffn.0.scale_weight"
@@ -262,26 +312,71 @@ def test_an_embedding_in_plain_8_bits_beside_scaled_linears_is_read(tmp_path: Pa
     assert torch.equal(read, state["shared.weight"].bfloat16())
 
 
-def test_a_pickle_is_mapped_anew_when_much_of_it_was_read(
-    official: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def scaled(part: Part, *, rows: bool, dtype: torch.dtype = torch.int8) -> layouts.State:
+    """Return a part as LightX2V's files of 8 bits have it: a scale for each row, or one for a tensor."""
+    most = 127 if dtype == torch.int8 else 448
+    state = layouts.official(part)
+    for name in [
+        name for name, tensor in state.items() if tensor.dim() == 2 and re.search(r"blocks|transformer", name)
+    ]:
+        numbers = state[name].float()
+        scale = (numbers.abs().amax(1, keepdim=True) if rows else numbers.abs().max().view(1)) / most
+        rounded = (numbers / scale).round() if dtype == torch.int8 else numbers / scale
+        state[name], state[f"{name}_scale"] = rounded.to(dtype), scale
+    return state
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("part", ["text_encoder", "image_encoder"])
+def test_scales_in_a_pickle_are_those_of_its_safetensors_twin(
+    part: Part, rows: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """What was read of a mapping counts as this process's memory until it goes."""
-    loads: list[Path] = []
+    state = scaled(part, rows=rows, dtype=dtype)
+    torch.save(state, tmp_path / "model.pth")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    assert inspect(tmp_path / "model.pth").parts[0].quantization.endswith(", scaled")
+    got, expected = (
+        open_source(TINY, **{part: tmp_path / f"model.{end}"}).part(part)  # type: ignore[arg-type]
+        for end in ("pth", "safetensors")
+    )
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+        assert torch.equal(got.row_range(name, 1, 3), expected.row_range(name, 1, 3)), name
 
-    def load(file: Path) -> Mapping[str, torch.Tensor]:
-        loads.append(file)
-        return _load_pickle(file)
 
-    monkeypatch.setattr("wan_local.tensor_reader._REMAP_BYTES", 50_000)
-    monkeypatch.setattr("wan_local.tensor_reader._load_pickle", load)
-    tensors = open_source(official).part("text_encoder")  # 214 KB, its table 131 KB of them
-    for name, expected in tiny("text_encoder").items():
-        assert torch.equal(tensors[name], expected.bfloat16())
-    assert 2 <= len(loads) <= 5
-    few = len(loads)
-    for start in range(0, 256, 16):
-        assert torch.equal(
-            tensors.row_range("shared.weight", start, start + 16),
-            tensors.rows("shared.weight", list(range(start, start + 16))),
-        )
-    assert len(loads) - few <= 3  # rows count, not the whole table each time
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_a_scale_in_a_pickle_that_is_none_is_damage(value: float, tmp_path: Path) -> None:
+    state = scaled("text_encoder", rows=True)
+    state["blocks.0.ffn.fc1.weight_scale"][2] = value
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(CorruptModel, match=r"blocks\.0\.ffn\.fc1\.weight_scale.* is negative, NaN"):
+        inspect(tmp_path / "model.pth")
+    with pytest.raises(CorruptModel, match=r"a scale of 'blocks\.0\.ffn\.fc1\.weight'.* is negative, NaN"):
+        open_source(TINY, text_encoder=tmp_path / "model.pth").part("text_encoder")[
+            "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"
+        ]
+
+
+def test_what_a_pickle_holds_of_other_tensors_and_turned_round_is_read(tmp_path: Path) -> None:
+    """As `t()`, rows of a larger tensor and a memory format leave them: not row by row, or not from the first on."""
+    state = layouts.official("vae")
+    for name, tensor in state.items():
+        larger = torch.cat((tensor.flatten(), torch.ones(5)))
+        state[name] = larger[: tensor.numel()].view(tensor.shape)
+        if tensor.dim() == 5:
+            state[name] = state[name].to(memory_format=torch.channels_last_3d)
+    state["conv1.bias"] = torch.stack((torch.zeros(32), state["conv1.bias"]), dim=1)[:, 1]
+    torch.save(state, tmp_path / "model.pth")
+    tensors = open_source(TINY, vae=tmp_path / "model.pth").part("vae")
+    for name, expected in tiny("vae").items():
+        assert torch.equal(tensors[name], expected), name
+        assert torch.equal(tensors.row_range(name, 2, 5), expected[2:5]), name
+
+
+def test_a_pickle_that_is_replaced_while_it_is_read_is_an_error(official: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(official, tmp_path / "model"))
+    tensors = open_source(folder).part("vae")
+    torch.save(layouts.official("vae"), folder / "Wan2.1_VAE.pth")
+    with pytest.raises(CorruptModel, match="was changed while it was in use"):
+        tensors["encoder.conv_in.weight"]

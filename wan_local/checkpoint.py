@@ -21,7 +21,8 @@ from wan_local.key_map import PARTS, Part, canonical, ignorable
 from wan_local.lora import Lora, open_loras
 from wan_local.manifest import MANIFEST, Manifest, check_sizes, read_manifest
 from wan_local.settings import TINY, ModelConfig, Settings, known_models, usual_places
-from wan_local.weight_files import ROTATED_KEY, read_part, read_weights, weight_sets
+from wan_local.tokenizer_file import check_tokenizer
+from wan_local.weight_files import ROTATED_KEY, UNREADABLE, read_part, read_weights, weight_sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,10 @@ def model_config(settings: Settings) -> ModelConfig:
 
 
 def open_model(folder: Path) -> ModelFiles:
-    """Read the headers of every part below `folder` and match them with the models that this version knows."""
+    """Read the headers of every part below `folder` and match them with the models that this version knows.
+
+    Of the tokenizer the vocabulary is read: another model's would be taken without an error.
+    """
     missing = [part for part in (*PARTS, "tokenizer") if not (folder / part).is_dir()]
     if missing:
         if "transformer" in missing:
@@ -137,7 +141,9 @@ def open_model(folder: Path) -> ModelFiles:
             "the store that they are from."
         )
     tensors = {part: files.tensors for part, files in weights.items()}
-    return ModelFiles(folder, identify(tensors["transformer"], folder), tensors, manifest)
+    config = identify(tensors["transformer"], folder)
+    check_tokenizer(folder / "tokenizer", rows=config.text_encoder.vocab_size)
+    return ModelFiles(folder, config, tensors, manifest)
 
 
 def identify(transformer: Mapping[str, TensorInfo], folder: Path) -> ModelConfig:
@@ -158,7 +164,12 @@ def _refuse_foreign(folder: Path) -> None:
     """Raise WrongModel for weights that are sound but in a layout that has to be converted first."""
     candidates = [folder] if folder.is_file() else weight_sets(folder)
     for candidate in candidates:
-        kind = kinds.identify(read_weights(candidate).tensors, candidate.name)
+        try:
+            kind = kinds.identify(read_weights(candidate).tensors, candidate.name)
+        except UNREADABLE:
+            if folder.is_file():
+                raise
+            continue
         if kind.part == "transformer" and kind.usable:
             raise WrongModel(
                 f"{str(folder)!r} holds {kind.name} in a layout that has to be converted once: run `wan-local convert "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wan_local.errors import CorruptModel
 from wan_local.geometry import TEMPORAL_STRIDE
 from wan_local.models.image_encoder import clip_pixels, encode_pixels
 from wan_local.models.text_encoder import encode_tokens
@@ -22,6 +23,7 @@ from wan_local.models.vae import Vae
 from wan_local.request import Check, unchecked
 from wan_local.settings import ImageEncoderConfig
 from wan_local.tiling import WHOLE, Tiling
+from wan_local.tokenizer_file import GET_TOKENIZER
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,10 +53,15 @@ def clean_prompt(text: str) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from the model's own folder; nothing is ever fetched."""
+    """Load the tokenizer from the model's own folder; nothing is ever fetched. Raises CorruptModel if it is damaged."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        raise CorruptModel(
+            f"the tokenizer in {str(folder)!r} can't be loaded: {type(error).__name__}: {error}. {GET_TOKENIZER}"
+        ) from error
     return tokenizer
 
 

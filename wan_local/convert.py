@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +25,15 @@ from wan_local import __version__
 from wan_local.diffusers_config import config_files
 from wan_local.errors import OutputError, WanLocalError
 from wan_local.lock import device_lock_path, holding
-from wan_local.manifest import MANIFEST, Manifest, StoredFile, read_manifest, sha256
+from wan_local.manifest import JOURNAL, MANIFEST, Manifest, StoredFile, read_manifest, sha256
 from wan_local.sources import Source
 from wan_local.store_file import Adapter, Producer, write_file
-from wan_local.store_journal import JOURNAL, Journal
+from wan_local.store_journal import Journal
 from wan_local.store_layout import INDEX, ROTATED, StoreFile, index_of, store_files
 from wan_local.weight_format import WeightFormats
 
 _HEAD_BYTES = 2**20  # of each source file are hashed: its header, and with it all names, dtypes and places
+_TOKENIZER = "tokenizer/"
 _SPARE = 1.05  # of the disk: what is asked for beyond the bytes that will be written
 
 
@@ -71,7 +73,10 @@ class Conversion:
         )
 
     def account(self) -> dict[str, Any]:
-        """Return what decides the store's bytes, for its manifest; no path of this machine is in it."""
+        """Return what decides the bytes of the store's weights, for its manifest; no path of this machine is in it.
+
+        The tokenizer is not in it: a store's manifest has the hashes of its files.
+        """
         return {
             "model": self.source.config.name,
             "formats": {name: getattr(self.formats, name) for name in ("transformer", "text_encoder", "image_encoder")},
@@ -79,7 +84,7 @@ class Conversion:
             "rotated": list(ROTATED) if self.rotate and self.formats.transformer == "int8" else [],
             "source": {
                 "kind": self.source.kind.name,
-                "files": {f"{file.parent.name}/{file.name}": _identity(file) for file in sorted(self.source.files)},
+                "files": {name: _identity(file) for file, name in _names(self.source).items()},
             },
             "loras": [{**dataclasses.asdict(lora.report), "sha256": sha256(lora.file)} for lora in self.loras],
         }
@@ -96,7 +101,7 @@ def convert(conversion: Conversion, target: Path, show: Callable[[Progress], Non
     fingerprint = _digest({**account, "creator": __version__})
     name = f"convert-{_digest(str(target))[:16]}"
     with holding(device_lock_path(name), what=f"the conversion to {str(target)!r}", way_out="Wait until it has ended."):
-        finished = _finished(target, fingerprint)
+        finished = _finished(target, fingerprint, conversion.source)
         if finished is not None:
             return finished
         files = conversion.files()
@@ -109,7 +114,7 @@ def is_complete(target: Path) -> bool:
     return read_manifest(target) is not None if target.is_dir() else False
 
 
-def _finished(target: Path, fingerprint: str) -> Manifest | None:
+def _finished(target: Path, fingerprint: str, source: Source) -> Manifest | None:
     """Return the manifest of the store that is asked for, if it is there already."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
@@ -120,6 +125,12 @@ def _finished(target: Path, fingerprint: str) -> Manifest | None:
         raise OutputError(
             f"{str(target)!r} is a store of {manifest.model} as {dict(manifest.formats)}, made of other files or in "
             "another way. Choose another target, or delete it."
+        )
+    tokenizer = {name: hashlib.sha256(content).hexdigest() for name, content in _tokenizer(source).items()}
+    if {name: file.sha256 for name, file in manifest.files.items() if name.startswith(_TOKENIZER)} != tokenizer:
+        raise OutputError(
+            f"{str(target)!r} is a store of these weights with another tokenizer than that in "
+            f"{str(source.tokenizer_folder)!r}. Choose another target, or delete it."
         )
     (target / JOURNAL).unlink(missing_ok=True)
     return manifest
@@ -137,6 +148,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder, account["fingerprint"])
     small = {**config_files(conversion.source.config), INDEX: index_of(files), **_tokenizer(conversion.source)}
+    shutil.rmtree(folder / _TOKENIZER, ignore_errors=True)  # of an earlier call, to which another may have been given
     for name, content in small.items():
         _write_small(folder / name, content)
     meter = _Meter(conversion.source, files, show)
@@ -228,9 +240,12 @@ def _tokenizer(source: Source) -> dict[str, bytes]:
     files = (file for file in sorted(source.tokenizer_folder.iterdir()) if file.is_file())
     wanted = (".json", ".model", ".txt")
     return {
-        f"tokenizer/{file.name}": file.read_bytes()
+        f"{_TOKENIZER}{file.name}": file.read_bytes()
         for file in files
-        if file.suffix in wanted and not file.name.endswith(".index.json") and file.name != "config.json"
+        if file.suffix in wanted
+        and not file.name.startswith(".")
+        and not file.name.endswith(".index.json")
+        and file.name != "config.json"
     }
 
 
@@ -254,6 +269,16 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _names(source: Source) -> dict[Path, str]:
+    """Return what each source file is called: its folder and itself, and its part where two would be called alike."""
+    short = {file: f"{file.parent.name}/{file.name}" for file in sorted(source.files)}
+    counts = Counter(short.values())
+    if len(counts) == len(short):
+        return short
+    parts = {file: part for part in source.parts for file in source.weights[part].files}
+    return {file: name if counts[name] == 1 else f"{parts[file]}: {name}" for file, name in short.items()}
 
 
 def _identity(file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ same `Header`. Everything in a header is distrusted: lengths are checked before 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -22,14 +23,14 @@ ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16":
 ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 _MAX_DIMENSIONS = 16
-_OTHER_FILES = (  # what lies in the place of weights, by its first bytes
-    (rb"version https://git-lfs", "a git-lfs pointer, not the weights. Run `git lfs pull`, or use `hf download`"),
-    (rb"# xet version", "a git-xet pointer, not the weights. Use `hf download`"),
-    (rb"\s*<", "an HTML or XML page, not the weights. The download was refused; log in first"),
-    (rb"\s*[{\[]", "a JSON text, not the weights. Give the .safetensors or .gguf file, or the folder"),
+_OTHER_FILES = (  # what lies in the place of what is wanted, by its first bytes
+    (rb"version https://git-lfs", "a git-lfs pointer, not {wanted}. Run `git lfs pull`, or use `hf download`"),
+    (rb"# xet version", "a git-xet pointer, not {wanted}. Use `hf download`"),
+    (rb"\s*<", "an HTML or XML page, not {wanted}. The download was refused; log in first"),
+    (rb"\s*[{\[]", "a JSON text, not {wanted}. Give the .safetensors or .gguf file, or the folder"),
     (rb"\x1f\x8b|BZh|\xfd7zXZ\x00|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "compressed, or an archive. Unpack it first"),
     (rb"\x80[\x00-\x05]", "a pickle of an old format (torch before 1.6), which wan_local does not open"),
-    (rb"\x89PNG|\xff\xd8\xff|RIFF|%PDF|\x00\x00\x00.ftyp", "an image, a video or a document, not weights"),
+    (rb"\x89PNG|\xff\xd8\xff|RIFF|%PDF|\x00\x00\x00.ftyp", "an image, a video or a document, not {wanted}"),
     (rb"\x00{64}", "full of zeros: a download that has reserved its place and not arrived. Download it again"),
 )
 _TEXT = re.compile(rb"[\t\r\n\x20-\x7e]{9,64}")
@@ -54,7 +55,10 @@ class FileStamp:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as the header of its file tells of it: `nbytes` bytes at `offset` of `file`, while that has `stamp`."""
+    """A tensor as the header of its file tells of it: `nbytes` bytes at `offset` of `file`, while that has `stamp`.
+
+    `strides`: how many items lie from a neighbour to the next on each axis, where that is not row by row; see `span`.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,6 +66,14 @@ class TensorInfo:
     nbytes: int
     offset: int
     stamp: FileStamp | None = None
+    strides: tuple[int, ...] | None = None  # of pickles alone
+
+    @property
+    def span(self) -> int:
+        """How many items lie from its first to its last in the file; none where it is empty."""
+        if self.strides is None or 0 in self.shape:
+            return math.prod(self.shape)
+        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +113,17 @@ def read_safetensors(file: Path) -> Header:
     return Header("safetensors", tensors, metadata)
 
 
+def foreign_file(start: bytes, wanted: str) -> str | None:
+    """Return what a file is that begins with `start` and is not what is wanted, and what to do; None if unknown."""
+    return next((what.format(wanted=wanted) for pattern, what in _OTHER_FILES if re.match(pattern, start)), None)
+
+
 def _why_no_header(file: Path, start: bytes, size: int) -> str:
     if size == 0:
         return f"{file.name!r} is empty: 0 bytes. Download it again."
-    for pattern, what in _OTHER_FILES:
-        if re.match(pattern, start):
-            return f"{file.name!r} is {what}."
+    what = foreign_file(start, "the weights")
+    if what is not None:
+        return f"{file.name!r} is {what}."
     if _TEXT.fullmatch(start):
         first = start.split(b"\n")[0].decode("ascii").strip()
         return f"{file.name!r} is a text, not the weights; it begins with {first[:60]!r}. Download it again."

@@ -12,26 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from wan_local.anatomy import in_context, part_shapes
-from wan_local.errors import ModelNotFound, NotAvailable, WrongModel
+from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
 from wan_local.gguf_header import TYPES
 from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical_names, ignorable, weight_name, without_prefix
 from wan_local.kinds import GET_IMAGE, GET_TEXT, GET_TRANSFORMER, GET_VAE, Kind, identify
+from wan_local.manifest import KIND, MANIFEST, is_store
 from wan_local.scales import check_scales, is_scale
 from wan_local.settings import ModelConfig, known_models
 from wan_local.stored_tensor import misfit, stored_tensors
-from wan_local.weight_files import WeightFiles, read_json, read_weights, weight_sets
+from wan_local.tokenizer_file import GET_TOKENIZER, check_tokenizer, tokenizer_folder
+from wan_local.weight_files import UNREADABLE, WeightFiles, read_json, read_weights, weight_sets
 
 WHERE: Mapping[str, str] = {
     "transformer": GET_TRANSFORMER,
     "vae": GET_VAE,
     "text_encoder": GET_TEXT,
     "image_encoder": GET_IMAGE,
-    "tokenizer": "Get tokenizer/ of Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers, or google/umt5-xxl: 20 MB, no weights.",
+    "tokenizer": GET_TOKENIZER,
 }
-TOKENIZER_FOLDERS = ("tokenizer", "google/umt5-xxl", "umt5-xxl")
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-STORE_MANIFEST = "manifest.json"
 _BLOCKS = {kind.name for kind in TYPES.values() if kind.items > 1}
 _GGUF_MIXES = {  # general.file_type, where it says more than the type of most tensors
     11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
@@ -62,7 +61,10 @@ class PartReport:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All that lies at a path. `missing`: what a whole model needs beside it, with where to get it."""
+    """All that lies at a path. `missing`: what a whole model needs beside it, with where to get it.
+
+    A tokenizer that is damaged or another model's is missing, too.
+    """
 
     path: Path
     layout: str
@@ -93,20 +95,13 @@ class Inspection:
 def inspect(path: Path) -> Inspection:
     """Return what lies at `path`, a file or a folder; its headers are read, and checked in full.
 
-    Raises ModelNotFound for nothing, CorruptModel for what is damaged, NotAvailable for a format that is not known.
+    Raises ModelNotFound for nothing, CorruptModel for what is damaged, NotAvailable for a format that is not known; a
+    file like that beside other weights in a folder is a part that is not usable.
     """
     if path.is_dir():
         return _inspect_folder(path)
     report = _report(read_weights(path))
     return Inspection(path, _layout_of_file(report), (report,), _still_needed([report], path.parent))
-
-
-def tokenizer_folder(folder: Path) -> Path | None:
-    """Return the folder with UMT5's tokenizer in or below `folder`."""
-    for candidate in (*(folder / name for name in TOKENIZER_FOLDERS), folder):
-        if any((candidate / name).is_file() for name in TOKENIZER_FILES):
-            return candidate
-    return None
 
 
 def sets_below(folder: Path) -> list[Path]:
@@ -117,9 +112,23 @@ def sets_below(folder: Path) -> list[Path]:
 
 
 def _inspect_folder(folder: Path) -> Inspection:
-    reports = [_report(read_weights(path)) for path in sets_below(folder)]
+    reports, errors = [], []
+    for path in sets_below(folder):
+        try:
+            reports.append(_report(read_weights(path)))
+        except UNREADABLE as error:
+            if path.is_dir():  # a part of one model
+                raise
+            errors.append(error)
+            kind = Kind("other", "no weights that are known", usable=False)
+            reports.append(PartReport(kind, path, 1, path.stat().st_size, 0, {}, "none", problem=str(error)))
+    if errors and len(errors) == len(reports):
+        raise errors[0]
     reports.sort(key=lambda report: [*PARTS, "lora", "other"].index(report.kind.part))
     if not reports:
+        stores = [path.name for path in sorted(folder.iterdir()) if is_store(path)]
+        if stores:
+            raise ModelNotFound(f"{str(folder)!r} holds no weights beside the store {stores[0]!r}. Give that folder.")
         lost = next((path for path in sorted(folder.rglob("*")) if path.is_symlink() and not path.exists()), None)
         link = f"; {lost.name!r} in it is a link to {str(lost.readlink())!r}, which is not there" if lost else ""
         raise ModelNotFound(
@@ -227,14 +236,14 @@ def _layout_of_file(report: PartReport) -> str:
 
 
 def _layout_of_folder(folder: Path, reports: list[PartReport]) -> str:
-    if (folder / STORE_MANIFEST).is_file() and read_json(folder / STORE_MANIFEST).get("kind") == "wan_local store":
-        return "wan_local store"
+    if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("kind") == KIND:
+        return KIND
     if any(report.quantization.startswith("quanto") for report in reports):
         return "quanto"
     if (folder / "transformer").is_dir():
         return "diffusers"
-    pickles = {report.path.suffix for report in reports}
-    if ".pth" in pickles and any(report.kind.part == "transformer" for report in reports):
+    suffixes = {report.path.suffix for report in reports if report.kind.part != "other"}
+    if ".pth" in suffixes and any(report.kind.part == "transformer" for report in reports):
         return "official"
     return "files side by side" if len(reports) > 1 else _layout_of_file(reports[0])
 
@@ -244,8 +253,23 @@ def _still_needed(reports: list[PartReport], folder: Path) -> dict[str, str]:
     have = {report.kind.part for report in reports if report.usable}
     if not have & set(PARTS):
         return {}
-    needed = [part for part in PARTS if part not in have] + ([] if tokenizer_folder(folder) else ["tokenizer"])
-    return {name: WHERE[name] for name in needed}
+    needed: dict[str, str] = {part: WHERE[part] for part in PARTS if part not in have}
+    problem = _tokenizer_problem(reports, folder)
+    return {**needed, "tokenizer": problem} if problem else needed
+
+
+def _tokenizer_problem(reports: list[PartReport], folder: Path) -> str:
+    """Return why there is no tokenizer for these parts, and what to do; empty if there is."""
+    found = tokenizer_folder(folder)
+    if found is None:
+        return GET_TOKENIZER
+    kinds = {report.kind.part: report.kind for report in reports if report.usable}
+    kind = next(kinds[part] for part in ("text_encoder", *PARTS) if part in kinds)
+    try:
+        check_tokenizer(found, rows=_config_for(kind).text_encoder.vocab_size)
+    except (ModelNotFound, CorruptModel, WrongModel) as error:
+        return str(error)
+    return ""
 
 
 def _part_as_json(part: PartReport) -> dict[str, Any]:

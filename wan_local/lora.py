@@ -22,7 +22,7 @@ from wan_local.header import Header
 from wan_local.lora_header import PEFT, LoraHeader, Pieces, match_header, refused_adapter, widens
 from wan_local.settings import LoraSetting, ModelConfig
 from wan_local.stored_tensor import StoredTensor
-from wan_local.tensor_reader import TensorReader
+from wan_local.tensor_reader import read_stored
 from wan_local.weight_files import read_file_header
 
 _IMAGE_MODULES = ("add_k_proj", "add_v_proj", "image_embedder")
@@ -220,7 +220,7 @@ def _is_zero(change: _Change) -> bool:
 
 def _read(change: _Change, piece: str) -> Tensor:
     name, info = change.pieces[piece]
-    numbers = TensorReader("safetensors").read(StoredTensor(name, info, info.shape)).float()
+    numbers = read_stored(StoredTensor(name, info, info.shape)).float()
     if not torch.isfinite(numbers).all():
         raise CorruptModel(f"{name!r} in {info.file.name!r} holds NaN or infinity. Download it again.")
     return numbers

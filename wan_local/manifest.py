@@ -17,6 +17,8 @@ from wan_local.errors import CorruptModel, NotAvailable
 from wan_local.weight_format import WeightFormat
 
 MANIFEST = "manifest.json"
+JOURNAL = "conversion.jsonl"
+"""In a store that is being made; see `wan_local.store_journal`."""
 KIND = "wan_local store"
 FORMAT_VERSION = 1
 _MAX_BYTES = 16 * 2**20
@@ -55,6 +57,14 @@ class Manifest:
     def write(self, file: Path) -> None:
         """Write it to `file`; the caller makes it durable."""
         file.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def is_store(folder: Path) -> bool:
+    """Tell whether a folder is a store, or one that is being made; it may be damaged."""
+    if (folder / JOURNAL).is_file():
+        return True
+    file = folder / MANIFEST
+    return file.is_file() and file.stat().st_size <= _MAX_BYTES and f'"{KIND}"'.encode() in file.read_bytes()
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -1,29 +1,40 @@
 """The header of a torch `.pth` file: its pickle is walked, never run. No torch; no tensor is read.
 
 A `.pth` is a zip file whose `data.pkl` builds a dict of tensors. The few instructions and callables that this takes are
-known here; any other is code, and the file is refused before torch sees it.
+known here; any other is code, and the file is refused. Its tensors lie in the zip file as they are, and are read from
+there: nothing ever runs the pickle.
 Format: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
 
 from __future__ import annotations
 
+import math
 import pickletools
 import struct
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from wan_local.errors import CorruptModel
-from wan_local.header import ITEM_BYTES, Header, TensorInfo
+from wan_local.header import ITEM_BYTES, FileStamp, Header, TensorInfo
 
 _MAX_BYTES = 32 * 2**20  # of the pickle, and of the zip file's directory; UMT5-XXL has 0.1 MB
+_LOCAL_HEADER_BYTES = 30  # of a zip file's entry; its name and an extra field follow
+_UNTYPED = ""
 _STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL", "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2",
+    "torch DoubleStorage": "F64", "torch FloatStorage": "F32", "torch HalfStorage": "F16",
+    "torch BFloat16Storage": "BF16", "torch LongStorage": "I64", "torch IntStorage": "I32",
+    "torch ShortStorage": "I16", "torch CharStorage": "I8", "torch ByteStorage": "U8", "torch BoolStorage": "BOOL",
+    "torch.storage UntypedStorage": _UNTYPED,
 }  # fmt: skip
-_CALLABLES = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
+_DTYPES = {  # whose tensors lie in untyped storages
+    "torch float8_e4m3fn": "F8_E4M3", "torch float8_e5m2": "F8_E5M2", "torch float8_e8m0fnu": "F8_E8M0",
+    "torch uint16": "U16", "torch uint32": "U32", "torch uint64": "U64",
+}  # fmt: skip
+_ORDERED, _PARAMETER = "collections OrderedDict", "torch._utils _rebuild_parameter"
+_TYPED_TENSOR, _UNTYPED_TENSOR = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3"
+_KNOWN = {_ORDERED, _PARAMETER, _TYPED_TENSOR, _UNTYPED_TENSOR, *_STORAGES, *_DTYPES}
 _PUSH = ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _WRAPPERS = ("state_dict", "model", "model_state")
@@ -40,15 +51,17 @@ class _Global:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    dtype: str
+    dtype: str  # _UNTYPED: its tensors say
     key: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    storage: _Storage
+    dtype: str
+    key: str  # of its storage
     first: int  # item of the storage
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None  # None: row by row
 
 
 def read_pickle_header(file: Path) -> Header:
@@ -62,16 +75,16 @@ def read_pickle_header(file: Path) -> Header:
                 raise CorruptModel(f"{file.name!r} is a zip file without torch's data.pkl, not weights.")
             with archive.open(pickles[0]) as stream:
                 content = stream.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise CorruptModel(f"{file.name!r} has a pickle of more than {_MAX_BYTES} bytes, which no weights need.")
+        prefix = pickles[0].removesuffix("data.pkl")
+        storages = {name.removeprefix(f"{prefix}data/"): entry for name, entry in members.items()}
+        return Header("pickle", _tensors_of(file, _run(file, content), storages), {})
     except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise CorruptModel(f"{file.name!r} is cut short or damaged: {error}. Download it again.") from error
-    if len(content) > _MAX_BYTES:
-        raise CorruptModel(f"{file.name!r} has a pickle of more than {_MAX_BYTES} bytes, which no weights need.")
-    prefix = pickles[0].removesuffix("data.pkl")
-    sizes = {name.removeprefix(f"{prefix}data/"): entry.file_size for name, entry in members.items()}
-    return Header("pickle", _tensors_of(file, _run(file, content), sizes), {})
 
 
-def unwrapped(table: Any) -> Any:
+def _unwrapped(table: Any) -> Any:
     """Return the dict of tensors itself where a training script has wrapped it."""
     for name in _WRAPPERS:
         if isinstance(table, dict) and isinstance(table.get(name), dict):
@@ -98,25 +111,38 @@ def _check_directory(file: Path) -> None:
         raise zipfile.BadZipFile(f"a list of contents of {length} bytes is announced")
 
 
-def _tensors_of(file: Path, table: Any, sizes: dict[str, int]) -> dict[str, TensorInfo]:
-    table = unwrapped(table)
+def _tensors_of(file: Path, table: Any, storages: dict[str, zipfile.ZipInfo]) -> dict[str, TensorInfo]:
+    table = _unwrapped(table)
     if not isinstance(table, dict) or not table:
         raise CorruptModel(f"{file.name!r} holds no dict of tensors.")
     tensors = {}
-    for name, value in table.items():
-        if not isinstance(name, str) or not isinstance(value, _Tensor):
-            raise CorruptModel(f"{file.name!r} is no dict of tensors: {str(name)[:60]!r} is a {type(value).__name__}.")
-        item, count = ITEM_BYTES[value.storage.dtype], 1
-        for length in value.shape:
-            count *= length
-        have = sizes.get(value.storage.key)
-        if have is None or (value.first + count) * item > have:
-            raise CorruptModel(
-                f"{name!r} in {file.name!r} needs {(value.first + count) * item} bytes and has {have or 0}. "
-                "Download it again."
-            )
-        tensors[name] = TensorInfo(value.storage.dtype, value.shape, file, count * item, 0)
+    with file.open("rb") as stream:
+        stamp = FileStamp.of(stream.fileno())
+        for name, value in table.items():
+            if not isinstance(name, str) or not isinstance(value, _Tensor):
+                what = type(value).__name__
+                raise CorruptModel(f"{file.name!r} is no dict of tensors: {str(name)[:60]!r} is a {what}.")
+            item, count, storage = ITEM_BYTES[value.dtype], math.prod(value.shape), storages.get(value.key)
+            info = TensorInfo(value.dtype, value.shape, file, count * item, 0, stamp, value.strides)
+            needed, have = (value.first + max(count, info.span)) * item, storage.file_size if storage else 0
+            if storage is None or needed > have:
+                raise CorruptModel(f"{name!r} in {file.name!r} needs {needed} bytes and has {have}. Download it again.")
+            tensors[name] = replace(info, offset=_data_start(stream, storage) + value.first * item)
+            if tensors[name].offset + info.span * item > stamp.nbytes:
+                raise zipfile.BadZipFile(f"{name!r} would reach beyond its end")
     return tensors
+
+
+def _data_start(stream: BinaryIO, storage: zipfile.ZipInfo) -> int:
+    """Return where a storage's bytes begin in the file, after a header of their own."""
+    if storage.compress_type != zipfile.ZIP_STORED:
+        raise zipfile.BadZipFile(f"{storage.filename!r} is compressed, as torch never writes it")
+    stream.seek(storage.header_offset)
+    header = stream.read(_LOCAL_HEADER_BYTES)
+    if header[:4] != b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"{storage.filename!r} is not where its list of contents says")
+    lengths: tuple[int, int] = struct.unpack_from("<HH", header, _LOCAL_HEADER_BYTES - 4)  # of name and extra field
+    return storage.header_offset + _LOCAL_HEADER_BYTES + sum(lengths)
 
 
 def _run(file: Path, content: bytes) -> Any:
@@ -155,12 +181,16 @@ class _Machine:
             self.stack.append(_CONSTANTS[name])
         elif name in ("BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.stack[-1]
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = self.stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             self.stack.append(self.memo[argument])
         elif name in ("PROTO", "FRAME"):
             pass
         elif name == "GLOBAL":
             self._push_global(argument)
+        elif name == "STACK_GLOBAL":
+            self._push_global(" ".join([self.stack.pop(-2), self.stack.pop()]))
         elif name == "BINPERSID":
             self._push_storage(self.stack.pop())
         elif name == "REDUCE":
@@ -198,8 +228,7 @@ class _Machine:
         return items
 
     def _push_global(self, name: str) -> None:
-        storage = name.startswith("torch ") and name.removeprefix("torch ") in _STORAGES
-        if name not in _CALLABLES and not storage:
+        if name not in _KNOWN:
             raise _Code(name.replace(" ", "."))
         self.stack.append(_Global(name))
 
@@ -207,22 +236,33 @@ class _Machine:
         kind, storage, key, _, _ = identity
         if kind != "storage" or not isinstance(storage, _Global):
             raise ValueError(f"a persistent object of kind {kind!r}")
-        self.stack.append(_Storage(_STORAGES[storage.name.removeprefix("torch ")], str(key)))
+        self.stack.append(_Storage(_STORAGES[storage.name], str(key)))
 
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Global):
             raise _Code("a call of something unknown")
-        if function.name == "collections OrderedDict":
+        if function.name == _ORDERED:
             result: Any = dict(*arguments)
-        elif function.name.endswith("_rebuild_parameter"):
+        elif function.name == _PARAMETER:
             result = arguments[0]
-        elif function.name.endswith("_rebuild_tensor_v2"):
-            storage, first, shape = arguments[:3]
-            sizes = (first, *shape)
-            if not isinstance(storage, _Storage) or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
-                raise ValueError(f"a tensor of shape {str(sizes)[:100]}")
-            result = _Tensor(storage, first, tuple(shape))
+        elif function.name == _TYPED_TENSOR:
+            result = _tensor(arguments[0].dtype, *arguments[:4])
+        elif function.name == _UNTYPED_TENSOR:
+            result = _tensor(_DTYPES[arguments[6].name], *arguments[:4])
         else:
             raise _Code(function.name.replace(" ", "."))
         self.stack.append(result)
+
+
+def _tensor(dtype: str, storage: Any, first: Any, shape: Any, strides: Any) -> _Tensor:
+    """Return a tensor after checking that it can be one."""
+    sizes = (first, *shape, *strides)
+    known = isinstance(storage, _Storage) and dtype in ITEM_BYTES
+    if not known or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
+        raise ValueError(f"a tensor of shape {str(sizes)[:100]}")
+    step, row_by_row = 1, True
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        row_by_row &= length == 1 or stride == step  # the stride of a single item means nothing
+        step *= length
+    return _Tensor(dtype, storage.key, first, tuple(shape), None if row_by_row or step == 0 else tuple(strides))

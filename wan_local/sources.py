@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from wan_local.anatomy import part_shapes
-from wan_local.errors import ModelNotFound, NotAvailable, WrongModel
-from wan_local.inspection import TOKENIZER_FILES, WHERE, sets_below, tokenizer_folder
+from wan_local.errors import ModelNotFound, NotAvailable, WanLocalError, WrongModel
+from wan_local.inspection import WHERE, sets_below
 from wan_local.key_map import PARTS, Part
 from wan_local.kinds import GET_TRANSFORMER, Kind, identify
 from wan_local.settings import ModelConfig
 from wan_local.stored_tensor import StoredTensor, misfit, stored_tensors
-from wan_local.tensor_reader import TensorReader, given_dtype
-from wan_local.weight_files import ROTATED_KEY, WeightFiles, read_weights
+from wan_local.tensor_reader import given_dtype, read_stored
+from wan_local.tokenizer_file import TOKENIZER, check_tokenizer, tokenizer_folder
+from wan_local.weight_files import ROTATED_KEY, UNREADABLE, WeightFiles, read_weights
 
 
 class SourceTensors(Mapping[str, Tensor]):
@@ -31,12 +32,12 @@ class SourceTensors(Mapping[str, Tensor]):
     all that is scaled or in blocks comes in float32. `ignored`: names in the files that FLF2V has no use for.
     """
 
-    def __init__(self, stored: Mapping[str, StoredTensor], ignored: Sequence[str], reader: TensorReader) -> None:
-        self._stored, self._reader = stored, reader
+    def __init__(self, stored: Mapping[str, StoredTensor], ignored: Sequence[str]) -> None:
+        self._stored = stored
         self.ignored = tuple(ignored)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._reader.read(self._stored[name])
+        return read_stored(self._stored[name])
 
     def stored(self, name: str) -> StoredTensor:
         """Return where a tensor is in its file, and as what."""
@@ -56,7 +57,7 @@ class SourceTensors(Mapping[str, Tensor]):
 
     def row_range(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop` of a tensor, and read no others: for tables of gigabytes."""
-        return self._reader.read(self._stored[name], start, stop)
+        return read_stored(self._stored[name], start, stop)
 
     def rows(self, name: str, indices: Sequence[int]) -> Tensor:
         """Return some rows of a table without reading the others."""
@@ -117,18 +118,21 @@ def open_source(
     path = Path(path).expanduser()
     named: dict[Part, Path | str | None] = {"text_encoder": text_encoder, "image_encoder": image_encoder, "vae": vae}
     given = {part: Path(place).expanduser() for part, place in named.items() if place is not None}
-    weights, kinds = _find_parts(path, given)
+    weights, kinds, errors = _find_parts(path, given)
     folder = _tokenizer_folder(Path(tokenizer).expanduser() if tokenizer is not None else None, path, given)
     missing: dict[str, str] = {part: WHERE[part] for part in PARTS if part not in weights}
     if missing or folder is None:
         advice = missing if folder else {**missing, "tokenizer": WHERE["tokenizer"]}
-        raise ModelNotFound(
-            f"{str(path)!r} is not all that a model needs: {', '.join(advice)} missing. "
-            + " ".join(f"{part}: {where}" for part, where in advice.items())
+        message = f"{str(path)!r} is not all that a model needs: {', '.join(advice)} missing. " + " ".join(
+            f"{part}: {where}" for part, where in advice.items()
         )
+        if missing and errors:  # one of them may be what is missing
+            raise type(errors[0])(" ".join(map(str, (*errors[:3], message)))) from errors[0]
+        raise ModelNotFound(message)
     config = kinds["transformer"].config
     assert config is not None, kinds["transformer"]
     tensors = {part: open_part(part, weights[part], kinds[part], config) for part in PARTS}
+    check_tokenizer(folder, rows=config.text_encoder.vocab_size)
     return Source(config, kinds, weights, tensors, folder)
 
 
@@ -148,11 +152,16 @@ def open_part(part: Part, weights: WeightFiles, kind: Kind, config: ModelConfig)
     problem = misfit(stored, expected)
     if problem:
         raise WrongModel(f"{weights.path.name!r} does not fit the {part} of {config.title}: {problem}")
-    return SourceTensors({name: stored[name] for name in expected}, ignored, TensorReader(weights.container))
+    return SourceTensors({name: stored[name] for name in expected}, ignored)
 
 
-def _find_parts(path: Path, given: Mapping[Part, Path]) -> tuple[dict[Part, WeightFiles], dict[Part, Kind]]:
-    """Return the weights and the kind of every part that is there; a part that was named must be what it is called."""
+def _find_parts(
+    path: Path, given: Mapping[Part, Path]
+) -> tuple[dict[Part, WeightFiles], dict[Part, Kind], list[WanLocalError]]:
+    """Return the weights and the kind of every part that is there, and why other files in a folder could not be read.
+
+    A part that was named must be what it is called.
+    """
     weights: dict[Part, WeightFiles] = {}
     kinds: dict[Part, Kind] = {}
     for part, place in given.items():
@@ -161,10 +170,17 @@ def _find_parts(path: Path, given: Mapping[Part, Path]) -> tuple[dict[Part, Weig
         raise ModelNotFound(f"there is no file or folder {str(path)!r}. {GET_TRANSFORMER}")
     candidates = [path] if path.is_file() else sets_below(path)
     refused: list[str] = []
+    errors: list[WanLocalError] = []
     found: dict[Part, list[tuple[WeightFiles, Kind]]] = {part: [] for part in PARTS}
     for candidate in candidates:
-        files = read_weights(candidate)
-        kind = identify(files.tensors, f"{candidate.name} {candidate.parent.name}")
+        try:
+            files = read_weights(candidate)
+            kind = identify(files.tensors, f"{candidate.name} {candidate.parent.name}")
+        except UNREADABLE as error:
+            if path.is_file():
+                raise
+            errors.append(error)
+            continue
         wanted = next((part for part in PARTS if part == kind.part and part not in given), None)
         if kind.usable and wanted is not None:
             found[wanted].append((files, kind))
@@ -179,8 +195,8 @@ def _find_parts(path: Path, given: Mapping[Part, Path]) -> tuple[dict[Part, Weig
         if several:
             weights[part], kinds[part] = several[0]
     if "transformer" not in weights and refused:
-        raise WrongModel(" ".join(refused[:3]))
-    return weights, kinds
+        raise WrongModel(" ".join([*refused, *map(str, errors)][:3]))
+    return weights, kinds, errors
 
 
 def _preferred(several: list[tuple[WeightFiles, Kind]]) -> list[tuple[WeightFiles, Kind]]:
@@ -210,5 +226,5 @@ def _tokenizer_folder(given: Path | None, path: Path, parts: Mapping[Part, Path]
         if found is not None:
             return found
     if given is not None:
-        raise ModelNotFound(f"{str(given)!r} holds no {' or '.join(TOKENIZER_FILES)}. {WHERE['tokenizer']}")
+        raise ModelNotFound(f"{str(given)!r} holds no {TOKENIZER}. {WHERE['tokenizer']}")
     return None

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from wan_local.errors import OutputError
+from wan_local.manifest import JOURNAL
 
-JOURNAL = "conversion.jsonl"
 _READ_BYTES = 2**22
 
 

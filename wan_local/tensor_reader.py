@@ -6,19 +6,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from wan_local.dequantize import dequantize_blocks
-from wan_local.errors import CorruptModel, WrongModel
+from wan_local.errors import CorruptModel
 from wan_local.extent import read_extent
 from wan_local.gguf_header import TYPES
-from wan_local.header import Container, TensorInfo
-from wan_local.key_map import without_prefix
-from wan_local.pickle_header import unwrapped
+from wan_local.header import TensorInfo
 from wan_local.stored_tensor import EIGHT_BITS, WHOLE_SHIFTS, StoredTensor
 
 _DTYPES = {
@@ -30,7 +26,6 @@ _GIVEN = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16}  # a
 _BLOCK_ITEMS = {kind.name: (kind.items, kind.nbytes) for kind in TYPES.values()}
 _WITHOUT_HIGHEST_EXPONENT_BIT = -0x4001  # 0xBFFF as int16: the sign has filled it
 _FLOATS_AT_ONCE = 2**17  # temporaries that stay in a core's cache
-_REMAP_BYTES = 512 * 2**20  # a mapped pickle counts into our memory as it is read: begin anew after this much
 
 
 def given_dtype(stored: StoredTensor) -> torch.dtype:
@@ -42,45 +37,19 @@ def given_dtype(stored: StoredTensor) -> torch.dtype:
     return _GIVEN.get(stored.info.dtype, torch.float32)
 
 
-class TensorReader:
-    """Reads stored tensors of one set of files. A pickle stays mapped between reads, for half a gigabyte of them."""
+def read_stored(stored: StoredTensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return rows `start` to `stop` of a tensor (all unless told), on the CPU, in `given_dtype`.
 
-    def __init__(self, container: Container) -> None:
-        self._container = container
-        self._mapped: dict[Path, Mapping[str, Tensor]] = {}
-        self._mapped_bytes = 0
-
-    def read(self, stored: StoredTensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows `start` to `stop` of a tensor (all unless told), on the CPU, in `given_dtype`.
-
-        Raises CorruptModel where numbers can't be right: scales that are NaN, infinite or zero; a file cut short.
-        """
-        if self._container == "pickle":
-            rows = self._from_pickle(stored)[start:stop]
-            self._mapped_bytes += rows.nbytes
-            numbers = rows.to(given_dtype(stored), copy=True)
-        else:
-            numbers = _read_rows(stored, start, stop) if stored.shift is None else _read_packed(stored)[start:stop]
-        if stored.scale is not None and stored.shift is None:
-            numbers = numbers.float().mul_(_read_scale(stored, start, stop, numbers.dim()))
-        return numbers.to(given_dtype(stored))
-
-    def _from_pickle(self, stored: StoredTensor) -> Tensor:
-        file = stored.info.file
-        if file not in self._mapped or self._mapped_bytes > _REMAP_BYTES:
-            self._mapped[file] = _load_pickle(file)
-            self._mapped_bytes = 0
-        tensor = self._mapped[file][stored.stored_name]
-        rows = tensor if stored.third is None else tensor[stored.first_row : stored.first_row + stored.shape[0]]
-        return rows.reshape(stored.shape)
-
-
-def _load_pickle(file: Path) -> Mapping[str, Tensor]:
-    """Map a torch file whose header was walked before; `weights_only` runs nothing that it holds."""
-    tensors = unwrapped(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-    if not isinstance(tensors, Mapping):
-        raise WrongModel(f"{file.name!r} holds no dict of tensors")
-    return without_prefix(tensors)
+    Raises CorruptModel where numbers can't be right: scales that are negative, NaN, infinite or zero; a file that was
+    cut short, or changed since its header was read.
+    """
+    if stored.shift is not None:
+        return _read_packed(stored)[start:stop]
+    read = _read_rows if stored.info.strides is None else _read_strided
+    numbers = read(stored, start, stop)
+    if stored.scale is not None:
+        numbers = numbers.float().mul_(_read_scale(stored, start, stop, numbers.dim()))
+    return numbers.to(given_dtype(stored))
 
 
 def _read_rows(stored: StoredTensor, start: int, stop: int | None) -> Tensor:
@@ -105,16 +74,30 @@ def _read_rows(stored: StoredTensor, start: int, stop: int | None) -> Tensor:
     return numbers[begin : begin + count].view(-1, *stored.shape[1:])
 
 
+def _read_strided(stored: StoredTensor, start: int, stop: int | None) -> Tensor:
+    """Return rows of what does not lie row by row: what lies between its first and its last is read."""
+    whole = _whole(stored.info)
+    rows = whole if stored.third is None else whole[stored.first_row : stored.first_row + stored.shape[0]]
+    return rows.reshape(stored.shape)[start:stop] if stored.shape else rows.reshape(())
+
+
+def _whole(info: TensorInfo) -> Tensor:
+    """Return all numbers of a tensor that is not in blocks, in its stored shape."""
+    content = _bytes(info, info.offset, info.span * _DTYPES[info.dtype].itemsize)
+    numbers = _numbers(info.dtype, content)
+    return numbers.view(info.shape) if info.strides is None else numbers.as_strided(info.shape, info.strides)
+
+
 def _read_packed(stored: StoredTensor) -> Tensor:
     """Return int4 as numbers, group by group, as quanto does: scale * q - shift; where shifts are whole numbers, those
     of q that stand for zero: scale * (q - shift)."""
     info, shift = stored.info, stored.shift
     assert shift is not None, stored
-    packed = _bytes(info, info.offset, info.nbytes).view(info.shape)
+    packed = _whole(info)
     halves = (packed & 15, packed >> 4)
     numbers = torch.stack(halves, dim=2).flatten(1) if stored.pairs else torch.cat(halves)
     groups = numbers.float().view(math.prod(shift.shape), -1)
-    shifts = _bytes(shift, shift.offset, shift.nbytes).view(_DTYPES[shift.dtype]).float().view(-1, 1)
+    shifts = _whole(shift).float().reshape(-1, 1)
     scales = _scale_numbers(stored).view(-1, 1)
     whole = shift.dtype in WHOLE_SHIFTS
     return (groups.sub_(shifts).mul_(scales) if whole else groups.mul_(scales).sub_(shifts)).view(stored.shape)
@@ -146,11 +129,12 @@ def _scale_numbers(stored: StoredTensor) -> Tensor:
     """Return all of a tensor's scales, float32 [count]."""
     scale = stored.scale
     assert scale is not None
-    numbers = _bytes(scale, scale.offset, scale.nbytes).view(_DTYPES[scale.dtype]).float().view(-1)
+    numbers = _whole(scale).float().reshape(-1)
     zero = numbers.numel() == 1 and not numbers.all()  # a row or a group may be all zero
-    if zero or not torch.isfinite(numbers).all():
+    if zero or not torch.isfinite(numbers).all() or (numbers < 0).any():
         raise CorruptModel(
-            f"a scale of {stored.stored_name!r} in {scale.file.name!r} is NaN, infinite or zero. Download it again."
+            f"a scale of {stored.stored_name!r} in {scale.file.name!r} is negative, NaN, infinite or zero. "
+            "Download it again."
         )
     return numbers
 

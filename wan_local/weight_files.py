@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable
+from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
 from wan_local.gguf_header import MAGIC, read_gguf_header
 from wan_local.header import Container, Header, TensorInfo, read_safetensors
+from wan_local.manifest import is_store
 from wan_local.pickle_header import read_pickle_header
 
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
+UNREADABLE = (ModelNotFound, CorruptModel, NotAvailable, WrongModel)
+"""What a file may be refused with that just lies in a folder: that is no reason to refuse the folder."""
 ROTATED_KEY = "wan_local.rotated"
 """In the metadata of a store's file: how the names of its rotated linears end, with spaces between."""
 COMFY_KEY = "_quantization_metadata"
@@ -104,11 +107,18 @@ def read_part(folder: Path) -> WeightFiles:
 
 
 def weight_sets(folder: Path) -> list[Path]:
-    """Return one path for each set of weights in `folder` or up to two folders below: a file or a first shard."""
+    """Return one path for each set of weights in `folder` or up to two folders below: a file or a first shard.
+
+    What is in a store below is left out: it was made of weights that are here, or is looked at by its own path.
+    """
     found = [file for pattern in ("*", "*/*", "*/*/*") for file in sorted(folder.glob(pattern)) if file.is_file()]
     files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    places = {place for file in files for place in file.parents if folder in place.parents}
+    stores = {place for place in places if is_store(place)}
     firsts = []
     for file in files:
+        if not stores.isdisjoint(file.parents):
+            continue
         shard = _SHARD.fullmatch(file.name)
         if file.suffix.lower() in SUFFIXES and (shard is None or int(shard["number"]) == 1 or _is_first(file, shard)):
             firsts.append(file)
@@ -144,15 +154,20 @@ def _sisters(file: Path) -> list[Path]:
 
 
 def _read_folder(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> WeightFiles:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    indices = _visible(folder, "*.safetensors.index.json")
     if indices:
         return _read_set(folder, [folder / name for name in sorted(set(_weight_map(indices[0]).values()))], indices[0])
     files: list[Path] = []
     for suffix in suffixes:  # the safest container first
-        files = files or sorted(folder.glob(f"*{suffix}"))
+        files = files or _visible(folder, f"*{suffix}")
     if not files:
         raise ModelNotFound(f"{str(folder)!r} holds no {suffixes[0]} file")
     return _read_set(folder, _sisters(files[0]) if _SHARD.fullmatch(files[0].name) else files)
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of such a name but for hidden ones: macOS leaves a `._NAME` beside what it copies."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def _read_set(path: Path, files: Sequence[Path], index: Path | None = None) -> WeightFiles:
@@ -165,7 +180,7 @@ def _read_set(path: Path, files: Sequence[Path], index: Path | None = None) -> W
             "Download it again."
         )
     if index is None and len(files) > 1:
-        beside = [entry for entry in sorted(files[0].parent.glob("*.index.json")) if _names(entry, files)]
+        beside = [entry for entry in _visible(files[0].parent, "*.index.json") if _names(entry, files)]
         index = beside[0] if beside else None
     tensors: dict[str, TensorInfo] = {}
     headers = [read_file_header(file) for file in files]

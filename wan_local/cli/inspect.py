@@ -67,7 +67,8 @@ def _describe_part(part: PartReport) -> None:
     print(f"  {kind.part}: {', '.join(words)}")
     dtypes = ", ".join(f"{dtype} {_gigabytes(count)}" for dtype, count in part.dtypes.items())
     files = f"{part.files} files" if part.files > 1 else part.path.name
-    print(f"    {files}: {_count(part.parameters)} numbers, {dtypes}; quantization: {part.quantization}")
+    numbers = f"{_count(part.parameters)} numbers, {dtypes}; quantization: {part.quantization}"
+    print(f"    {files}: {numbers if dtypes else _gigabytes(part.nbytes)}")
     if part.once_bytes:
         print(
             f"    {_gigabytes(part.nbytes - part.once_bytes)} of it is needed in the denoising loop, "
