@@ -213,6 +213,14 @@ def shrink(
     return replace(plan, stages=stages, chunk_tokens=chunk)
 
 
+def plan_on_cpu(
+    geometry: Geometry, name: str, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine
+) -> StagePlan | None:
+    """Return the stage `name` as `machine`, a CPU beside the run's card, can do it; None where there is no room."""
+    stage = plan_within(geometry, config, sizes, machine).stage(name)
+    return stage if stage.peak_bytes <= usable_bytes(machine) else None
+
+
 def usable_bytes(machine: Machine) -> int:
     """Return what a plan may use of the free bytes; the rest is headroom."""
     return int(machine.free_bytes * (1 - HEADROOM))

@@ -27,7 +27,7 @@ from wan_local.image import fit, load_image
 from wan_local.ladder import Ladder
 from wan_local.network_cost import BRANCHES, LoopKernels
 from wan_local.order import Order, words_of
-from wan_local.planner import GIB, Machine, NetworkSize, Plan, shrink
+from wan_local.planner import GIB, Machine, NetworkSize, Plan, StagePlan, plan_on_cpu, shrink
 from wan_local.probe import choose_kernels
 from wan_local.quantize import default_arithmetic
 from wan_local.report import Report
@@ -78,7 +78,11 @@ class Job:
         def lesser(plan: Plan, stage: str) -> Plan | None:
             return shrink(plan, stage, config, network_sizes(config, self.files), self.machine)
 
-        ladder = Ladder(self.plan, self.device, self.dtype, shrink=lesser, note=report.note)
+        def on_cpu(stage: str) -> StagePlan | None:
+            beside = _machine(torch.device("cpu"), settings)
+            return plan_on_cpu(self.geometry, stage, config, network_sizes(config, self.files), beside)
+
+        ladder = Ladder(self.plan, self.device, self.dtype, shrink=lesser, on_cpu=on_cpu, note=report.note)
         cache = EncodingCache(settings.cache_dir, int(settings.cache_gigabytes * 1e9), private=private)
         return Workspace(self.files, self.device, self.dtype, ladder, cache, report, check)
 
