@@ -221,9 +221,24 @@ def test_what_an_attempt_held_is_freed_before_the_next(settings: Settings, monke
 def test_what_is_no_lack_of_memory_is_not_retried() -> None:
     assert ran_out_of_memory(torch.OutOfMemoryError(NO_MEMORY)) and ran_out_of_memory(MemoryError())
     assert ran_out_of_memory(cannot_allocate()) and ran_out_of_memory(RuntimeError("CUDA error: out of memory"))
-    assert ran_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     assert not ran_out_of_memory(DoesNotFit("planned")) and not ran_out_of_memory(RuntimeError("shapes differ"))
     assert not ran_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "GET was unable to find an engine to execute this computation",
+        "FIND was unable to find an engine to execute this computation",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+    ],
+)
+def test_what_libraries_say_where_they_get_no_memory_is_a_lack_of_memory(words: str) -> None:
+    assert ran_out_of_memory(RuntimeError(words))
 
 
 def test_a_fault_that_the_card_recovers_from_is_told_from_one_that_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,17 @@ from wan_local.stage import collect
 _MOST_RUNGS = 12
 _ON_CPU: tuple[Stage, ...] = ("text", "image", "condition", "decode")  # what can be done there in reasonable time
 _OF_RAM = "DefaultCPUAllocator"  # torch names who could not
-_NO_MEMORY_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory")
+_NO_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+    # what cuBLAS and cuDNN say where they get none; a wrong guess costs a few rungs
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "unable to find an engine to execute this computation",
+    "Unable to find a valid cuDNN algorithm",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +158,10 @@ def _from_file(rung: Rung) -> Rung:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Tell whether torch, CUDA or Python could not have memory; a plan that was refused is something else."""
+    """Tell whether torch, CUDA, a library of its or Python could not have memory; a refused plan is something else.
+
+    After a fault that a card does not recover from a library may say the same: see `has_failed`.
+    """
     if isinstance(error, WanLocalError):
         return False
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
