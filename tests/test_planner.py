@@ -14,7 +14,7 @@ from wan_local.fitting import WayOut, make_plan
 from wan_local.geometry import Geometry, Size
 from wan_local.layers import Linear
 from wan_local.models.transformer import ContextKV, Modulation, Transformer, stays_float32
-from wan_local.network_cost import LoopKernels, contexts_bytes, loop_bytes, parked_bytes
+from wan_local.network_cost import LoopKernels, contexts_bytes, loop_bytes, parked_bytes, text_bytes
 from wan_local.planner import (
     GIB,
     LIBRARY_BYTES,
@@ -126,6 +126,17 @@ def test_from_the_file_the_weights_take_almost_no_ram() -> None:
     plan = make_plan(LARGE, REAL, INT8, Machine("cuda:0", int(4.4 * GIB), 6 * GIB, 2, "w8a8"))
     assert plan.stage("denoise").source == "file"
     assert all(stage.ram_bytes <= 3 * GIB for stage in plan.stages)
+
+
+def test_what_runs_once_never_rounds_its_inputs_and_takes_less_for_it() -> None:
+    """Instead the largest linear of the text encoder is whole for its call."""
+    sizes = network_sizes(REAL, WeightFormats.converted("int8"))
+    plan = plan_within(LARGE, REAL, sizes, Machine("cuda:0", 80 * GIB, 64 * GIB, 2, "w8a8"))
+    used_by = {stage.name: stage.int8_arithmetic for stage in plan.stages if stage.int8_arithmetic}
+    assert used_by == {**dict.fromkeys(("text", "context"), "weight-only"), "denoise": "w8a8"}
+    text, encoder = plan.stage("text"), REAL.text_encoder
+    whole = 2 * encoder.d_model * encoder.d_ff
+    assert text.activation_bytes == text_bytes(REAL, 2) + whole + 2**26 + LIBRARY_BYTES
 
 
 def test_less_memory_never_gives_a_plan_that_needs_more() -> None:

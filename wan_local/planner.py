@@ -39,6 +39,8 @@ _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
 RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
 W8A8_TOKENS = 2048  # whose sums of integers are held at a time
 _DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**22, 2**26  # bytes of the rows of a weight that are float32 at a time
+# what stages of one pass use int8 weights by: T5's outliers are too far out for int8 inputs, and speed matters little
+_ONCE: Int8Arithmetic = "weight-only"
 LIBRARY_BYTES = 2**26  # workspaces of cuBLAS and its like; an H200 held 20 MB in a stage that needs little else
 SLOTS = 2  # of the ring that streamed blocks pass through
 
@@ -84,7 +86,7 @@ def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
 class Machine:
     """What the planner knows: the device, the bytes free on it and in RAM, the bytes of one computed number.
 
-    int8_arithmetic: what int8 weights are used by. kernels: what the loop computes with.
+    int8_arithmetic: what int8 weights are used by in the loop. kernels: what the loop computes with.
     """
 
     device: str
@@ -167,16 +169,15 @@ class Plan:
 
 def plan_within(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine) -> Plan:
     """Return the plan with the least in memory that costs no more time than it must; it may not fit all the same."""
-    compute = machine.compute_bytes
+    compute, once = machine.compute_bytes, replace(machine, int8_arithmetic=_ONCE)
     denoising, chunk = _denoising(geometry, config, sizes["transformer"], machine)
     embedding = context_stage_bytes(config, compute, parked=denoising.parked)
     waiting = contexts_bytes(config, compute) if denoising.parked else 0
 
     def encoding(name: str, network: str, held: int) -> StagePlan:
         size = sizes[network]
-        quantized = machine.int8_arithmetic if size.packed else None
-        held += _quantized_bytes(size, config, machine) + _library_bytes(machine)
-        return StagePlan(name, size.weight_bytes(compute), held, int8_arithmetic=quantized)
+        held += _quantized_bytes(size, config, once) + _library_bytes(machine)
+        return StagePlan(name, size.weight_bytes(compute), held, int8_arithmetic=_ONCE if size.packed else None)
 
     text = encoding("text", "text_encoder", text_bytes(config, compute))
     context = encoding("context", "context_embedder", embedding)
