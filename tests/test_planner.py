@@ -91,6 +91,15 @@ def test_what_does_not_fit_whole_streams_and_fills_the_card_with_blocks_that_sta
     assert f"{looped.resident_blocks} transformer blocks stay" in plan.describe()
 
 
+def test_what_passes_once_streams_from_its_file_however_much_ram_there_is() -> None:
+    plan = make_plan(SMALL, REAL, SIZES, Machine("cuda:0", 8 * GIB, 64 * GIB, 2))
+    assert {stage.name: stage.source for stage in plan.stages if stage.source} == {
+        "text": "file", "context": "file", "denoise": "ram",
+    }  # fmt: skip
+    text = plan.stage("text")
+    assert text.ram_bytes == SLOTS * SIZES["text_encoder"].block * 2 < text.streamed_bytes
+
+
 def test_blocks_wait_in_their_file_where_ram_is_short_and_on_a_cpu() -> None:
     short = make_plan(SMALL, REAL, SIZES, Machine("cuda:0", 12 * GIB, 8 * GIB, 2))
     assert short.stage("denoise").source == "file"

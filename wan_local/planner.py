@@ -183,10 +183,10 @@ def plan_within(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, Net
     context = encoding("context", "context_embedder", embedding)
     context = replace(context, ram_bytes=waiting, parked=denoising.parked)
     stages = (
-        streamed_if_needed(text, sizes["text_encoder"], machine),
+        streamed_if_needed(text, sizes["text_encoder"], machine, once=True),
         encoding("image", "image_encoder", image_bytes(config, compute)),
         _tiled("condition", "encoder", geometry, config, sizes["vae_encoder"], machine),
-        streamed_if_needed(context, sizes["context_embedder"], machine),
+        streamed_if_needed(context, sizes["context_embedder"], machine, once=True),
         denoising,
         _tiled("decode", "decoder", geometry, config, sizes["vae_decoder"], machine),
     )
@@ -307,8 +307,12 @@ def _tiled(
     return min(plans, key=lambda plan: plan.peak_bytes)
 
 
-def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine) -> StagePlan:
-    """Return the stage with as many blocks resident as fit beside the ring, where they do not all fit."""
+def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, *, once: bool = False) -> StagePlan:
+    """Return the stage with as many blocks resident as fit beside the ring, where they do not all fit.
+
+    once: each block is used once or, for two prompts, twice, so that the others stream from the file: filling RAM with
+    them first would only make the first one wait.
+    """
     budget, compute = usable_bytes(machine), machine.compute_bytes
     if stage.peak_bytes <= budget:
         return stage
@@ -323,7 +327,7 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine) ->
         if activation + weights <= budget:
             break
     on_cpu, in_ram = machine.device == "cpu", stage.ram_bytes + sum(waiting)
-    source: Source = "ram" if not on_cpu and in_ram <= usable_ram_bytes(machine) else "file"
+    source: Source = "ram" if not (on_cpu or once) and in_ram <= usable_ram_bytes(machine) else "file"
     if source == "file":
         in_ram = 0 if on_cpu else stage.ram_bytes + SLOTS * max(waiting)
     return replace(
