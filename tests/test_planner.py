@@ -22,9 +22,11 @@ from wan_local.planner import (
     Machine,
     NetworkSize,
     StagePlan,
+    free_ram_for,
     plan_within,
     spread,
     usable_bytes,
+    usable_ram_bytes,
 )
 from wan_local.quantize import stays_as_stored
 from wan_local.quantized_layers import hold_in_format
@@ -71,6 +73,13 @@ def test_too_little_ram_beside_a_card_is_refused_too() -> None:
     with pytest.raises(DoesNotFit, match=r"GiB of RAM beside cuda:0 \(denoise\); 1\.0 GiB is free"):
         make_plan(LARGE, REAL, INT8, small)
     assert make_plan(LARGE, REAL, INT8, Machine("cuda:0", 12 * GIB, 3 * GIB, 2, "w8a8")).peak.peak_bytes < 10.8 * GIB
+
+
+def test_beside_a_card_ram_is_left_for_what_the_process_grows_by() -> None:
+    """By some 0.9 GB after the plan: a fifth of little is too little."""
+    for free_gib, usable_gib in ((20, 16), (4, 2.75), (1, 0)):
+        assert usable_ram_bytes(Machine("cuda:0", 8 * GIB, free_gib * GIB, 2)) == usable_gib * GIB
+    assert [free_ram_for(gib * GIB) / GIB for gib in (16, 2, 0)] == [20, 3.25, 0]
 
 
 def test_a_card_of_2_gib_is_refused_without_a_false_promise() -> None:

@@ -213,6 +213,11 @@ def held_bytes(device: torch.device) -> int | None:
     return _of_process("VmRSS:")
 
 
+def own_ram_bytes() -> int:
+    """Return the RAM that this process holds and cannot give back: all but mapped files. 0 where no system tells."""
+    return _of_process("RssAnon:") or 0
+
+
 def _of_process(row: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.exists():

@@ -6,6 +6,7 @@ device and in RAM; gives the peak by stage. Whether that is too much, `fitting` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -36,7 +37,8 @@ _FLOAT32_BYTES = 4
 _CHUNK_BYTES = GIB  # temporaries of the tokens in flight, where there is room
 _SMALL_CHUNK_BYTES = GIB // 4  # and where there is not
 _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
-RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
+_RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
+_GROWTH_BYTES = GIB * 5 // 4  # that stay free for the process itself: beside an H200 it grew by 0.92 GB after the plan
 W8A8_TOKENS = 2048  # whose sums of integers are held at a time
 _DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**22, 2**26  # bytes of the rows of a weight that are float32 at a time
 # what stages of one pass use int8 weights by: T5's outliers are too far out for int8 inputs, and speed matters little
@@ -228,8 +230,16 @@ def usable_bytes(machine: Machine) -> int:
 
 
 def usable_ram_bytes(machine: Machine) -> int:
-    """Return what may wait in RAM; the rest is for the process itself, the encoder of the video and everyone else."""
-    return int(machine.free_ram_bytes * RAM_SHARE)
+    """Return what may wait in RAM beside a card: four fifths of what is free, and all but 1.25 GiB of it.
+
+    The rest is for the process itself, which grows by CUDA's libraries and the encoder of the video, and everyone else.
+    """
+    return max(min(int(machine.free_ram_bytes * _RAM_SHARE), machine.free_ram_bytes - _GROWTH_BYTES), 0)
+
+
+def free_ram_for(ram_bytes: int) -> int:
+    """Return what has to be free for that much to wait in RAM: see `usable_ram_bytes`."""
+    return max(math.ceil(ram_bytes / _RAM_SHARE), ram_bytes + _GROWTH_BYTES) if ram_bytes else 0
 
 
 @dataclass(frozen=True, slots=True)

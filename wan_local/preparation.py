@@ -19,7 +19,7 @@ from wan_local.attention import KernelChoice
 from wan_local.cache import EncodingCache
 from wan_local.checkpoint import ModelFiles, find_model, model_config
 from wan_local.conditioning import picture_tensor
-from wan_local.device import card_model, compute_dtype, free_bytes, free_ram_bytes, resolve_device
+from wan_local.device import card_model, compute_dtype, free_bytes, free_ram_bytes, own_ram_bytes, resolve_device
 from wan_local.durable import make_output_dir
 from wan_local.fitting import WayOut, make_plan
 from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, Geometry, Size, output_size
@@ -203,13 +203,15 @@ def _machine(device: torch.device, settings: Settings) -> Machine:
     arithmetic: Int8Arithmetic = default_arithmetic(device) if settings.precision == "auto" else "weight-only"
     if settings.int8_arithmetic != "auto":
         arithmetic = settings.int8_arithmetic
-    most = settings.ram_gibibytes if device.type == "cpu" else settings.vram_gibibytes
-    free, ram = _at_most(free_bytes(device), most), _at_most(free_ram_bytes(), settings.ram_gibibytes)
+    in_ram = settings.ram_gibibytes, own_ram_bytes()
+    free = _at_most(free_bytes(device), *(in_ram if device.type == "cpu" else (settings.vram_gibibytes, 0)))
+    ram = _at_most(free_ram_bytes(), *in_ram)
     return Machine(str(device), free, ram, compute_dtype(device).itemsize, arithmetic)
 
 
-def _at_most(free: int, gibibytes: float | None) -> int:
-    return free if gibibytes is None else min(free, int(gibibytes * GIB))
+def _at_most(free: int, gibibytes: float | None, held: int) -> int:
+    """Return what is free, and of that no more than the gibibytes less what is held of them already."""
+    return free if gibibytes is None else max(min(free, int(gibibytes * GIB) - held), 0)
 
 
 def remarks_on(job: Job) -> list[str]:
