@@ -313,6 +313,17 @@ def test_what_the_process_holds_already_counts_towards_the_most_it_may_take(
     assert preparation.prepare(stamp_request(), settings).machine.free_ram_bytes == 8 * 2**30
 
 
+@pytest.mark.parametrize("changes", [{}, {"precision": "reference"}, {"kernels": "on", "int8_arithmetic": "w8a8"}])
+def test_a_plan_asked_for_is_the_one_that_a_run_is_made_by(
+    settings: Settings, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "free_bytes", lambda _: 2**30)
+    chosen, request = replace(settings, **changes), stamp_request(aspect_ratio="16:9")
+    job = preparation.prepare(request, chosen)
+    _, plan, kernels = preparation.plan_run(chosen, request, machine=None)
+    assert (plan.stages, kernels) == (job.plan.stages, job.kernels)
+
+
 def test_a_budget_below_what_is_free_is_what_a_run_is_planned_within(settings: Settings, tmp_path: Path) -> None:
     budget = replace(settings, ram_gibibytes=0.01)
     with pytest.raises(DoesNotFit, match=r"0\.0 GiB is free"):
