@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,6 +228,30 @@ def test_int8_attention_without_fused_kernels_is_predicted_within_8_percent_and_
         transformer(inputs, modulation, [[context]], chunk_tokens=chunk, choice=choice)
     kernels = LoopKernels(attention=attention)
     assert_predicted(loop_bytes(geometry, REAL, chunk, 2, together=False, kernels=kernels), looping.peak)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("geometry", [SHORT, SMALL])
+def test_what_sage_attention_takes_for_itself_is_predicted_within_8_percent_and_never_below(
+    geometry: Geometry, fused: bool
+) -> None:
+    """Its buffers as its source has them for sm_86: 1.9 GB at 720p, for each chunk anew."""
+
+    def sageattn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
+        values, quantized = v.half(), [torch.empty_like(x, dtype=torch.int8) for x in (q, k)]
+        centred = k - k.mean(dim=1, keepdim=True)
+        del centred
+        out = torch.empty_like(q)
+        del values, quantized
+        return out
+
+    transformer, inputs, modulation, context = one_block(geometry, "bf16", "weight-only")
+    with pytest.MonkeyPatch().context() as patch, live_bytes() as looping:
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: torch.empty_like(q))
+        patch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
+        transformer(inputs, modulation, [[context]], chunk_tokens=512, choice=KernelChoice("sage", fused=fused))
+    kernels = LoopKernels(fused, attention="sage")
+    assert_predicted(loop_bytes(geometry, REAL, 512, 2, together=False, kernels=kernels), looping.peak)
 
 
 def one_block(
