@@ -63,7 +63,9 @@ def loop_bytes(
     if kernels.attention in _INT8_KEYS:
         working = max(working, _attending(transformer, tokens, chunk, compute, kernels))
     if kernels.attention == _SAGE:
-        working = max(working, chunk * transformer.dim * (2 * _FLOAT32_BYTES + 3 * compute) + _lent(numbers, compute))
+        working = max(
+            working, chunk * transformer.dim * (2 * _FLOAT32_BYTES + 3 * compute) + _copied_by_sage(numbers, compute)
+        )
     return hidden + 2 * numbers * compute + working + rotary + latents
 
 
@@ -77,7 +79,7 @@ def _fused(
     else:
         working = max(chunk * compute * 2 * (wide + dim), chunk * compute * (wide + 2 * dim) + in_linear)
     if kernels.attention == _SAGE:
-        working = max(working, chunk * dim * 2 * compute + _lent(numbers, compute))
+        working = max(working, chunk * dim * 2 * compute + _copied_by_sage(numbers, compute))
     keys = 1 if kernels.attention in _INT8_KEYS else compute
     values = 1 if kernels.attention == _INT8_VALUES else compute
     made = max(working, numbers * compute) if kernels.attention == _INT8_VALUES else working
@@ -92,7 +94,7 @@ def _attending(transformer: TransformerConfig, tokens: int, chunk: int, compute:
     return chunk * transformer.dim * (2 * _FLOAT32_BYTES + 3 * compute) + max(made, held)
 
 
-def _lent(numbers: int, compute: int) -> int:
+def _copied_by_sage(numbers: int, compute: int) -> int:
     """Return what SageAttention makes of keys and values for each chunk, on the cards where that is most (sm_86).
 
     All keys less their mean and as int8, and all values as float16: see `per_block_int8` and

@@ -38,7 +38,7 @@ _CHUNK_BYTES = GIB  # temporaries of the tokens in flight, where there is room
 _SMALL_CHUNK_BYTES = GIB // 4  # and where there is not
 _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
 _RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
-_GROWTH_BYTES = GIB * 5 // 4  # that stay free for the process itself: beside an H200 it grew by 0.92 GB after the plan
+_GROWTH_BYTES = GIB * 5 // 4  # that stay free for the process itself: beside a card it grew by 0.92 GB after the plan
 W8A8_TOKENS = 2048  # whose sums of integers are held at a time
 _DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**22, 2**26  # bytes of the rows of a weight that are float32 at a time
 # what stages of one pass use int8 weights by: T5's outliers are too far out for int8 inputs, and speed matters little

@@ -78,7 +78,7 @@ class Settings:
     `loras`: LoRAs, each as FILE or FILE:STRENGTH, added to the transformer's linears as it is loaded.
     `share_device`: use a card that another process is using, planned with the memory that is free at that moment.
     `vram_gibibytes`, `ram_gibibytes`: what a run may take at most of the card and of RAM, None for all that is free.
-    Of RAM what this process holds already counts, too.
+    Of RAM what this process holds already counts, too (on Linux).
     `attention`: a backend by name, or "auto" for the one that suits the device; `wan-local doctor` lists them.
     `kernels`: fused kernels "on", "off", or "auto", which is on where there is a card that they suit; "fp16" is for a
     card without Triton: linears in float16 with float16 sums, at twice bfloat16's rate on GeForce.
