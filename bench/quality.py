@@ -120,7 +120,9 @@ def with_int8_inputs(job: Job) -> Job:
 
 
 def with_arithmetic(job: Job, arithmetic: Int8Arithmetic) -> Job:
-    stages = tuple(replace(stage, int8_arithmetic=arithmetic) for stage in job.plan.stages)
+    """Return the job with its loop's int8 weights used by `arithmetic`; what runs once is weight-only in every run."""
+    loop = replace(job.plan.stage("denoise"), int8_arithmetic=arithmetic)
+    stages = tuple(loop if stage.name == loop.name else stage for stage in job.plan.stages)
     return replace(job, plan=replace(job.plan, stages=stages))
 
 

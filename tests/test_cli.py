@@ -232,6 +232,18 @@ def test_plan_says_what_each_stage_needs_without_weights_or_a_card(capsys: pytes
         assert words in out
 
 
+def test_plan_for_another_card_counts_what_a_run_there_computes_with_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight = ["plan", "--vram", "3.6", "--ram", "16", "--format", "int8"]
+    assert cli.main(tight) == terminal.DONE
+    out = capsys.readouterr().out
+    assert "Kernels: assumed of a GeForce card of Ampere or later: int8 attention, fused kernels." in out
+    assert cli.main([*tight, "--kernels", "off"]) == terminal.FAILED
+    monkeypatch.setenv("WAN_LOCAL_PRECISION", "reference")
+    assert cli.main(tight) == terminal.FAILED
+
+
 def test_plan_tells_what_the_switches_add(capsys: pytest.CaptureFixture[str]) -> None:
     switched = ("--enable-safety-checker", "--enable-prompt-expansion")
     assert cli.main(["plan", "--resolution", "480p", "--vram", "12", "--ram", "32", *switched]) == 0
@@ -253,7 +265,7 @@ def test_plan_as_json_holds_every_stages_bytes(capsys: pytest.CaptureFixture[str
 
 
 def test_plan_refuses_what_does_not_fit_and_names_what_does(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--resolution", "720p", "--vram", "4", "--ram", "32"]) == terminal.FAILED
+    assert cli.main(["plan", "--resolution", "720p", "--vram", "3.5", "--ram", "32"]) == terminal.FAILED
     assert "832x480 x 81 frames would fit" in capsys.readouterr().err
     assert cli.main(["plan", "--num-frames", "7", "--vram", "10", "--ram", "32"]) == terminal.WRONG_REQUEST
     assert "--num-frames" in capsys.readouterr().err

@@ -64,11 +64,15 @@ def test_who_is_shown_a_step_may_take_time_and_a_lower_rung_is_slower(clock: lis
     assert len(notes) == 1
 
 
-@pytest.mark.parametrize(("system", "device", "limit"), [("win32", "cuda:0", 5), ("linux", "cuda:0", None)])
-def test_only_windows_spills(system: str, device: str, limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("system", "free_gib", "limit_gib"), [("win32", 4, 3.75), ("win32", 20, 19), ("win32", 0.1, 0), ("linux", 4, None)]
+)
+def test_only_windows_spills_and_libraries_have_room_beside_torch(
+    system: str, free_gib: float, limit_gib: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 8))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free_gib * 2**30), 24 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
-    assert spill_bytes(torch.device(device)) == limit
+    assert spill_bytes(torch.device("cuda:0")) == (None if limit_gib is None else limit_gib * 2**30)
     assert spill_bytes(torch.device("cpu")) is None

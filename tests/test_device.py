@@ -14,6 +14,7 @@ from wan_local.device import (
     free_bytes,
     free_ram_bytes,
     held_bytes,
+    own_ram_bytes,
     peak_bytes,
     reset_peak,
     resolve_device,
@@ -143,3 +144,11 @@ def test_a_cap_holds_torch_to_its_share_of_the_card_and_gives_back_what_was_set_
         assert fraction[-1] == 0.9
     with capped(card, None), capped(CPU, 2**30):
         assert fraction == [0.9, *(0.25, 0.9) * 2, 0.9, 0.9]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system is asked")
+def test_what_this_process_holds_is_what_it_cannot_give_back() -> None:
+    """Kernels count pages roughly."""
+    before = own_ram_bytes()
+    held = bytearray(b"x") * 2**28
+    assert before > 2**25 and len(held) / 2 < own_ram_bytes() - before < 2 * len(held)

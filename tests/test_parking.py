@@ -59,3 +59,12 @@ def test_what_was_parked_and_need_not_be_goes_to_the_device() -> None:
     _, contexts = official_contexts()
     with placed(contexts, False, torch.device("meta")) as given:
         assert all(context.k.is_meta and context.v_image.is_meta for branch in given for context in branch)
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_both_branches_share_the_images_wherever_they_go(place: str) -> None:
+    """Apart they are 0.42 GB more of RAM."""
+    _, contexts = official_contexts()
+    with placed(contexts, False, torch.device(place)):
+        assert all(a.k_image is b.k_image and a.v_image is b.v_image for a, b in zip(*contexts, strict=True))
+        assert all(a.k is not b.k for a, b in zip(*contexts, strict=True))

@@ -302,6 +302,28 @@ def test_a_step_that_is_not_finite_is_noted_and_the_video_is_made(
     assert np.array_equal(frames_of(result), frames_of(plain))
 
 
+def test_what_the_process_holds_already_counts_towards_the_most_it_may_take(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "free_ram_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(preparation, "free_bytes", lambda _: 8 * 2**30)
+    monkeypatch.setattr(preparation, "own_ram_bytes", lambda: 2**30)
+    machine = preparation.prepare(stamp_request(), replace(settings, ram_gibibytes=6)).machine
+    assert machine.free_bytes == machine.free_ram_bytes == 5 * 2**30
+    assert preparation.prepare(stamp_request(), settings).machine.free_ram_bytes == 8 * 2**30
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "reference"}, {"kernels": "on", "int8_arithmetic": "w8a8"}])
+def test_a_plan_asked_for_is_the_one_that_a_run_is_made_by(
+    settings: Settings, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "free_bytes", lambda _: 2**30)
+    chosen, request = replace(settings, **changes), stamp_request(aspect_ratio="16:9")
+    job = preparation.prepare(request, chosen)
+    _, plan, kernels = preparation.plan_run(chosen, request, machine=None)
+    assert (plan.stages, kernels) == (job.plan.stages, job.kernels)
+
+
 def test_a_budget_below_what_is_free_is_what_a_run_is_planned_within(settings: Settings, tmp_path: Path) -> None:
     budget = replace(settings, ram_gibibytes=0.01)
     with pytest.raises(DoesNotFit, match=r"0\.0 GiB is free"):

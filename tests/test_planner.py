@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from wan_local.fitting import WayOut, make_plan
 from wan_local.geometry import Geometry, Size
 from wan_local.layers import Linear
 from wan_local.models.transformer import ContextKV, Modulation, Transformer, stays_float32
-from wan_local.network_cost import LoopKernels, contexts_bytes, loop_bytes, parked_bytes
+from wan_local.network_cost import LoopKernels, contexts_bytes, loop_bytes, parked_bytes, text_bytes
 from wan_local.planner import (
     GIB,
     LIBRARY_BYTES,
@@ -22,9 +24,11 @@ from wan_local.planner import (
     Machine,
     NetworkSize,
     StagePlan,
+    free_ram_for,
     plan_within,
     spread,
     usable_bytes,
+    usable_ram_bytes,
 )
 from wan_local.quantize import stays_as_stored
 from wan_local.quantized_layers import hold_in_format
@@ -73,6 +77,13 @@ def test_too_little_ram_beside_a_card_is_refused_too() -> None:
     assert make_plan(LARGE, REAL, INT8, Machine("cuda:0", 12 * GIB, 3 * GIB, 2, "w8a8")).peak.peak_bytes < 10.8 * GIB
 
 
+def test_beside_a_card_ram_is_left_for_what_the_process_grows_by() -> None:
+    """By some 0.9 GB after the plan: a fifth of little is too little."""
+    for free_gib, usable_gib in ((20, 16), (4, 2.75), (1, 0)):
+        assert usable_ram_bytes(Machine("cuda:0", 8 * GIB, free_gib * GIB, 2)) == usable_gib * GIB
+    assert [free_ram_for(gib * GIB) / GIB for gib in (16, 2, 0)] == [20, 3.25, 0]
+
+
 def test_a_card_of_2_gib_is_refused_without_a_false_promise() -> None:
     with pytest.raises(DoesNotFit, match="Use a machine with more memory"):
         make_plan(LARGE, REAL, SIZES, Machine("cuda:0", 2 * GIB, 64 * GIB, 2), ways_out=WAYS_OUT)
@@ -89,6 +100,15 @@ def test_what_does_not_fit_whole_streams_and_fills_the_card_with_blocks_that_sta
     assert looped.resident_blocks is not None and looped.source == "ram"
     assert looped.peak_bytes <= 0.9 * gigabytes * GIB < looped.peak_bytes + block
     assert f"{looped.resident_blocks} transformer blocks stay" in plan.describe()
+
+
+def test_what_passes_once_streams_from_its_file_however_much_ram_there_is() -> None:
+    plan = make_plan(SMALL, REAL, SIZES, Machine("cuda:0", 8 * GIB, 64 * GIB, 2))
+    assert {stage.name: stage.source for stage in plan.stages if stage.source} == {
+        "text": "file", "context": "file", "denoise": "ram",
+    }  # fmt: skip
+    text = plan.stage("text")
+    assert text.ram_bytes == SLOTS * SIZES["text_encoder"].block * 2 < text.streamed_bytes
 
 
 def test_blocks_wait_in_their_file_where_ram_is_short_and_on_a_cpu() -> None:
@@ -126,6 +146,17 @@ def test_from_the_file_the_weights_take_almost_no_ram() -> None:
     plan = make_plan(LARGE, REAL, INT8, Machine("cuda:0", int(4.4 * GIB), 6 * GIB, 2, "w8a8"))
     assert plan.stage("denoise").source == "file"
     assert all(stage.ram_bytes <= 3 * GIB for stage in plan.stages)
+
+
+def test_what_runs_once_never_rounds_its_inputs_and_takes_less_for_it() -> None:
+    """Instead the largest linear of the text encoder is whole for its call."""
+    sizes = network_sizes(REAL, WeightFormats.converted("int8"))
+    plan = plan_within(LARGE, REAL, sizes, Machine("cuda:0", 80 * GIB, 64 * GIB, 2, "w8a8"))
+    used_by = {stage.name: stage.int8_arithmetic for stage in plan.stages if stage.int8_arithmetic}
+    assert used_by == {**dict.fromkeys(("text", "context"), "weight-only"), "denoise": "w8a8"}
+    text, encoder = plan.stage("text"), REAL.text_encoder
+    whole = 2 * encoder.d_model * encoder.d_ff
+    assert text.activation_bytes == text_bytes(REAL, 2) + whole + 2**26 + LIBRARY_BYTES
 
 
 def test_less_memory_never_gives_a_plan_that_needs_more() -> None:
@@ -197,6 +228,30 @@ def test_int8_attention_without_fused_kernels_is_predicted_within_8_percent_and_
         transformer(inputs, modulation, [[context]], chunk_tokens=chunk, choice=choice)
     kernels = LoopKernels(attention=attention)
     assert_predicted(loop_bytes(geometry, REAL, chunk, 2, together=False, kernels=kernels), looping.peak)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("geometry", [SHORT, SMALL])
+def test_what_sage_attention_takes_for_itself_is_predicted_within_8_percent_and_never_below(
+    geometry: Geometry, fused: bool
+) -> None:
+    """Its buffers as its source has them for sm_86: 1.9 GB at 720p, for each chunk anew."""
+
+    def sageattn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
+        values, quantized = v.half(), [torch.empty_like(x, dtype=torch.int8) for x in (q, k)]
+        centred = k - k.mean(dim=1, keepdim=True)
+        del centred
+        out = torch.empty_like(q)
+        del values, quantized
+        return out
+
+    transformer, inputs, modulation, context = one_block(geometry, "bf16", "weight-only")
+    with pytest.MonkeyPatch().context() as patch, live_bytes() as looping:
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: torch.empty_like(q))
+        patch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
+        transformer(inputs, modulation, [[context]], chunk_tokens=512, choice=KernelChoice("sage", fused=fused))
+    kernels = LoopKernels(fused, attention="sage")
+    assert_predicted(loop_bytes(geometry, REAL, 512, 2, together=False, kernels=kernels), looping.peak)
 
 
 def one_block(

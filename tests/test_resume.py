@@ -190,13 +190,22 @@ def test_a_stopped_run_is_kept_if_a_step_is_done(
     assert not list(tmp_path.rglob("*.mp4")) and not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",  # as where memory ran out
+    ],
+)
 def test_a_run_on_a_card_that_answers_no_more_is_kept_and_says_what_to_do(
-    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, stamps: Stamps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
-    fault = RuntimeError("CUDA error: an illegal memory access was encountered\nSearch for ...")
+    fault = RuntimeError(f"{words}\nSearch for ...")
     monkeypatch.setattr(pipeline, "decode_frames", lambda *_, **__: (_ for _ in ()).throw(fault))
     monkeypatch.setattr(pipeline, "has_failed", lambda _: True)
-    with pytest.raises(DeviceFailed, match=r"illegal memory access was encountered\. Restart the process") as raised:
+    with pytest.raises(
+        DeviceFailed, match=r"(illegal memory access|NOT_INITIALIZED).*\. Restart the process"
+    ) as raised:
         list(Pipeline(settings).generate(stamps.request, output=tmp_path / "x.mp4", run_id="faulted"))
     run = runs.find(settings, "faulted")
     assert run is not None and run.denoised

@@ -20,6 +20,7 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")  # lines of id:controllers:path, relati
 _CGROUP_FILES = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")  # version 2, 1
 _MEMINFO, _OVERCOMMIT = Path("/proc/meminfo"), Path("/proc/sys/vm/overcommit_memory")
 _NEVER_OVERCOMMIT = 2
+_BESIDE_TORCH_BYTES = 2**28
 _CLEAR_PEAK = Path("/proc/self/clear_refs")  # writing 5 sets the peak back to what is held now
 
 
@@ -181,11 +182,15 @@ def capped(device: torch.device, limit_bytes: int | None) -> Iterator[None]:
 
 
 def spill_bytes(device: torch.device) -> int | None:
-    """Return the bytes of a card beyond which its driver would use RAM, silently and many times slower.
+    """Return how much torch may take of a card whose driver would then use RAM, silently and many times slower.
 
-    None where a driver says instead that memory ran out: everywhere but on Windows.
+    It is what is free but for what cuBLAS, cuDNN and the kernels' code take beside torch: 256 MiB or a twentieth, the
+    larger. None where a driver says instead that memory ran out: everywhere but on Windows.
     """
-    return free_bytes(device) if sys.platform == "win32" and device.type == "cuda" else None
+    if sys.platform != "win32" or device.type != "cuda":
+        return None
+    free = free_bytes(device)
+    return max(free - max(_BESIDE_TORCH_BYTES, free // 20), 0)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -211,6 +216,11 @@ def held_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _of_process("VmRSS:")
+
+
+def own_ram_bytes() -> int:
+    """Return the RAM that this process holds and cannot give back: all but mapped files. 0 where no system tells."""
+    return _of_process("RssAnon:") or 0
 
 
 def _of_process(row: str) -> int | None:

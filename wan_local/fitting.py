@@ -10,10 +10,10 @@ from wan_local.geometry import Geometry
 from wan_local.planner import (
     GIB,
     HEADROOM,
-    RAM_SHARE,
     Machine,
     NetworkSize,
     Plan,
+    free_ram_for,
     plan_within,
     usable_bytes,
     usable_ram_bytes,
@@ -73,7 +73,7 @@ def _advice(plan: Plan, config: ModelConfig, machine: Machine, ways_out: Iterabl
     """Name the nearest that fits, and what would have to be free for what was asked."""
     missing = max(
         plan.peak.peak_bytes / (1 - HEADROOM) - machine.free_bytes,
-        plan.peak_in_ram.ram_bytes / RAM_SHARE - machine.free_ram_bytes,
+        free_ram_for(plan.peak_in_ram.ram_bytes) - machine.free_ram_bytes,
     )
     closing = f"close what else holds {missing / GIB + 0.05:.1f} GiB"
     for way in ways_out:

@@ -2,8 +2,8 @@
 
 The planner makes the rungs, by planning the same stage for fewer bytes: fewer blocks stay on the device, then fewer
 tokens go at a time; the VAE takes smaller tiles. The lowest of them is tried twice, since memory that others held may
-be free by then; after that, on a card, what can be done on the CPU in reasonable time is done there. Rungs are few;
-after the last one OutOfMemory says what was tried.
+be free by then; after that, on a card, what can be done on the CPU in reasonable time is done there, where the RAM that
+is free by then suffices. Rungs are few; after the last one OutOfMemory says what was tried.
 
     for attempt in ladder.attempts("text"):
         with attempt as rung:  # takes running out of memory, and nothing else
@@ -27,7 +27,17 @@ from wan_local.stage import collect
 _MOST_RUNGS = 12
 _ON_CPU: tuple[Stage, ...] = ("text", "image", "condition", "decode")  # what can be done there in reasonable time
 _OF_RAM = "DefaultCPUAllocator"  # torch names who could not
-_NO_MEMORY_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory")
+_NO_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+    # what cuBLAS and cuDNN say where they get none; a wrong guess costs a few rungs
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "unable to find an engine to execute this computation",
+    "Unable to find a valid cuDNN algorithm",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,7 @@ class Ladder:
     """The rungs of one run. What a stage had to give up is given up for the rest of the run in that stage only.
 
     shrink: return the plan for fewer bytes in the named stage, or None where there is none.
+    on_cpu: return the named stage as the CPU can do it in the RAM that is free now, or None where it can not.
     note: told of every step down.
     """
 
@@ -62,10 +73,11 @@ class Ladder:
         dtype: torch.dtype,
         *,
         shrink: Callable[[Plan, str], Plan | None],
+        on_cpu: Callable[[str], StagePlan | None],
         note: Callable[[str], None],
     ) -> None:
         self._plan, self._device, self._dtype = plan, device, dtype
-        self._shrink, self._note = shrink, note
+        self._shrink, self._on_cpu, self._note = shrink, on_cpu, note
         self._current: dict[Stage, Iterator[Rung]] = {}
         self._rungs: dict[Stage, Rung] = {}
         self._from_file: set[Stage] = set()  # stages that RAM ran out in
@@ -115,9 +127,8 @@ class Ladder:
             plan, rungs = lesser, rungs + 1
             yield replace(top, plan=plan.stage(stage), chunk_tokens=plan.chunk_tokens)
         yield replace(top, plan=plan.stage(stage), chunk_tokens=plan.chunk_tokens)
-        if self._device.type != "cpu" and stage in _ON_CPU:
-            whole = replace(top.plan, resident_blocks=None, source=None)
-            yield replace(top, plan=whole, device=torch.device("cpu"), dtype=torch.float32)
+        if self._device.type != "cpu" and stage in _ON_CPU and (there := self._on_cpu(stage)) is not None:
+            yield replace(top, plan=there, device=torch.device("cpu"), dtype=torch.float32)
 
 
 class Attempt:
@@ -147,7 +158,10 @@ def _from_file(rung: Rung) -> Rung:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Tell whether torch, CUDA or Python could not have memory; a plan that was refused is something else."""
+    """Tell whether torch, CUDA, a library of its or Python could not have memory; a refused plan is something else.
+
+    After a fault that a card does not recover from a library may say the same: see `has_failed`.
+    """
     if isinstance(error, WanLocalError):
         return False
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -16,6 +16,7 @@ HEADS_AT_A_TIME, KEYS_AT_A_TIME = 8, 4096  # that int8 attention of floats prepa
 _FLOAT32_BYTES = 4
 _INT8_VALUES = "int8_pv"
 _INT8_KEYS = ("int8", _INT8_VALUES)
+_SAGE = "sage"
 _MARGIN = 1.02  # small buffers that are not counted one by one
 
 
@@ -61,6 +62,10 @@ def loop_bytes(
     working = max(chunk * turning, chunk * feeding + in_linear)
     if kernels.attention in _INT8_KEYS:
         working = max(working, _attending(transformer, tokens, chunk, compute, kernels))
+    if kernels.attention == _SAGE:
+        working = max(
+            working, chunk * transformer.dim * (2 * _FLOAT32_BYTES + 3 * compute) + _copied_by_sage(numbers, compute)
+        )
     return hidden + 2 * numbers * compute + working + rotary + latents
 
 
@@ -73,6 +78,8 @@ def _fused(
         working = chunk * (wide * (compute + 1) + dim)
     else:
         working = max(chunk * compute * 2 * (wide + dim), chunk * compute * (wide + 2 * dim) + in_linear)
+    if kernels.attention == _SAGE:
+        working = max(working, chunk * dim * 2 * compute + _copied_by_sage(numbers, compute))
     keys = 1 if kernels.attention in _INT8_KEYS else compute
     values = 1 if kernels.attention == _INT8_VALUES else compute
     made = max(working, numbers * compute) if kernels.attention == _INT8_VALUES else working
@@ -85,6 +92,15 @@ def _attending(transformer: TransformerConfig, tokens: int, chunk: int, compute:
     made = channels * (tokens + 4 * min(tokens, KEYS_AT_A_TIME) * _FLOAT32_BYTES)
     held = channels * tokens * (1 + compute + (1 if kernels.attention == _INT8_VALUES else 0))
     return chunk * transformer.dim * (2 * _FLOAT32_BYTES + 3 * compute) + max(made, held)
+
+
+def _copied_by_sage(numbers: int, compute: int) -> int:
+    """Return what SageAttention makes of keys and values for each chunk, on the cards where that is most (sm_86).
+
+    All keys less their mean and as int8, and all values as float16: see `per_block_int8` and
+    `sageattn_qk_int8_pv_fp16_triton` in its source. With float8 values it is a fifth less.
+    """
+    return numbers * (2 * compute + 1)
 
 
 def token_bytes(transformer: TransformerConfig, compute: int) -> tuple[int, int]:

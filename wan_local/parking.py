@@ -58,10 +58,11 @@ class _Fields(nn.Module):
 def placed(contexts: list[list[ContextKV]], parked: bool, device: torch.device) -> Iterator[list[Iterable[ContextKV]]]:
     """Give `contexts` on the device or, `parked`, stand-ins that bring them from RAM; free these at the end.
 
-    What was elsewhere goes there for good: `contexts` is changed.
+    What was elsewhere goes there for good: `contexts` is changed. What both branches share, the images', stays shared.
     """
     where = torch.device("cpu") if parked else device
-    contexts[:] = [[moved(of_block, where) for of_block in context] for context in contexts]
+    by_block = [_moved(of_block, where) for of_block in zip(*contexts, strict=True)]
+    contexts[:] = [list(context) for context in zip(*by_block, strict=True)]
     if not parked:
         yield list(contexts)
         return
@@ -74,9 +75,16 @@ def placed(contexts: list[list[ContextKV]], parked: bool, device: torch.device) 
         yield stands
 
 
-def moved(context: ContextKV, device: torch.device) -> ContextKV:
-    """Return one block's keys and values on a device; itself where they are there."""
-    if context.k.device == device:
-        return context
-    k, v, k_image, v_image = (getattr(context, name).to(device) for name in _FIELDS)
-    return ContextKV(k, v, k_image, v_image, context.text_bias)
+def _moved(contexts: Sequence[ContextKV], device: torch.device) -> list[ContextKV]:
+    """Return each branch's keys and values of one block on a device, every tensor once; itself where it is there."""
+    tensors = {id(tensor): tensor for context in contexts for tensor in _tensors(context)}
+    there = {key: tensor.to(device) for key, tensor in tensors.items()}
+    made = []
+    for context in contexts:
+        k, v, k_image, v_image = (there[id(tensor)] for tensor in _tensors(context))
+        made.append(ContextKV(k, v, k_image, v_image, context.text_bias))
+    return made
+
+
+def _tensors(context: ContextKV) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return context.k, context.v, context.k_image, context.v_image

@@ -26,7 +26,7 @@ from wan_local.denoise import Guided, denoise
 from wan_local.denoiser import Denoiser
 from wan_local.device import capped, card_name, resolve_device, spill_bytes
 from wan_local.encoders import encode_frames, encode_images, encode_prompts
-from wan_local.errors import DeviceFailed, NotResumable, WanLocalError
+from wan_local.errors import DeviceFailed, NotResumable, OutOfMemory, WanLocalError
 from wan_local.ladder import Rung, has_failed
 from wan_local.likeness import compared_frames
 from wan_local.lock import holding_card
@@ -153,8 +153,9 @@ class Pipeline:
                 limits = (None if gibibytes is None else int(gibibytes * GIB), spill_bytes(device))
                 with capped(device, min((limit for limit in limits if limit is not None), default=None)):
                     yield
-        except RuntimeError as error:
-            if isinstance(error, WanLocalError) or not has_failed(device):
+        except (RuntimeError, OutOfMemory) as error:  # a library may take a failed card for one without memory
+            known = isinstance(error, WanLocalError) and not isinstance(error, OutOfMemory)
+            if known or not has_failed(device):
                 raise
             fault = str(error).partition("\n")[0]
             failed = DeviceFailed(

@@ -6,6 +6,7 @@ device and in RAM; gives the peak by stage. Whether that is too much, `fitting` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -36,9 +37,12 @@ _FLOAT32_BYTES = 4
 _CHUNK_BYTES = GIB  # temporaries of the tokens in flight, where there is room
 _SMALL_CHUNK_BYTES = GIB // 4  # and where there is not
 _MIN_CHUNK = 1024  # fewer tokens at a time leave a card idle
-RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
+_RAM_SHARE = 0.8  # of the free RAM that waiting blocks may take
+_GROWTH_BYTES = GIB * 5 // 4  # that stay free for the process itself: beside a card it grew by 0.92 GB after the plan
 W8A8_TOKENS = 2048  # whose sums of integers are held at a time
 _DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**22, 2**26  # bytes of the rows of a weight that are float32 at a time
+# what stages of one pass use int8 weights by: T5's outliers are too far out for int8 inputs, and speed matters little
+_ONCE: Int8Arithmetic = "weight-only"
 LIBRARY_BYTES = 2**26  # workspaces of cuBLAS and its like; an H200 held 20 MB in a stage that needs little else
 SLOTS = 2  # of the ring that streamed blocks pass through
 
@@ -84,7 +88,7 @@ def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
 class Machine:
     """What the planner knows: the device, the bytes free on it and in RAM, the bytes of one computed number.
 
-    int8_arithmetic: what int8 weights are used by. kernels: what the loop computes with.
+    int8_arithmetic: what int8 weights are used by in the loop. kernels: what the loop computes with.
     """
 
     device: str
@@ -167,25 +171,24 @@ class Plan:
 
 def plan_within(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine) -> Plan:
     """Return the plan with the least in memory that costs no more time than it must; it may not fit all the same."""
-    compute = machine.compute_bytes
+    compute, once = machine.compute_bytes, replace(machine, int8_arithmetic=_ONCE)
     denoising, chunk = _denoising(geometry, config, sizes["transformer"], machine)
     embedding = context_stage_bytes(config, compute, parked=denoising.parked)
     waiting = contexts_bytes(config, compute) if denoising.parked else 0
 
     def encoding(name: str, network: str, held: int) -> StagePlan:
         size = sizes[network]
-        quantized = machine.int8_arithmetic if size.packed else None
-        held += _quantized_bytes(size, config, machine) + _library_bytes(machine)
-        return StagePlan(name, size.weight_bytes(compute), held, int8_arithmetic=quantized)
+        held += _quantized_bytes(size, config, once) + _library_bytes(machine)
+        return StagePlan(name, size.weight_bytes(compute), held, int8_arithmetic=_ONCE if size.packed else None)
 
     text = encoding("text", "text_encoder", text_bytes(config, compute))
     context = encoding("context", "context_embedder", embedding)
     context = replace(context, ram_bytes=waiting, parked=denoising.parked)
     stages = (
-        streamed_if_needed(text, sizes["text_encoder"], machine),
+        streamed_if_needed(text, sizes["text_encoder"], machine, once=True),
         encoding("image", "image_encoder", image_bytes(config, compute)),
         _tiled("condition", "encoder", geometry, config, sizes["vae_encoder"], machine),
-        streamed_if_needed(context, sizes["context_embedder"], machine),
+        streamed_if_needed(context, sizes["context_embedder"], machine, once=True),
         denoising,
         _tiled("decode", "decoder", geometry, config, sizes["vae_decoder"], machine),
     )
@@ -213,14 +216,30 @@ def shrink(
     return replace(plan, stages=stages, chunk_tokens=chunk)
 
 
+def plan_on_cpu(
+    geometry: Geometry, name: str, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine
+) -> StagePlan | None:
+    """Return the stage `name` as `machine`, a CPU beside the run's card, can do it; None where there is no room."""
+    stage = plan_within(geometry, config, sizes, machine).stage(name)
+    return stage if stage.peak_bytes <= usable_bytes(machine) else None
+
+
 def usable_bytes(machine: Machine) -> int:
     """Return what a plan may use of the free bytes; the rest is headroom."""
     return int(machine.free_bytes * (1 - HEADROOM))
 
 
 def usable_ram_bytes(machine: Machine) -> int:
-    """Return what may wait in RAM; the rest is for the process itself, the encoder of the video and everyone else."""
-    return int(machine.free_ram_bytes * RAM_SHARE)
+    """Return what may wait in RAM beside a card: four fifths of what is free, and all but 1.25 GiB of it.
+
+    The rest is for the process itself, which grows by CUDA's libraries and the encoder of the video, and everyone else.
+    """
+    return max(min(int(machine.free_ram_bytes * _RAM_SHARE), machine.free_ram_bytes - _GROWTH_BYTES), 0)
+
+
+def free_ram_for(ram_bytes: int) -> int:
+    """Return what has to be free for that much to wait in RAM: see `usable_ram_bytes`."""
+    return max(math.ceil(ram_bytes / _RAM_SHARE), ram_bytes + _GROWTH_BYTES) if ram_bytes else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +317,12 @@ def _tiled(
     return min(plans, key=lambda plan: plan.peak_bytes)
 
 
-def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine) -> StagePlan:
-    """Return the stage with as many blocks resident as fit beside the ring, where they do not all fit."""
+def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, *, once: bool = False) -> StagePlan:
+    """Return the stage with as many blocks resident as fit beside the ring, where they do not all fit.
+
+    once: each block is used once or, for two prompts, twice, so that the others stream from the file: filling RAM with
+    them first would only make the first one wait.
+    """
     budget, compute = usable_bytes(machine), machine.compute_bytes
     if stage.peak_bytes <= budget:
         return stage
@@ -314,7 +337,7 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine) ->
         if activation + weights <= budget:
             break
     on_cpu, in_ram = machine.device == "cpu", stage.ram_bytes + sum(waiting)
-    source: Source = "ram" if not on_cpu and in_ram <= usable_ram_bytes(machine) else "file"
+    source: Source = "ram" if not (on_cpu or once) and in_ram <= usable_ram_bytes(machine) else "file"
     if source == "file":
         in_ram = 0 if on_cpu else stage.ram_bytes + SLOTS * max(waiting)
     return replace(

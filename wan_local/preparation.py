@@ -19,7 +19,7 @@ from wan_local.attention import KernelChoice
 from wan_local.cache import EncodingCache
 from wan_local.checkpoint import ModelFiles, find_model, model_config
 from wan_local.conditioning import picture_tensor
-from wan_local.device import card_model, compute_dtype, free_bytes, free_ram_bytes, resolve_device
+from wan_local.device import card_model, compute_dtype, free_bytes, free_ram_bytes, own_ram_bytes, resolve_device
 from wan_local.durable import make_output_dir
 from wan_local.fitting import WayOut, make_plan
 from wan_local.geometry import NATIVE_FRAMES, RESOLUTIONS, Geometry, Size, output_size
@@ -27,8 +27,8 @@ from wan_local.image import fit, load_image
 from wan_local.ladder import Ladder
 from wan_local.network_cost import BRANCHES, LoopKernels
 from wan_local.order import Order, words_of
-from wan_local.planner import GIB, Machine, NetworkSize, Plan, shrink
-from wan_local.probe import choose_kernels
+from wan_local.planner import GIB, Machine, NetworkSize, Plan, StagePlan, plan_on_cpu, shrink
+from wan_local.probe import assumed_kernels, choose_kernels
 from wan_local.quantize import default_arithmetic
 from wan_local.report import Report
 from wan_local.request import Check, Request, unchecked
@@ -78,7 +78,11 @@ class Job:
         def lesser(plan: Plan, stage: str) -> Plan | None:
             return shrink(plan, stage, config, network_sizes(config, self.files), self.machine)
 
-        ladder = Ladder(self.plan, self.device, self.dtype, shrink=lesser, note=report.note)
+        def on_cpu(stage: str) -> StagePlan | None:
+            beside = _machine(torch.device("cpu"), settings)
+            return plan_on_cpu(self.geometry, stage, config, network_sizes(config, self.files), beside)
+
+        ladder = Ladder(self.plan, self.device, self.dtype, shrink=lesser, on_cpu=on_cpu, note=report.note)
         cache = EncodingCache(settings.cache_dir, int(settings.cache_gigabytes * 1e9), private=private)
         return Workspace(self.files, self.device, self.dtype, ladder, cache, report, check)
 
@@ -127,8 +131,7 @@ def planned(
     if switches is None:
         switches = prepare_switches(order.request, settings, machine, answered=answered)
     chosen = choose_kernels(settings, device, config)
-    wide = settings.precision == "reference"
-    machine = replace(machine, kernels=LoopKernels(chosen.fused, attention=chosen.attention, wide_residual=wide))
+    machine = replace(machine, kernels=_loop_kernels(chosen, settings))
     sizes = network_sizes(config, files)
     plan = make_plan(geometry, config, sizes, machine, ways_out=_ways_out(geometry, smaller, config, sizes))
     plan = _timed(plan, config, sizes, card_model(device), order.request).preceded_by(*switches.stages)
@@ -144,20 +147,27 @@ def plan_run(
     machine: Machine | None,
     formats: WeightFormats | None = None,
     card: str | None = None,
-) -> tuple[ModelConfig, Plan]:
-    """Return the model's configuration and the plan of a run on `machine` (None: this one). No weights are needed.
+) -> tuple[ModelConfig, Plan, KernelChoice]:
+    """Return the model's configuration, the plan of a run on `machine` (None: this one) and what it computes with.
 
+    No weights are needed. What `machine` computes with is told by the settings; of a card it is assumed.
     formats: what the weights would be converted into; None is as they are where the settings name a folder, else bf16.
     card: the name of a card, for the seconds; None is the name of this one.
     Of the request its resolution, aspect ratio, number of frames, steps, guidance and switches count; its images are
     not looked at.
 
-    Raises DoesNotFit; ModelNotFound where the settings name a folder that is none.
+    Raises DoesNotFit; NotAvailable; ModelNotFound where the settings name a folder that is none.
     """
     config, device = model_config(settings), resolve_device(settings.device)
     if card is None and machine is None:
         card = card_model(device)
+    if machine is not None and machine.device != "cpu":
+        device, chosen = torch.device("cuda"), assumed_kernels(settings)
+    else:
+        device = device if machine is None else torch.device("cpu")
+        chosen = choose_kernels(settings, device, config)
     machine = machine or _machine(device, settings)
+    machine = replace(machine, int8_arithmetic=_arithmetic(device, settings), kernels=_loop_kernels(chosen, settings))
     weights: ModelFiles | WeightFormats = formats or PLAIN
     if formats is None and settings.model is not None:
         weights = find_model(settings)
@@ -168,7 +178,7 @@ def plan_run(
     plan = _timed(
         make_plan(geometry, config, weight_sizes, machine, ways_out=ways_out), config, weight_sizes, card, request
     )
-    return config, plan.preceded_by(*planned_stages(request, settings, machine))
+    return config, plan.preceded_by(*planned_stages(request, settings, machine)), chosen
 
 
 def _timed(
@@ -196,16 +206,26 @@ def _ways_out(
 
 def _machine(device: torch.device, settings: Settings) -> Machine:
     """Return this machine as the planner sees it: what is free, and of that no more than the settings allow."""
-    arithmetic: Int8Arithmetic = default_arithmetic(device) if settings.precision == "auto" else "weight-only"
+    in_ram = settings.ram_gibibytes, own_ram_bytes()
+    free = _at_most(free_bytes(device), *(in_ram if device.type == "cpu" else (settings.vram_gibibytes, 0)))
+    ram = _at_most(free_ram_bytes(), *in_ram)
+    return Machine(str(device), free, ram, compute_dtype(device).itemsize, _arithmetic(device, settings))
+
+
+def _arithmetic(device: torch.device, settings: Settings) -> Int8Arithmetic:
+    """Return what the loop uses int8 weights by on a device of that kind."""
     if settings.int8_arithmetic != "auto":
-        arithmetic = settings.int8_arithmetic
-    most = settings.ram_gibibytes if device.type == "cpu" else settings.vram_gibibytes
-    free, ram = _at_most(free_bytes(device), most), _at_most(free_ram_bytes(), settings.ram_gibibytes)
-    return Machine(str(device), free, ram, compute_dtype(device).itemsize, arithmetic)
+        return settings.int8_arithmetic
+    return default_arithmetic(device) if settings.precision == "auto" else "weight-only"
 
 
-def _at_most(free: int, gibibytes: float | None) -> int:
-    return free if gibibytes is None else min(free, int(gibibytes * GIB))
+def _loop_kernels(chosen: KernelChoice, settings: Settings) -> LoopKernels:
+    return LoopKernels(chosen.fused, attention=chosen.attention, wide_residual=settings.precision == "reference")
+
+
+def _at_most(free: int, gibibytes: float | None, held: int) -> int:
+    """Return what is free, and of that no more than the gibibytes less what is held of them already."""
+    return free if gibibytes is None else max(min(free, int(gibibytes * GIB) - held), 0)
 
 
 def remarks_on(job: Job) -> list[str]:

@@ -37,7 +37,7 @@ from wan_local.attention import (
 from wan_local.device import driver_version
 from wan_local.durable import make_folder, write
 from wan_local.home import home_folder
-from wan_local.settings import AttentionName, ModelConfig, Settings
+from wan_local.settings import AttentionName, KernelsChoice, ModelConfig, Settings
 
 REMEMBERED = Path(".wan_local") / "probes.json"  # below the home folder
 _SECONDS = 240  # a first compilation of every kernel takes one to two minutes on a slow CPU
@@ -48,15 +48,31 @@ _log = logging.getLogger(__name__)
 
 def choose_kernels(settings: Settings, device: torch.device, config: ModelConfig) -> KernelChoice:
     """Return what the transformer computes with under these settings; raises NotAvailable for what cannot run here."""
-    attention, fused = settings.attention, settings.kernels
-    if settings.precision == "reference":  # what is not asked for by name stays exact
-        attention, fused = "sdpa" if attention == "auto" else attention, "off" if fused == "auto" else fused
+    attention, fused = _asked_for(settings)
 
     def broken(name: AttentionName) -> str:
         return problem_of(name, device)
 
     head_dim = config.transformer.attention_head_dim
     return choose(attention, fused, card_of(device), head_dim, broken=broken)
+
+
+def assumed_kernels(settings: Settings) -> KernelChoice:
+    """Return what a GeForce card of Ampere or later computes with under these settings; nothing is looked at."""
+    attention, asked = _asked_for(settings)
+    fused = asked in ("auto", "on")
+    if attention == "auto":
+        attention = "int8" if fused else "sdpa"
+    how = "fused kernels" if fused else "linears with float16 sums" if asked == "fp16" else "plain linears"
+    reason = f"assumed of a GeForce card of Ampere or later: {attention} attention, {how}"
+    return KernelChoice(attention, fused, asked == "fp16", reason=reason)
+
+
+def _asked_for(settings: Settings) -> tuple[AttentionName, KernelsChoice]:
+    attention, fused = settings.attention, settings.kernels
+    if settings.precision == "reference":  # what is not asked for by name stays exact
+        attention, fused = "sdpa" if attention == "auto" else attention, "off" if fused == "auto" else fused
+    return attention, fused
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,8 @@ class Settings:
     `precision`: "auto" computes in bfloat16 on a GPU and float32 on a CPU; "reference" keeps the transformer's hidden
     state in float32, takes plain PyTorch where no kernel is named and int8 weights without rounding their inputs, but
     multiplies in bfloat16 on a GPU as well.
-    `int8_arithmetic`: what int8 weights are used by: "w8a8" rounds their inputs to int8 too, "weight-only" does not;
-    "auto" is w8a8 where the hardware multiplies bytes fast (CUDA, AVX512-VNNI).
+    `int8_arithmetic`: what the loop uses int8 weights by: "w8a8" rounds their inputs to int8 too, "weight-only" does
+    not; "auto" is w8a8 where the hardware multiplies bytes fast (CUDA, AVX512-VNNI). What runs once is weight-only.
     `output_dir`: where videos go that were given no name. `models_dir`: where downloaded weights are looked for.
     `url_scheme`: what the result's url is: loopback "http", or "file".
     `embed_metadata`: write prompt and settings into the mp4 (the sidecar is always written).
@@ -78,6 +78,7 @@ class Settings:
     `loras`: LoRAs, each as FILE or FILE:STRENGTH, added to the transformer's linears as it is loaded.
     `share_device`: use a card that another process is using, planned with the memory that is free at that moment.
     `vram_gibibytes`, `ram_gibibytes`: what a run may take at most of the card and of RAM, None for all that is free.
+    Of RAM what this process holds already counts, too (on Linux).
     `attention`: a backend by name, or "auto" for the one that suits the device; `wan-local doctor` lists them.
     `kernels`: fused kernels "on", "off", or "auto", which is on where there is a card that they suit; "fp16" is for a
     card without Triton: linears in float16 with float16 sums, at twice bfloat16's rate on GeForce.

@@ -7,14 +7,13 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
-from wan_local.cli.flags import add_place_flags, add_request_flags, gibibytes, settings_from
+from wan_local.cli.flags import add_kernel_flags, add_place_flags, add_request_flags, gibibytes, settings_from
 from wan_local.cli.terminal import DONE
 from wan_local.weight_format import WeightFormat, WeightFormats
 
 if TYPE_CHECKING:
     from wan_local.cli.flags import Commands
     from wan_local.planner import Machine, Plan, StagePlan
-    from wan_local.settings import Settings
 
 # the fields that memory depends on
 _PLANNED: tuple[str, ...] = (
@@ -41,6 +40,7 @@ def add(commands: Commands) -> None:
     weights.add_argument("--keep-edges", action="store_true", help="as in convert")
     machine = parser.add_argument_group("the machine (this one unless told)")
     add_place_flags(machine)
+    add_kernel_flags(machine)
     machine.add_argument("--vram", type=gibibytes, metavar="GIB", help="free memory of a card to plan for")
     machine.add_argument("--card", metavar="NAME", help='name of the card, as "RTX 4060", for how long it takes')
     machine.add_argument("--ram", type=gibibytes, metavar="GIB", help="free RAM to plan for")
@@ -56,15 +56,18 @@ def _plan(options: argparse.Namespace) -> int:
     asked = {name: given[name] for name in _PLANNED if name in given}
     request = Request.from_arguments({"prompt": "", "start_image_url": "", "end_image_url": "", **asked})
     settings = settings_from(given)
-    machine = _machine(given, settings)
-    config, plan = plan_run(settings, request, machine=machine, formats=_formats(given), card=given.get("card"))
+    config, plan, kernels = plan_run(
+        settings, request, machine=_machine(given), formats=_formats(given), card=given.get("card")
+    )
     if "json" in given:
         stages = [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in plan.stages]
-        print(json.dumps({"model": config.name, "device": plan.device, "stages": stages}, indent=2))
+        about = {"model": config.name, "device": plan.device, "kernels": kernels.reason}
+        print(json.dumps({**about, "stages": stages}, indent=2))
         return DONE
     print(f"{config.title}: {plan.describe()}")
     for stage in plan.stages:
         print(_row(stage))
+    print(f"Kernels: {kernels.reason}.")
     print(_pace(plan, request.num_inference_steps))
     if request.enable_safety_checker:
         print(f"Safety checker: {safety.describe(settings)}")
@@ -75,15 +78,14 @@ def _plan(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _machine(given: dict[str, Any], settings: Settings) -> Machine | None:
-    """Return the machine that is asked about, with this one's RAM unless told; None for this machine."""
+def _machine(given: dict[str, Any]) -> Machine | None:
+    """Return what is free on the machine that is asked about, with this one's RAM unless told; None for this one."""
     from wan_local.device import free_ram_bytes
     from wan_local.planner import Machine
 
     if "vram" in given:
-        arithmetic = "w8a8" if settings.int8_arithmetic == "auto" else settings.int8_arithmetic  # as a card computes
         ram = given["ram"] if "ram" in given else free_ram_bytes()
-        return Machine("a card", given["vram"], ram, compute_bytes=2, int8_arithmetic=arithmetic)
+        return Machine("a card", given["vram"], ram, compute_bytes=2)
     return Machine("cpu", given["ram"], given["ram"], compute_bytes=4) if "ram" in given else None
 
 
