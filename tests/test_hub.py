@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import shutil
 import threading
@@ -17,7 +18,7 @@ from tests import layouts
 from wan_local.checkpoint import find_model
 from wan_local.cli import download as command
 from wan_local.cli import main
-from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, OutputError
+from wan_local.errors import Busy, CorruptModel, ModelNotFound, NotAvailable, OutputError
 from wan_local.hub import (
     DownloadConfig,
     DownloadSource,
@@ -291,6 +292,33 @@ def test_a_file_that_ends_too_soon_is_a_typed_error_and_no_endless_loop(tmp_path
     hub = StubHub([remote("a.json", 5), remote("big/b", 5)], lambda: iter([b""]))
     with pytest.raises(CorruptModel, match=r"ended 'a\.json' at byte 0 of 5"):
         run_download(plan_download(CONFIG, tmp_path, hub), hub, quiet)
+
+
+def stored(path: str, content: bytes) -> RemoteFile:
+    return RemoteFile(REPOSITORY, COMMIT, path, len(content), hashlib.sha256(content).hexdigest(), None)
+
+
+def test_a_second_download_to_a_folder_is_refused_and_the_first_one_ends_well(tmp_path: Path) -> None:
+    """Both appended to one partial file, and then removed what did not have its hash."""
+    files = [stored("a.json", b"abcde"), stored("big/b", b"abcde")]
+    (tmp_path / "link").symlink_to(tmp_path)
+
+    def slow() -> Iterator[bytes]:
+        yield b"ab"
+        other = StubHub(files, never)
+        with pytest.raises(Busy, match=r"the download to .*, which is this process.*Wait until it has ended"):
+            run_download(plan_download(CONFIG, tmp_path / "link", other), other, quiet)
+        yield b"cde"
+
+    hub = StubHub(files, slow)
+    run_download(plan_download(CONFIG, tmp_path, hub), hub, quiet)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "big" / "b").read_bytes() == b"abcde"
+
+
+def test_a_hub_that_sends_on_and_on_fills_no_disk(tmp_path: Path) -> None:
+    hub = StubHub([stored("a.json", b"abcde"), stored("big/b", b"abcde")], lambda: itertools.cycle([b"abc", b"de!"]))
+    run_download(plan_download(CONFIG, tmp_path, hub), hub, quiet)
+    assert (tmp_path / "a.json").read_bytes() == b"abcde"
 
 
 @pytest.mark.parametrize("path", ["big/../../x", "big//etc/../../../x", "big/C:\\x"])

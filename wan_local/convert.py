@@ -23,7 +23,7 @@ from typing import Any
 from wan_local import __version__
 from wan_local.diffusers_config import config_files
 from wan_local.errors import OutputError, WanLocalError
-from wan_local.lock import device_lock_path, holding
+from wan_local.lock import folder_lock_path, holding
 from wan_local.manifest import MANIFEST, Manifest, StoredFile, read_manifest, sha256
 from wan_local.sources import Source
 from wan_local.store_file import Adapter, Producer, write_file
@@ -94,8 +94,8 @@ def convert(conversion: Conversion, target: Path, show: Callable[[Progress], Non
     target = target.expanduser().absolute()
     account = conversion.account()
     fingerprint = _digest({**account, "creator": __version__})
-    name = f"convert-{_digest(str(target))[:16]}"
-    with holding(device_lock_path(name), what=f"the conversion to {str(target)!r}", way_out="Wait until it has ended."):
+    lock, what = folder_lock_path("convert", target), f"the conversion to {str(target)!r}"
+    with holding(lock, what=what, way_out="Wait until it has ended."):
         finished = _finished(target, fingerprint)
         if finished is not None:
             return finished

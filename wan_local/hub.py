@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, OutputError
+from wan_local.lock import folder_lock_path, holding
 from wan_local.settings import read_toml
 
 _RECORD = ".wan_local-download.json"  # what was verified: so that running again does not hash 80 GB
@@ -176,8 +177,16 @@ def run_download(
     """Fetch what is not there, verify each file by its hash, and remember what was verified.
 
     A file grows under its name with `.part`, which the next try goes on with. Raises CorruptModel for a file that is
-    not what the hub says (it is removed), OutputError (disk full), and as `plan_download`.
+    not what the hub says (it is removed), OutputError (disk full), Busy (another process downloads to that folder), and
+    as `plan_download`.
     """
+    lock, what = folder_lock_path("download", plan.target), f"the download to {str(plan.target)!r}"
+    way_out = "Wait until it has ended: the same command then fetches only what is not there."
+    with holding(lock, what=what, way_out=way_out):
+        _fetch_all(plan, hub, say, sleep)
+
+
+def _fetch_all(plan: DownloadPlan, hub: Hub, say: Callable[[str], None], sleep: Callable[[float], None]) -> None:
     verified = _read_record(plan.target)
     for number, file in enumerate(plan.files, start=1):
         path = plan.target / file.path
@@ -218,13 +227,15 @@ def _part_of(path: Path) -> Path:
 
 
 def _append(file: RemoteFile, part: Path, hub: Hub, say: Callable[[str], None]) -> None:
+    """Write what the hub sends behind what is there, and never more than the file has: its hash is judged later."""
     began = told = time.monotonic()
     with hub.stream(file, max(_size(part), 0)) as (start, pieces), part.open("ab") as stream:
         stream.truncate(start)
         done = start
         for piece in pieces:
-            stream.write(piece)
-            done += len(piece)
+            done += stream.write(piece[: file.nbytes - done])
+            if done == file.nbytes:
+                break
             now = time.monotonic()
             if now - told > _TELL_SECONDS:
                 told, rate = now, (done - start) / (now - began)
