@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,6 +196,49 @@ def test_a_target_that_is_something_else_is_refused(source: Source, tmp_path: Pa
     with pytest.raises(OutputError, match="is no store of wan_local"):
         convert(Conversion(source, all_in("int8")), tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_target_that_is_a_link_is_the_folder_that_it_names(source: Source, tmp_path: Path, *, there: bool) -> None:
+    """The store grew beside the link, on the small disk, and could not take its place at the end."""
+    disk = tmp_path / "disk"
+    (disk / "store" if there else disk).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(disk / "store")
+    with pytest.raises(KeyboardInterrupt):
+        convert(Conversion(source, all_in("int8")), tmp_path / "link", stop_at(0.1))
+    assert (disk / "store.part" / JOURNAL).is_file()
+    convert(Conversion(source, all_in("int8")), tmp_path / "link" / ".." / "store")
+    assert is_complete(tmp_path / "link") and is_complete(disk / "store")
+    assert [path.name for path in disk.iterdir()] == ["store"] and (tmp_path / "link").is_symlink()
+
+
+def test_a_target_whose_place_no_store_can_take_is_refused_at_once(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OutputError, match="is there already and is no store"):
+        convert(Conversion(source, all_in("int8")), tmp_path / "loop")
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(OutputError, match=r"mounted at .*volume'.*Choose a folder within it, such as .*store'"):
+        convert(Conversion(source, all_in("int8")), tmp_path / "volume")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "volume"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="opens no folders")
+def test_a_file_system_that_cannot_flush_folders_holds_a_store(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = os.fsync
+
+    def picky(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(number)
+
+    monkeypatch.setattr(os, "fsync", picky)
+    convert(Conversion(source, all_in("int8")), tmp_path / "store")
+    assert is_complete(tmp_path / "store")
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(

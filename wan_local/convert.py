@@ -22,6 +22,7 @@ from typing import Any
 
 from wan_local import __version__
 from wan_local.diffusers_config import config_files
+from wan_local.durable import flush_folder
 from wan_local.errors import OutputError, WanLocalError
 from wan_local.lock import folder_lock_path, holding
 from wan_local.manifest import MANIFEST, Manifest, StoredFile, read_manifest, sha256
@@ -91,17 +92,21 @@ def convert(conversion: Conversion, target: Path, show: Callable[[Progress], Non
     show: called after each piece. Raises OutputError where `target` is something else, where there is too little disk,
     or where writing fails; Busy where another process is at it; CorruptModel where the source's numbers can't be right.
     """
-    target = target.expanduser().absolute()
+    target = resolved(target)
     account = conversion.account()
     fingerprint = _digest({**account, "creator": __version__})
     lock, what = folder_lock_path("convert", target), f"the conversion to {str(target)!r}"
-    with holding(lock, what=what, way_out="Wait until it has ended."):
+    with holding(lock, what=what, way_out="Wait until it has ended."), _explained(target):
         finished = _finished(target, fingerprint)
         if finished is not None:
             return finished
         files = conversion.files()
-        with _explained(target):
-            return _write(conversion, target, files, {**account, "fingerprint": fingerprint}, show)
+        return _write(conversion, target, files, {**account, "fingerprint": fingerprint}, show)
+
+
+def resolved(target: Path) -> Path:
+    """Return the folder itself that `target` names: beside a link to it, a store would grow on another disk."""
+    return Path(os.path.realpath(target.expanduser()))
 
 
 def is_complete(target: Path) -> bool:
@@ -111,7 +116,14 @@ def is_complete(target: Path) -> bool:
 
 def _finished(target: Path, fingerprint: str) -> Manifest | None:
     """Return the manifest of the store that is asked for, if it is there already."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not os.path.lexists(target):
+        return None
+    if target.is_dir() and not any(target.iterdir()):
+        if os.path.ismount(target):
+            raise OutputError(
+                f"a disk or a container's volume is mounted at {str(target)!r}, and no finished store can replace it. "
+                f"Choose a folder within it, such as {str(target / 'store')!r}."
+            )
         return None
     manifest = read_manifest(target) if target.is_dir() else None
     if manifest is None:
@@ -149,13 +161,13 @@ def _write(
     stored |= {name: StoredFile(len(content), hashlib.sha256(content).hexdigest()) for name, content in small.items()}
     manifest = _manifest(account, files, stored)
     manifest.write(folder / MANIFEST)
-    _sync(folder / MANIFEST)
+    _flush_to_disk(folder / MANIFEST)
     for place in {folder, *((folder / name).parent for name in stored)}:
-        _sync(place)
+        flush_folder(place)
     if target.is_dir():  # empty: it was looked at before
         target.rmdir()
     folder.rename(target)
-    _sync(target.parent)
+    flush_folder(target.parent)
     (target / JOURNAL).unlink()
     return manifest
 
@@ -242,14 +254,9 @@ def _write_small(file: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, durable; Windows cannot open folders and need not.
-
-    A file is opened for writing too: Windows syncs no other.
-    """
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def _flush_to_disk(file: Path) -> None:
+    """Make a file's content durable; it is opened for writing, since Windows syncs no other."""
+    descriptor = os.open(file, os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

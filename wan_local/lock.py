@@ -73,7 +73,7 @@ def device_lock_path(name: str) -> Path:
 
 def folder_lock_path(purpose: str, folder: Path) -> Path:
     """Return where the lock of a folder that is written to lies: outside it, and one by whatever path it is named."""
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
     return device_lock_path(f"{purpose}-{name[:16]}")
 
 
