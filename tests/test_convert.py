@@ -272,6 +272,17 @@ def test_a_disk_that_fills_up_says_so_and_the_same_call_goes_on(
     assert_equal_to_fresh(source, tmp_path)
 
 
+def test_a_file_system_with_a_largest_file_is_named(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(store_file, "_write", too_large)
+    with pytest.raises(OutputError, match=r"no file there may grow as large \(FAT32: 4 GB.*on another disk"):
+        convert(Conversion(source, all_in("int8")), tmp_path / "store")
+
+
 def assert_equal_to_fresh(source: Source, folder: Path) -> None:
     fresh = convert(Conversion(source, all_in("int8")), folder / "fresh")
     manifest = read_manifest(folder / "store")

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -278,14 +279,47 @@ def test_a_disk_that_is_too_small_is_said_before_it_begins(tmp_path: Path) -> No
     assert not (tmp_path / "new").exists()
 
 
-def test_a_disk_that_fills_up_is_a_typed_error(tmp_path: Path) -> None:
-    def full() -> Iterator[bytes]:
-        yield b"abc"
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (errno.ENOSPC, r"the disk is full.*goes on where it stopped"),
+        (errno.EFBIG, r"can't be written: no file there .*FAT32: 4 GB.*on another disk with --to"),
+        (errno.EIO, r"can't be written: Input/output error.*--to"),
+        (errno.ETIMEDOUT, r"can't be written: Connection timed out.*--to"),  # of a disk in the network
+    ],
+)
+def test_a_disk_that_takes_no_more_is_a_typed_error(
+    code: int, says: str, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(code, os.strerror(code))
 
-    hub = StubHub([remote("a.json", 5), remote("big/b", 5)], full)
-    with pytest.raises(OutputError, match=r"the disk is full.*goes on where it stopped"):
-        run_download(plan_download(CONFIG, tmp_path, hub), hub, quiet)
+    monkeypatch.setattr("os.fsync", fails)
+    face = FaceHub(hub.endpoint)
+    with pytest.raises(OutputError, match=says):
+        run_download(plan_download(CONFIG, tmp_path, face), face, quiet)
+
+
+def test_a_folder_that_is_none_is_a_typed_error(tmp_path: Path) -> None:
+    hub = StubHub([remote("a.json", 5), remote("big/b", 5)], never)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"can't be written: .*--to"):
+        run_download(plan_download(CONFIG, tmp_path / "file", hub), hub, quiet)
+    with pytest.raises(OutputError, match=r"can't be written: File name too long.*--to"):
+        plan_download(CONFIG, tmp_path / ("n" * 300), hub)
+
+
+def test_output_that_nobody_reads_is_no_error_of_the_network(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say(text: str) -> None:
+        if "left" in text:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("wan_local.hub._TELL_SECONDS", -1.0)
+    face = FaceHub(hub.endpoint)
+    with pytest.raises(BrokenPipeError):
+        run_download(plan_download(CONFIG, tmp_path, face), face, say, sleep=quiet)
 
 
 def test_a_file_that_ends_too_soon_is_a_typed_error_and_no_endless_loop(tmp_path: Path) -> None:

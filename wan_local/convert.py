@@ -9,6 +9,7 @@ only read.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 from wan_local import __version__
 from wan_local.diffusers_config import config_files
-from wan_local.durable import flush_folder
+from wan_local.durable import flush_folder, reason
 from wan_local.errors import OutputError, WanLocalError
 from wan_local.lock import folder_lock_path, holding
 from wan_local.manifest import MANIFEST, Manifest, StoredFile, read_manifest, sha256
@@ -230,8 +231,9 @@ def _explained(target: Path) -> Iterator[None]:
     except WanLocalError:
         raise
     except OSError as error:
+        elsewhere = " Choose a target on another disk." if error.errno == errno.EFBIG else ""
         raise OutputError(
-            f"the store {str(target)!r} could not be finished: {error.strerror or error}. What is written stays in "
+            f"the store {str(target)!r} could not be finished: {reason(error)}.{elsewhere} What is written stays in "
             f"{target.name + '.part'!r}; the same command goes on from there."
         ) from error
 
