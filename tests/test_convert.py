@@ -327,7 +327,19 @@ def stop_at(share: float) -> Callable[[Progress], None]:
     return show
 
 
-@pytest.mark.parametrize("damage", ["torn journal", "longer file", "shorter file", "other bytes", "empty journal"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "torn journal",
+        "zeros in the journal",
+        "other entry",
+        "journal of zeros",
+        "empty journal",
+        "longer file",
+        "shorter file",
+        "other bytes",
+    ],
+)
 def test_what_a_crash_left_is_not_trusted_beyond_what_was_noted(source: Source, tmp_path: Path, damage: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(Conversion(source, all_in("int8")), tmp_path / "store", stop_at(0.5))
@@ -335,6 +347,10 @@ def test_what_a_crash_left_is_not_trusted_beyond_what_was_noted(source: Source, 
     loop = part / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
     if damage == "torn journal":
         (part / JOURNAL).write_bytes((part / JOURNAL).read_bytes() + b'{"file": "transf')
+    elif damage in ("zeros in the journal", "other entry"):
+        lines = (part / JOURNAL).read_bytes().splitlines(keepends=True)
+        lines[2] = b'{"runs": 1}\n' if damage == "other entry" else bytes(len(lines[2]) - 1) + b"\n"
+        (part / JOURNAL).write_bytes(b"".join(lines))
     elif damage == "longer file":
         loop.write_bytes(loop.read_bytes() + b"x" * 1000)
     elif damage == "shorter file":
@@ -344,7 +360,7 @@ def test_what_a_crash_left_is_not_trusted_beyond_what_was_noted(source: Source, 
         content[len(content) // 2] ^= 1
         loop.write_bytes(content)
     else:
-        (part / JOURNAL).write_bytes(b"")
+        (part / JOURNAL).write_bytes(b"" if damage == "empty journal" else bytes(300) + b"\n")
     convert(Conversion(source, all_in("int8")), tmp_path / "store")
     assert_equal_to_fresh(source, tmp_path)
 
