@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels" / "wan_kernels"
 # A module may import from the lines above its own.
 LINES = (
     ("errors", "durable", "home"),
-    ("request", "geometry", "settings", "acceleration_config", "switch_config", "weight_format"),
+    ("request", "geometry", "settings", "acceleration_config", "switch_config", "weight_format", "lock"),
     ("tiling",),
     ("vae_cost", "network_cost"),
     ("failure", "hub", "planner", "key_map", "header", "manifest", "runs"),
@@ -29,7 +29,7 @@ LINES = (
     ("extent", "dequantize"),
     ("tensor_reader",),
     ("lora",),
-    ("device", "download", "image", "lock", "metadata", "checkpoint", "quantize", "safety", "record"),
+    ("device", "download", "image", "metadata", "checkpoint", "quantize", "safety", "record"),
     ("block_reader",),
     ("sources",),
     ("attention", "layers"),
@@ -90,7 +90,7 @@ WITHOUT_TORCH = (
 )
 WITHOUT_TORCH += ("tiling", "vae_cost", "network_cost", "timing")
 WITHOUT_TORCH += ("pickle_header", "weight_files", "lora_header", "kinds", "scales", "stored_tensor", "inspection")
-WITHOUT_TORCH += ("hub", "durable", "home", "runs", "tokenizer_file")
+WITHOUT_TORCH += ("hub", "durable", "home", "lock", "runs", "tokenizer_file")
 IMPORTERS_OF_KERNELS = ("attention", "fusions", "layers", "device", "doctor")
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "helper", "base", "misc")
 

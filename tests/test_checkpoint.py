@@ -122,6 +122,14 @@ def test_a_folder_that_is_none_is_an_error_that_names_it() -> None:
         find_model(load_settings(model="/nowhere"))
 
 
+def test_a_repositorys_cache_given_as_the_model_is_refused_with_the_snapshot_to_give(tmp_path: Path) -> None:
+    cache = tmp_path / "models--Wan-AI--Wan2.1-FLF2V-14B-720P-diffusers"
+    for name in ("refs", "blobs", "snapshots/17c3/transformer"):
+        (cache / name).mkdir(parents=True)
+    with pytest.raises(ModelNotFound, match=r"It is a repository's cache: give '.*snapshots.17c3'\."):
+        find_model(load_settings(model=str(cache)))
+
+
 def test_a_folder_with_parts_missing_names_them(model: Path) -> None:
     shutil.rmtree(model / "image_encoder")
     shutil.rmtree(model / "tokenizer")

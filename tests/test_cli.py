@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -104,6 +105,13 @@ def test_summary_says_where_the_video_is_and_what_made_it(capsys: pytest.Capture
     assert captured.out == "v.mp4\n  made by Fake 1B\n  seed 7\n"
     assert "denoise 1/2, 1:01 gone, about 1:02 left: step 1 of 2" in captured.err
     assert "[bold]plan[/bold] made" in captured.err
+
+
+def test_a_path_that_the_output_has_no_letters_for_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="cp1252", newline="\n"))
+    assert cli.main(["generate", *IMAGES, "--prompt", "p", "--output", "模型é.mp4"]) == terminal.DONE
+    assert printed.getvalue().decode("cp1252").splitlines()[0] == "\\u6a21\\u578bé.mp4"
 
 
 def test_json_is_the_only_thing_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:

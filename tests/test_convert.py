@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -229,6 +230,49 @@ def test_another_tokenizer_is_another_store(source: Source, tmp_path: Path) -> N
         convert(Conversion(open_source(TINY, tokenizer=other), all_in("int8")), tmp_path / "store")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_target_that_is_a_link_is_the_folder_that_it_names(source: Source, tmp_path: Path, *, there: bool) -> None:
+    """The store grew beside the link, on the small disk, and could not take its place at the end."""
+    disk = tmp_path / "disk"
+    (disk / "store" if there else disk).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(disk / "store")
+    with pytest.raises(KeyboardInterrupt):
+        convert(Conversion(source, all_in("int8")), tmp_path / "link", stop_at(0.1))
+    assert (disk / "store.part" / JOURNAL).is_file()
+    convert(Conversion(source, all_in("int8")), tmp_path / "link" / ".." / "store")
+    assert is_complete(tmp_path / "link") and is_complete(disk / "store")
+    assert [path.name for path in disk.iterdir()] == ["store"] and (tmp_path / "link").is_symlink()
+
+
+def test_a_target_whose_place_no_store_can_take_is_refused_at_once(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OutputError, match="is there already and is no store"):
+        convert(Conversion(source, all_in("int8")), tmp_path / "loop")
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(OutputError, match=r"mounted at .*volume'.*Choose a folder within it, such as .*store'"):
+        convert(Conversion(source, all_in("int8")), tmp_path / "volume")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "volume"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="opens no folders")
+def test_a_file_system_that_cannot_flush_folders_holds_a_store(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = os.fsync
+
+    def picky(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(number)
+
+    monkeypatch.setattr(os, "fsync", picky)
+    convert(Conversion(source, all_in("int8")), tmp_path / "store")
+    assert is_complete(tmp_path / "store")
+
+
 def test_too_little_disk_is_refused_before_anything_is_written(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +302,17 @@ def test_a_disk_that_fills_up_says_so_and_the_same_call_goes_on(
         convert(Conversion(source, all_in("fp8")), tmp_path / "store")
     convert(Conversion(source, all_in("int8")), tmp_path / "store")
     assert_equal_to_fresh(source, tmp_path)
+
+
+def test_a_file_system_with_a_largest_file_is_named(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(store_file, "_write", too_large)
+    with pytest.raises(OutputError, match=r"no file there may grow as large \(FAT32: 4 GB.*on another disk"):
+        convert(Conversion(source, all_in("int8")), tmp_path / "store")
 
 
 def assert_equal_to_fresh(source: Source, folder: Path) -> None:
@@ -304,7 +359,19 @@ def stop_at(share: float) -> Callable[[Progress], None]:
     return show
 
 
-@pytest.mark.parametrize("damage", ["torn journal", "longer file", "shorter file", "other bytes", "empty journal"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "torn journal",
+        "zeros in the journal",
+        "other entry",
+        "journal of zeros",
+        "empty journal",
+        "longer file",
+        "shorter file",
+        "other bytes",
+    ],
+)
 def test_what_a_crash_left_is_not_trusted_beyond_what_was_noted(source: Source, tmp_path: Path, damage: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(Conversion(source, all_in("int8")), tmp_path / "store", stop_at(0.5))
@@ -312,6 +379,10 @@ def test_what_a_crash_left_is_not_trusted_beyond_what_was_noted(source: Source, 
     loop = part / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
     if damage == "torn journal":
         (part / JOURNAL).write_bytes((part / JOURNAL).read_bytes() + b'{"file": "transf')
+    elif damage in ("zeros in the journal", "other entry"):
+        lines = (part / JOURNAL).read_bytes().splitlines(keepends=True)
+        lines[2] = b'{"runs": 1}\n' if damage == "other entry" else bytes(len(lines[2]) - 1) + b"\n"
+        (part / JOURNAL).write_bytes(b"".join(lines))
     elif damage == "longer file":
         loop.write_bytes(loop.read_bytes() + b"x" * 1000)
     elif damage == "shorter file":
@@ -321,7 +392,7 @@ def test_what_a_crash_left_is_not_trusted_beyond_what_was_noted(source: Source, 
         content[len(content) // 2] ^= 1
         loop.write_bytes(content)
     else:
-        (part / JOURNAL).write_bytes(b"")
+        (part / JOURNAL).write_bytes(b"" if damage == "empty journal" else bytes(300) + b"\n")
     convert(Conversion(source, all_in("int8")), tmp_path / "store")
     assert_equal_to_fresh(source, tmp_path)
 
@@ -382,9 +453,8 @@ def test_what_is_synced_was_opened_for_writing(tmp_path: Path, monkeypatch: pyte
     flags: list[int] = []
     open_ = os.open
     monkeypatch.setattr(os, "open", lambda path, how: (flags.append(how), open_(path, how))[1])
-    convert_module._sync(tmp_path / "file")
-    convert_module._sync(tmp_path)
-    assert flags == [os.O_RDWR, os.O_RDONLY]
+    convert_module._flush_to_disk(tmp_path / "file")
+    assert flags == [os.O_RDWR]
 
 
 def test_progress_counts_the_bytes_that_lie_on_disk(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from tests import layouts
 from wan_local.checkpoint import find_model
 from wan_local.cli import download as command
 from wan_local.cli import main
-from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, OutputError
+from wan_local.errors import Busy, CorruptModel, ModelNotFound, NotAvailable, OutputError
 from wan_local.hub import (
     DownloadConfig,
     DownloadSource,
@@ -277,20 +279,80 @@ def test_a_disk_that_is_too_small_is_said_before_it_begins(tmp_path: Path) -> No
     assert not (tmp_path / "new").exists()
 
 
-def test_a_disk_that_fills_up_is_a_typed_error(tmp_path: Path) -> None:
-    def full() -> Iterator[bytes]:
-        yield b"abc"
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (errno.ENOSPC, r"the disk is full.*goes on where it stopped"),
+        (errno.EFBIG, r"can't be written: no file there .*FAT32: 4 GB.*on another disk with --to"),
+        (errno.EIO, r"can't be written: Input/output error.*--to"),
+        (errno.ETIMEDOUT, r"can't be written: Connection timed out.*--to"),  # of a disk in the network
+    ],
+)
+def test_a_disk_that_takes_no_more_is_a_typed_error(
+    code: int, says: str, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(code, os.strerror(code))
 
-    hub = StubHub([remote("a.json", 5), remote("big/b", 5)], full)
-    with pytest.raises(OutputError, match=r"the disk is full.*goes on where it stopped"):
-        run_download(plan_download(CONFIG, tmp_path, hub), hub, quiet)
+    monkeypatch.setattr("os.fsync", fails)
+    face = FaceHub(hub.endpoint)
+    with pytest.raises(OutputError, match=says):
+        run_download(plan_download(CONFIG, tmp_path, face), face, quiet)
+
+
+def test_a_folder_that_is_none_is_a_typed_error(tmp_path: Path) -> None:
+    hub = StubHub([remote("a.json", 5), remote("big/b", 5)], never)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"can't be written: .*--to"):
+        run_download(plan_download(CONFIG, tmp_path / "file", hub), hub, quiet)
+    with pytest.raises(OutputError, match=r"can't be written: File name too long.*--to"):
+        plan_download(CONFIG, tmp_path / ("n" * 300), hub)
+
+
+def test_output_that_nobody_reads_is_no_error_of_the_network(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say(text: str) -> None:
+        if "left" in text:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("wan_local.hub._TELL_SECONDS", -1.0)
+    face = FaceHub(hub.endpoint)
+    with pytest.raises(BrokenPipeError):
+        run_download(plan_download(CONFIG, tmp_path, face), face, say, sleep=quiet)
 
 
 def test_a_file_that_ends_too_soon_is_a_typed_error_and_no_endless_loop(tmp_path: Path) -> None:
     hub = StubHub([remote("a.json", 5), remote("big/b", 5)], lambda: iter([b""]))
     with pytest.raises(CorruptModel, match=r"ended 'a\.json' at byte 0 of 5"):
         run_download(plan_download(CONFIG, tmp_path, hub), hub, quiet)
+
+
+def stored(path: str, content: bytes) -> RemoteFile:
+    return RemoteFile(REPOSITORY, COMMIT, path, len(content), hashlib.sha256(content).hexdigest(), None)
+
+
+def test_a_second_download_to_a_folder_is_refused_and_the_first_one_ends_well(tmp_path: Path) -> None:
+    """Both appended to one partial file, and then removed what did not have its hash."""
+    files = [stored("a.json", b"abcde"), stored("big/b", b"abcde")]
+    (tmp_path / "link").symlink_to(tmp_path)
+
+    def slow() -> Iterator[bytes]:
+        yield b"ab"
+        other = StubHub(files, never)
+        with pytest.raises(Busy, match=r"the download to .*, which is this process.*Wait until it has ended"):
+            run_download(plan_download(CONFIG, tmp_path / "link", other), other, quiet)
+        yield b"cde"
+
+    hub = StubHub(files, slow)
+    run_download(plan_download(CONFIG, tmp_path, hub), hub, quiet)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "big" / "b").read_bytes() == b"abcde"
+
+
+def test_a_hub_that_sends_on_and_on_fills_no_disk(tmp_path: Path) -> None:
+    hub = StubHub([stored("a.json", b"abcde"), stored("big/b", b"abcde")], lambda: itertools.cycle([b"abc", b"de!"]))
+    run_download(plan_download(CONFIG, tmp_path, hub), hub, quiet)
+    assert (tmp_path / "a.json").read_bytes() == b"abcde"
 
 
 @pytest.mark.parametrize("path", ["big/../../x", "big//etc/../../../x", "big/C:\\x"])

@@ -401,3 +401,31 @@ def test_peft_keeps_alpha_beside_its_own_file(tmp_path: Path, rank_stabilized: b
     (tmp_path / "adapter_config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(CorruptModel, match=r"adapter_config\.json.*no table with r and lora_alpha"):
         open_lora(file, 1.0, TINY)
+    (tmp_path / "adapter_config.json").write_text('{"r": 64, "lora_alpha": 128}', encoding="utf-8")  # another's
+    with pytest.raises(WrongModel, match=rf"adapter_config\.json.* tells rank 64, and the pairs .* have rank {RANK}:"):
+        open_lora(file, 1.0, TINY)
+
+
+def test_a_table_beside_pairs_that_have_their_alpha_does_not_count(tmp_path: Path) -> None:
+    changes, name = pairs(linears()), linears()[0]
+    state = {n.replace("transformer.", "base_model.model."): t for n, t in diffusers(changes).items()}
+    state |= {n.replace(".lora_A.weight", ".alpha"): torch.tensor(2.0) for n in state if ".lora_A." in n}
+    (tmp_path / "adapter_config.json").write_text('{"r": 64, "lora_alpha": 128}', encoding="utf-8")
+    lora = open_lora(save(tmp_path / "lora.safetensors", state), 1.0, TINY)
+    down, up = changes[name]
+    torch.testing.assert_close(lora.delta(name, tuple(ours()[name].shape)), 2 / RANK * (up @ down))
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_that_is_no_number_is_refused_before_anything_is_applied(tmp_path: Path, alpha: float) -> None:
+    state = kohya(pairs(linears()))
+    state[next(name for name in state if name.endswith(".alpha"))] = torch.tensor(alpha)
+    with pytest.raises(CorruptModel, match=r"alpha' in .* holds NaN or infinity"):
+        open_lora(save(tmp_path / "lora.safetensors", state), 1.0, TINY)
+
+
+def test_an_alpha_of_zero_is_counted_as_a_change_of_nothing(tmp_path: Path) -> None:
+    state = kohya(pairs(linears()))
+    state[next(name for name in state if name.endswith(".alpha"))] = torch.tensor(0.0)
+    report = open_lora(save(tmp_path / "lora.safetensors", state), 1.0, TINY).report
+    assert (report.applied, report.zero) == (len(linears()) - 1, 1)

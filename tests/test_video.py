@@ -228,7 +228,7 @@ def test_an_older_video_survives_a_failure(tmp_path: Path) -> None:
 
 @contextmanager
 def _file_size_limit(limit_bytes: int) -> Iterator[None]:
-    """Let writes beyond `limit_bytes` fail, as a quota does."""
+    """Let writes beyond `limit_bytes` fail, as FAT32 does beyond 4 GB."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -241,10 +241,20 @@ def _file_size_limit(limit_bytes: int) -> Iterator[None]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on a file's size to set there")
 @pytest.mark.parametrize("limit_bytes", [0, 100_000, 400_000])
-def test_full_disk_is_an_output_error_and_leaves_nothing(tmp_path: Path, limit_bytes: int) -> None:
-    message = rf"{re.escape(str(tmp_path / 'clip.mp4'))} could not be written: the disk is full"
+def test_a_file_that_grows_too_large_is_an_output_error_and_leaves_nothing(tmp_path: Path, limit_bytes: int) -> None:
+    message = rf"{re.escape(str(tmp_path / 'clip.mp4'))} could not be written: no file there .*on another disk"
     with _file_size_limit(limit_bytes), pytest.raises(OutputError, match=message):
         write(tmp_path / "clip.mp4", noise(81))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"clip\.mp4 could not be written: the disk is full"):
+        write(tmp_path / "clip.mp4", noise(5))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from wan_local.header import TensorInfo
 from wan_local.key_map import PARTS, Part, canonical, ignorable
 from wan_local.lora import Lora, open_loras
 from wan_local.manifest import MANIFEST, Manifest, check_sizes, read_manifest
-from wan_local.settings import TINY, ModelConfig, Settings, known_models, usual_places
+from wan_local.settings import TINY, ModelConfig, Settings, known_models, snapshot_hint, usual_places
 from wan_local.tokenizer_file import check_tokenizer
 from wan_local.weight_files import ROTATED_KEY, UNREADABLE, read_part, read_weights, weight_sets
 
@@ -131,6 +131,7 @@ def open_model(folder: Path) -> ModelFiles:
         raise ModelNotFound(
             f"{str(folder)!r} is not a model folder in diffusers' layout: it has no {', '.join(missing)}. "
             "Give the folder that holds transformer/, vae/, text_encoder/, image_encoder/ and tokenizer/."
+            f"{snapshot_hint(folder)}"
         )
     weights, manifest = {part: read_part(folder / part) for part in PARTS}, read_manifest(folder)
     if manifest is not None:

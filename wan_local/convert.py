@@ -9,6 +9,7 @@ only read.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -23,8 +24,9 @@ from typing import Any
 
 from wan_local import __version__
 from wan_local.diffusers_config import config_files
+from wan_local.durable import flush_folder, reason
 from wan_local.errors import OutputError, WanLocalError
-from wan_local.lock import device_lock_path, holding
+from wan_local.lock import folder_lock_path, holding
 from wan_local.manifest import JOURNAL, MANIFEST, Manifest, StoredFile, read_manifest, sha256
 from wan_local.sources import Source
 from wan_local.store_file import Adapter, Producer, write_file
@@ -96,17 +98,21 @@ def convert(conversion: Conversion, target: Path, show: Callable[[Progress], Non
     show: called after each piece. Raises OutputError where `target` is something else, where there is too little disk,
     or where writing fails; Busy where another process is at it; CorruptModel where the source's numbers can't be right.
     """
-    target = target.expanduser().absolute()
+    target = resolved(target)
     account = conversion.account()
     fingerprint = _digest({**account, "creator": __version__})
-    name = f"convert-{_digest(str(target))[:16]}"
-    with holding(device_lock_path(name), what=f"the conversion to {str(target)!r}", way_out="Wait until it has ended."):
+    lock, what = folder_lock_path("convert", target), f"the conversion to {str(target)!r}"
+    with holding(lock, what=what, way_out="Wait until it has ended."), _explained(target):
         finished = _finished(target, fingerprint, conversion.source)
         if finished is not None:
             return finished
         files = conversion.files()
-        with _explained(target):
-            return _write(conversion, target, files, {**account, "fingerprint": fingerprint}, show)
+        return _write(conversion, target, files, {**account, "fingerprint": fingerprint}, show)
+
+
+def resolved(target: Path) -> Path:
+    """Return the folder itself that `target` names: beside a link to it, a store would grow on another disk."""
+    return Path(os.path.realpath(target.expanduser()))
 
 
 def is_complete(target: Path) -> bool:
@@ -116,7 +122,14 @@ def is_complete(target: Path) -> bool:
 
 def _finished(target: Path, fingerprint: str, source: Source) -> Manifest | None:
     """Return the manifest of the store that is asked for, if it is there already."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not os.path.lexists(target):
+        return None
+    if target.is_dir() and not any(target.iterdir()):
+        if os.path.ismount(target):
+            raise OutputError(
+                f"a disk or a container's volume is mounted at {str(target)!r}, and no finished store can replace it. "
+                f"Choose a folder within it, such as {str(target / 'store')!r}."
+            )
         return None
     manifest = read_manifest(target) if target.is_dir() else None
     if manifest is None:
@@ -161,13 +174,13 @@ def _write(
     stored |= {name: StoredFile(len(content), hashlib.sha256(content).hexdigest()) for name, content in small.items()}
     manifest = _manifest(account, files, stored)
     manifest.write(folder / MANIFEST)
-    _sync(folder / MANIFEST)
+    _flush_to_disk(folder / MANIFEST)
     for place in {folder, *((folder / name).parent for name in stored)}:
-        _sync(place)
+        flush_folder(place)
     if target.is_dir():  # empty: it was looked at before
         target.rmdir()
     folder.rename(target)
-    _sync(target.parent)
+    flush_folder(target.parent)
     (target / JOURNAL).unlink()
     return manifest
 
@@ -230,8 +243,9 @@ def _explained(target: Path) -> Iterator[None]:
     except WanLocalError:
         raise
     except OSError as error:
+        elsewhere = " Choose a target on another disk." if error.errno == errno.EFBIG else ""
         raise OutputError(
-            f"the store {str(target)!r} could not be finished: {error.strerror or error}. What is written stays in "
+            f"the store {str(target)!r} could not be finished: {reason(error)}.{elsewhere} What is written stays in "
             f"{target.name + '.part'!r}; the same command goes on from there."
         ) from error
 
@@ -257,14 +271,9 @@ def _write_small(file: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, durable; Windows cannot open folders and need not.
-
-    A file is opened for writing too: Windows syncs no other.
-    """
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def _flush_to_disk(file: Path) -> None:
+    """Make a file's content durable; it is opened for writing, since Windows syncs no other."""
+    descriptor = os.open(file, os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -26,6 +26,7 @@ _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # the la
 _REPLACE_SECONDS = (0.05, 0.2, 0.5)  # a virus scanner on Windows looks at a new file for about so long
 # a file system that has no such thing, or a folder that may be written to and not read
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
+TOO_LARGE = "no file there may grow as large (FAT32: 4 GB at most)"
 _log = logging.getLogger(__name__)
 
 
@@ -69,6 +70,11 @@ def flush_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_FLUSH:
             raise
+
+
+def reason(error: OSError) -> str:
+    """Return what went wrong, for a sentence of which the way out is the rest."""
+    return TOO_LARGE if error.errno == errno.EFBIG else error.strerror or str(error)
 
 
 def make_folder(folder: Path) -> None:

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, OutputError
+from wan_local.durable import reason
+from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, OutputError, WanLocalError
+from wan_local.lock import folder_lock_path, holding
 from wan_local.settings import read_toml
 
 _RECORD = ".wan_local-download.json"  # what was verified: so that running again does not hash 80 GB
@@ -146,7 +148,7 @@ def plan_download(config: DownloadConfig, target: Path, hub: Hub) -> DownloadPla
     """Ask the hub which files there are and how large; write nothing.
 
     Raises ModelNotFound (no such repository or file), NotAvailable (no network, or access is to be asked for),
-    OutputError (the disk is too small).
+    OutputError (the disk is too small, or the folder can't be looked into).
     """
     files: list[RemoteFile] = []
     for source in config.sources:
@@ -158,10 +160,11 @@ def plan_download(config: DownloadConfig, target: Path, hub: Hub) -> DownloadPla
             files += [file for file in matched if file not in files]
     for file in files:
         _check_path(file)
-    present = [file for file in files if _size(target / file.path) == file.nbytes]
-    begun = {file: _size(_part_of(target / file.path)) for file in files if file not in present}
-    begun_bytes = sum(size for file, size in begun.items() if 0 < size <= file.nbytes)
-    plan = DownloadPlan(config.title, target, tuple(files), tuple(present), _free_bytes(target), begun_bytes)
+    with _disk_errors(target):
+        present = [file for file in files if _size(target / file.path) == file.nbytes]
+        begun = {file: _size(_part_of(target / file.path)) for file in files if file not in present}
+        begun_bytes = sum(size for file, size in begun.items() if 0 < size <= file.nbytes)
+        plan = DownloadPlan(config.title, target, tuple(files), tuple(present), _free_bytes(target), begun_bytes)
     if plan.left_bytes * _SPARE > plan.free_bytes:
         raise OutputError(
             f"{plan.left_bytes / 1e9:.1f} GB are to come, and {plan.free_bytes / 1e9:.1f} GB are free at "
@@ -176,9 +179,18 @@ def run_download(
     """Fetch what is not there, verify each file by its hash, and remember what was verified.
 
     A file grows under its name with `.part`, which the next try goes on with. Raises CorruptModel for a file that is
-    not what the hub says (it is removed), OutputError (disk full), and as `plan_download`.
+    not what the hub says (it is removed), OutputError (it can't be written), Busy (another process downloads to that
+    folder), and as `plan_download`.
     """
-    verified = _read_record(plan.target)
+    lock, what = folder_lock_path("download", plan.target), f"the download to {str(plan.target)!r}"
+    way_out = "Wait until it has ended: the same command then fetches only what is not there."
+    with holding(lock, what=what, way_out=way_out):
+        _fetch_all(plan, hub, say, sleep)
+
+
+def _fetch_all(plan: DownloadPlan, hub: Hub, say: Callable[[str], None], sleep: Callable[[float], None]) -> None:
+    with _disk_errors(plan.target):
+        verified = _read_record(plan.target)
     for number, file in enumerate(plan.files, start=1):
         path = plan.target / file.path
         say(f"[{number}/{len(plan.files)}] {file.path} ({file.nbytes / 1e6:,.1f} MB)")
@@ -218,13 +230,19 @@ def _part_of(path: Path) -> Path:
 
 
 def _append(file: RemoteFile, part: Path, hub: Hub, say: Callable[[str], None]) -> None:
+    """Write what the hub sends behind what is there, and never more than the file has: its hash is judged later."""
     began = told = time.monotonic()
-    with hub.stream(file, max(_size(part), 0)) as (start, pieces), part.open("ab") as stream:
+    with (
+        hub.stream(file, max(_size(part), 0)) as (start, pieces),
+        _disk_errors(part),
+        part.open("ab") as stream,
+    ):
         stream.truncate(start)
         done = start
         for piece in pieces:
-            stream.write(piece)
-            done += len(piece)
+            done += stream.write(piece[: file.nbytes - done])
+            if done == file.nbytes:
+                break
             now = time.monotonic()
             if now - told > _TELL_SECONDS:
                 told, rate = now, (done - start) / (now - began)
@@ -290,19 +308,19 @@ def _free_bytes(target: Path) -> int:
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors into ours, with the way out. That nobody reads what is said is none of the disk's."""
     try:
         yield
+    except (WanLocalError, BrokenPipeError):
+        raise
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
                 f"the disk is full at {str(path)!r}. Free some space and run the command again: it goes on where it "
                 "stopped."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise OutputError(
-                f"{str(path)!r} can't be written: {error.strerror}. Name another folder with --to."
-            ) from error
-        raise
+        elsewhere = "a folder on another disk" if error.errno == errno.EFBIG else "another folder"
+        raise OutputError(f"{str(path)!r} can't be written: {reason(error)}. Name {elsewhere} with --to.") from error
 
 
 @contextmanager
@@ -327,6 +345,8 @@ def _typed_errors(repository: str) -> Iterator[None]:
         raise NotAvailable("HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it to download.") from error
     except errors.HfHubHTTPError as error:
         raise NotAvailable(f"the hub refused {repository}: {_short(error)}. {again}") from error
+    except BrokenPipeError:  # nobody reads any more what is said: the network's errors are http_errors
+        raise
     except (errors.LocalEntryNotFoundError, http_error, ConnectionError, TimeoutError) as error:
         raise NotAvailable(f"the hub can't be reached: {_short(error)}. Check the connection. {again}") from error
 

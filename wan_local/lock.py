@@ -1,10 +1,11 @@
-"""Who holds what among processes: a card, or a queue's folder. No torch.
+"""Who holds what among processes: a card, or a folder. No torch.
 
 A lock ends with its process, whatever ended that (see `durable.Lock`); beside it lies who took it, for people to read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -68,6 +69,12 @@ def holding_card(card: str, *, shared: bool) -> Iterator[None]:
 def device_lock_path(name: str) -> Path:
     """Return where the lock of a card, or of what else has a name, lies: one place for all processes of this user."""
     return temporary_folder() / f"{name.replace(':', '-')}.lock"
+
+
+def folder_lock_path(purpose: str, folder: Path) -> Path:
+    """Return where the lock of a folder that is written to lies: outside it, and one by whatever path it is named."""
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
+    return device_lock_path(f"{purpose}-{name[:16]}")
 
 
 def _told(beside: Path) -> str:

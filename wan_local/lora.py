@@ -122,7 +122,7 @@ def open_lora(file: Path, strength: float, config: ModelConfig) -> Lora:
     """Read the header of a LoRA file and match it with the transformer of `config`.
 
     Raises CorruptModel (damaged, half a pair, NaN), WrongModel (of another network or size: nothing matches, or a shape
-    does not), NotAvailable (LoKr, LoHa, DoRA, OFT).
+    does not; or the alpha is another adapter's), NotAvailable (LoKr, LoHa, DoRA, OFT).
     """
     if not math.isfinite(strength):
         raise ValueError(f"the strength of {file.name!r} is {strength}; it must be a number such as 1.0")
@@ -130,7 +130,8 @@ def open_lora(file: Path, strength: float, config: ModelConfig) -> Lora:
     if header.container != "safetensors":
         raise NotAvailable(f"{file.name!r} is a {header.container} file; LoRAs are read as .safetensors only.")
     _refuse_other_adapters(file, header)
-    found, scale = match_header(file.name, header.tensors, config), _told_scale(file, header)
+    found = match_header(file.name, header.tensors, config)
+    scale = _told_scale(file, header, _ranks_without_alpha(found))
     changes: dict[str, list[_Change]] = {}
     for target, pieces in found.changes:
         whole = "alpha" in pieces or any(piece.startswith("diff") for piece in pieces)
@@ -167,8 +168,18 @@ def _refuse_other_adapters(file: Path, header: Header) -> None:
         raise NotAvailable(f"{file.name!r} is an adapter of the kind {kind} ({name!r}); wan_local applies LoRA only")
 
 
-def _told_scale(file: Path, header: Header) -> float:
-    """Return alpha / rank from what diffusers leaves in the header, or PEFT beside the file; 1 where nothing is."""
+def _ranks_without_alpha(found: LoraHeader) -> list[int]:
+    pairs = [pieces for _, pieces in found.changes if "down" in pieces and "alpha" not in pieces]
+    return sorted({pieces["down"][1].shape[0] for pieces in pairs})
+
+
+def _told_scale(file: Path, header: Header, ranks: Sequence[int]) -> float:
+    """Return alpha / rank from what diffusers leaves in the header, or PEFT beside the file; 1 where nothing is.
+
+    ranks: of the pairs that it is for.
+    """
+    if not ranks:
+        return 1.0
     text, place = header.metadata.get("lora_adapter_metadata"), f"the lora_adapter_metadata of {file.name!r}"
     config = file.with_name("adapter_config.json")
     if not isinstance(text, str) and config.is_file() and any(name.startswith(PEFT) for name in header.tensors):
@@ -185,6 +196,11 @@ def _told_scale(file: Path, header: Header) -> float:
         raise NotAvailable(f"{place} has ranks or alphas by module, which are not read here.")
     if not rank > 0 or not math.isfinite(alpha):
         raise CorruptModel(f"{place} tells rank {rank} and alpha {alpha}")
+    if list(ranks) != [rank]:
+        raise WrongModel(
+            f"{place} tells rank {rank:g}, and the pairs in {file.name!r} have rank {', '.join(map(str, ranks))}: it "
+            "is of another adapter. Put the right one there, or take it away; then the pairs count as they are."
+        )
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 
@@ -213,9 +229,9 @@ def _counted(
 
 
 def _is_zero(change: _Change) -> bool:
-    """Tell whether a change changes nothing. Reads what decides it: the up half, as trainers begin it at zero."""
+    """Tell whether a change changes nothing. Reads what decides it: alpha, and the up half, which begins at zero."""
     piece = "up" if "up" in change.pieces else next(iter(change.pieces))
-    return change.factor == 0 or not bool(_read(change, piece).any())
+    return _factor(change) == 0 or not bool(_read(change, piece).any())
 
 
 def _read(change: _Change, piece: str) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from wan_local.checkpoint import ModelFiles, PartTensors
+from wan_local.durable import reason
 from wan_local.errors import CorruptModel, NotAvailable, OutputError
 from wan_local.extent import DTYPES
 from wan_local.quantize import GROUP, SCALE, STORED_DTYPES, QuantizedWeight, pack_int4
@@ -48,7 +49,7 @@ def export_quanto(store: ModelFiles, target: Path) -> None:
         )
     if store.rotated:
         raise NotAvailable(f"{str(store.folder)!r} is rotated, which quanto does not know; convert without --rotate.")
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise OutputError(f"{str(target)!r} is there already. Choose another target.")
     part = target.with_name(f"{target.name}.part")
     try:
@@ -62,7 +63,9 @@ def export_quanto(store: ModelFiles, target: Path) -> None:
         _write(part / _WEIGHTS, list(_entries(tensors)), tensors)
         part.rename(target)
     except OSError as error:
-        raise OutputError(f"{str(target)!r} could not be written: {error.strerror or error}. Make room.") from error
+        raise OutputError(
+            f"{str(target)!r} could not be written: {reason(error)}. Make room, or name another."
+        ) from error
 
 
 def _entries(tensors: PartTensors) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], str | None]]:

@@ -383,6 +383,15 @@ def usual_places(settings: Settings, folder_name: str, repository: str) -> list[
     return [place for place in places if os.path.isdir(place)]
 
 
+def snapshot_hint(folder: Path) -> str:
+    """Return which folder to give instead of a repository's in huggingface_hub's cache; empty for any other folder."""
+    with suppress(OSError):
+        snapshots = sorted((folder / "snapshots").iterdir(), key=lambda place: place.stat().st_mtime)
+        if snapshots:
+            return f" It is a repository's cache: give {str(snapshots[-1])!r}."
+    return ""
+
+
 def read_toml(name: str) -> dict[str, Any]:
     """Return what `configs/<name>.toml` holds."""
     return tomllib.loads((resources.files("wan_local.configs") / f"{name}.toml").read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
 """What of an unfinished store lies safely on disk: one line for each run of tensors, written after the run was synced.
 
 A line says up to which byte a file is good and what the SHA-256 is up to there. Whoever goes on reads what is there
-again and trusts nothing else. A line that was cut off by the end of the process does not count.
+again and trusts nothing else. A line that was cut off by the end of the process, or is damaged, does not count, nor do
+those after it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from wan_local.errors import OutputError
 from wan_local.manifest import JOURNAL
 
 _READ_BYTES = 2**22
+_ENTRY = {"file": str, "runs": int, "end": int, "sha256": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +60,38 @@ class Journal:
 
     def _read(self, fingerprint: str) -> None:
         content = self._file.read_bytes()
-        lines = content[: content.rfind(b"\n") + 1].splitlines()
-        if not lines:  # it ended before its first line was whole
+        entries, end = _whole_entries(content)
+        if not entries:  # it ended before its first line was whole
             self._file.unlink()
             self._append({"fingerprint": fingerprint})
             return
-        if json.loads(lines[0]).get("fingerprint") != fingerprint:
+        if entries[0].get("fingerprint") != fingerprint:
             raise OutputError(
                 f"{str(self._file.parent)!r} holds an unfinished conversion of other weights or into other formats. "
                 "Delete it, or choose another target."
             )
-        for line in lines[1:]:
-            written = Written(**json.loads(line))
+        for entry in entries[1:]:
+            written = Written(**entry)
             self._written.setdefault(written.file, []).append(written)
-        if not content.endswith(b"\n"):
+        if end < len(content):
             with self._file.open("r+b") as stream:
-                stream.truncate(content.rfind(b"\n") + 1)
+                stream.truncate(end)
+
+
+def _whole_entries(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return what the lines say before the first one that is cut off or damaged, and the byte at which that begins."""
+    entries: list[dict[str, Any]] = []
+    end = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:  # not JSON, or no text at all
+            break
+        if not isinstance(entry, dict) or (entries and {name: type(value) for name, value in entry.items()} != _ENTRY):
+            break
+        entries.append(entry)
+        end += len(line)
+    return entries, end
 
 
 def good_part(stream: BinaryIO, noted: list[Written]) -> tuple[Written | None, Any]:

@@ -308,7 +308,9 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _reason(error: OSError | av.FFmpegError) -> str:
     code = error.errno
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if code == errno.EFBIG:
+        return f"{durable.TOO_LARGE}. Choose an output on another disk."
+    if code in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full or a quota is reached. Free some space, or choose an output on another disk."
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY):
         return "there is no right to write there, or another program has it open. Close that, or choose another output."

@@ -9,6 +9,7 @@ is printed any more, 143 terminated, 129 its terminal was closed.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -56,6 +57,7 @@ _COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    _print_everything()
     options = parser().parse_args(arguments)
     run = cast(Callable[[argparse.Namespace], int], options.run)
     try:
@@ -80,6 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WanLocalError as error:
         say(f"{type(error).__name__}: {error}")
         return FAILED
+
+
+def _print_everything() -> None:
+    """Let letters of a path that the output cannot hold (a file's on Windows: cp1252) be escaped, and fail nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parser() -> argparse.ArgumentParser:

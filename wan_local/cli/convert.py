@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from wan_local.convert import Conversion, convert, is_complete
+    from wan_local.convert import Conversion, convert, is_complete, resolved
     from wan_local.lora import open_lora
     from wan_local.sources import open_source
 
@@ -68,7 +68,7 @@ def _convert(options: argparse.Namespace) -> int:
         image_encoder=options.image_encoder_format,
         keep_edges=options.keep_edges,
     )
-    target = options.target.expanduser().absolute()
+    target = resolved(options.target)
     was_complete = is_complete(target)
     try:
         manifest = convert(Conversion(source, formats, options.rotate, loras), target, _Shown().show)
