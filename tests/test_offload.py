@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,3 +247,20 @@ def test_a_slab_that_cannot_be_filled_is_not_left_page_locked(monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         offload._HostBlocks([0, 1, 2], layouts, fill, "ram", torch.device("cuda:0"))
     assert locked == []
+
+
+def test_the_worker_does_not_spin_while_it_waits_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    spinning: list[bool] = []
+
+    class Event:
+        def __init__(self, *, blocking: bool = False) -> None:
+            self.blocking = blocking
+
+        def synchronize(self) -> None:
+            spinning.append(not self.blocking)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    offload._Copies(torch.device("cuda:0"), 2).wait_on_host(1)
+    assert spinning == [False]

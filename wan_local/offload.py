@@ -286,7 +286,7 @@ class _Copies:
         self._stream = torch.cuda.Stream(device)
         # the slots' memory may have been someone's whose kernels are still queued
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._copied = [torch.cuda.Event() for _ in range(slots)]
+        self._copied = [torch.cuda.Event(blocking=True) for _ in range(slots)]  # the worker waits: it would spin
         self._freed = [torch.cuda.Event() for _ in range(slots)]
 
     def copy(self, target: Tensor, source: Tensor, slot: int) -> None:
