@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests import parity
-from wan_local import offload
+from wan_local import layers, offload
 from wan_local.checkpoint import ModelFiles, find_model, open_model
 from wan_local.conditioning import Tokens, embed_prompt
 from wan_local.errors import WrongModel
@@ -57,6 +57,21 @@ def test_streaming_is_bit_equal_to_all_resident(files: ModelFiles, resident: int
     got = velocities(files, streamed(resident))
     assert len(got) == len(expected) == 4
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_rotary_table_is_made_once_for_all_steps_and_goes_with_the_stage(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], layers.rotary_embedding
+    monkeypatch.setattr(layers, "rotary_embedding", lambda *of: made.append(of) or make(*of))
+    velocities(files, None, steps=3)
+    assert len(made) == 1
+    with stage("transformer", files, CPU, torch.float32) as transformer:
+        for grid in ((2, 2, 3), (2, 2, 3), (1, 2, 3), (2, 2, 3)):
+            got, true = transformer.rotary(grid, CPU), make(grid, files.config.transformer.attention_head_dim, CPU)
+            assert torch.equal(got.cos, true.cos) and torch.equal(got.sin, true.sin)
+    assert len(made) == 4
+    assert all(buffer.is_meta for buffer in transformer.buffers())
 
 
 def test_a_misshapen_tensor_of_a_streamed_block_is_refused_before_anything_runs(
