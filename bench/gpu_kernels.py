@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from bench.gpu_speeds import speed_rows
 from bench.gpu_stage import Bench, CheckFailed, check
 from wan_kernels import checks
 from wan_kernels.language import KERNEL_ERRORS
+from wan_local.home import temporary_folder
 
 PATHS = {"own": {}, "consumer": {"DISABLE_MMA_V3": "1"}}
 _CHECK_SECONDS = 100.0  # all checks of both paths, compilation included; half of it is expected
@@ -92,7 +92,7 @@ def _paths(device: torch.device) -> list[str]:
 
 def _folder(path: str) -> Path:
     """Return where a path's compiled kernels are kept, and stand in for a home folder in which nothing was tuned."""
-    folder = Path(tempfile.gettempdir()) / f"wan_local_bench_{os.getuid()}" / path
+    folder = temporary_folder() / "bench" / path
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -1,4 +1,7 @@
-"""Cancel within one block: a check runs before every tensor that is read and every block that runs, in every stage."""
+"""Cancel within one block: a check runs before every tensor that is read and every block that runs, in every stage.
+
+On a card within two: the host enqueues a block while the one before it computes.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,13 @@ import torch
 from torch import nn
 
 from tests.stamps import stamp_request, stamp_settings
+from wan_local import offload
+from wan_local import stage as stage_module
 from wan_local.checkpoint import ModelFiles, find_model
 from wan_local.errors import Cancelled
 from wan_local.jobs import Queue, Ticket
 from wan_local.models.transformer import ContextKV, Modulation, Transformer
-from wan_local.offload import CheckedBlocks
+from wan_local.offload import CheckedBlocks, abreast
 from wan_local.pipeline import Pipeline
 from wan_local.planner import StagePlan
 from wan_local.request import Request, Result, Step
@@ -132,6 +137,52 @@ def test_a_cancel_from_another_thread_ends_a_forward_pass_within_a_block(files: 
     assert 2 < len(began) < 16
     assert sum(moment > stopped_at[0] for moment in began) <= 1  # one may be starting as the flag is set
     assert latency < 4 * block_seconds + 0.05, (latency, block_seconds)
+
+
+class _Card:
+    """A card that does nothing of what is enqueued until the host waits for it."""
+
+    def __init__(self) -> None:
+        self.enqueued = self.done = 0
+
+    def event(self, *, blocking: bool) -> _Event:
+        assert blocking  # else the host spins
+        return _Event(self)
+
+
+class _Event:
+    def __init__(self, card: _Card) -> None:
+        self.card, self.after = card, 0
+
+    def record(self, stream: object) -> None:
+        self.after = self.card.enqueued
+
+    def synchronize(self) -> None:
+        self.card.done = max(self.card.done, self.after)
+
+
+def test_the_host_enqueues_no_block_before_the_one_before_the_last_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, behind = _Card(), []
+    monkeypatch.setattr(torch.cuda, "Event", card.event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    check = abreast(lambda: behind.append(card.enqueued - card.done), torch.device("cuda"))
+    for _ in range(2):
+        for _ in CheckedBlocks([nn.Identity() for _ in range(5)], check):
+            card.enqueued += 1
+    assert behind == [0, *[1] * 9]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
+def test_the_host_is_kept_abreast_of_every_block(
+    files: ModelFiles, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+    for module in (offload, stage_module):
+        monkeypatch.setattr(module, "abreast", lambda check, device: lambda: asked.append(device))
+    plan = StagePlan("x", 0, 0, resident_blocks=1, source="file") if streamed else None
+    with stage("transformer", files, CPU, torch.float32, plan=plan) as network:
+        assert asked == []
+        assert len(list(network.blocks)) == len(asked)
 
 
 @pytest.mark.parametrize("stage_name", ["plan", "text", "image", "condition", "context", "denoise", "decode"])

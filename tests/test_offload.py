@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests import parity
-from wan_local import offload
+from wan_local import layers, offload
 from wan_local.checkpoint import ModelFiles, find_model, open_model
 from wan_local.conditioning import Tokens, embed_prompt
 from wan_local.errors import WrongModel
@@ -56,6 +57,21 @@ def test_streaming_is_bit_equal_to_all_resident(files: ModelFiles, resident: int
     got = velocities(files, streamed(resident))
     assert len(got) == len(expected) == 4
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_rotary_table_is_made_once_for_all_steps_and_goes_with_the_stage(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], layers.rotary_embedding
+    monkeypatch.setattr(layers, "rotary_embedding", lambda *of: made.append(of) or make(*of))
+    velocities(files, None, steps=3)
+    assert len(made) == 1
+    with stage("transformer", files, CPU, torch.float32) as transformer:
+        for grid in ((2, 2, 3), (2, 2, 3), (1, 2, 3), (2, 2, 3)):
+            got, true = transformer.rotary(grid, CPU), make(grid, files.config.transformer.attention_head_dim, CPU)
+            assert torch.equal(got.cos, true.cos) and torch.equal(got.sin, true.sin)
+    assert len(made) == 4
+    assert all(buffer.is_meta for buffer in transformer.buffers())
 
 
 def test_a_misshapen_tensor_of_a_streamed_block_is_refused_before_anything_runs(
@@ -246,3 +262,20 @@ def test_a_slab_that_cannot_be_filled_is_not_left_page_locked(monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         offload._HostBlocks([0, 1, 2], layouts, fill, "ram", torch.device("cuda:0"))
     assert locked == []
+
+
+def test_the_worker_does_not_spin_while_it_waits_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    spinning: list[bool] = []
+
+    class Event:
+        def __init__(self, *, blocking: bool = False) -> None:
+            self.blocking = blocking
+
+        def synchronize(self) -> None:
+            spinning.append(not self.blocking)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    offload._Copies(torch.device("cuda:0"), 2).wait_on_host(1)
+    assert spinning == [False]

@@ -59,6 +59,24 @@ def test_the_same_frames_are_the_same_bytes_each_time(tmp_path: Path) -> None:
     assert len({write(tmp_path / "again.mp4", frames).read_bytes() for _ in range(12)}) == 1
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="needs two processors to be held to one"
+)
+def test_the_same_frames_are_the_same_bytes_however_many_processors_there_are(tmp_path: Path) -> None:
+    """x264 itself makes a slice for each processor, if each is 64 rows high."""
+    tall = Size(height=256, width=112)
+    allowed, videos = os.sched_getaffinity(0), set()
+    try:
+        for processors in ({min(allowed)}, set(range(os.cpu_count() or 1))):
+            os.sched_setaffinity(0, processors)
+            path = tmp_path / "same.mp4"
+            write_video(path, [noise(9, tall)], size=tall, frames_per_second=16, metadata={})
+            videos.add(path.read_bytes())
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert len(videos) == 1
+
+
 def test_luma_is_bt709_in_limited_range(tmp_path: Path) -> None:
     """Y = 16 + 219 (.2126R + .7152G + .0722B); BT.601 both ways would pass a round trip."""
     for colour, luma in (((255, 0, 0), 62.6), ((0, 255, 0), 172.6), ((0, 0, 255), 31.8), ((255, 255, 255), 235.0)):

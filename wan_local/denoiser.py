@@ -22,6 +22,7 @@ from wan_local.models.transformer import Transformer
 from wan_local.workspace import Workspace
 
 _TOO_SLOW = 4.0
+_STAYS_EXACT = 2  # after so many calls in a row that were not finite nothing but exact ones are made
 
 
 class Pace:
@@ -78,6 +79,8 @@ class Denoiser:
         self._stage = ExitStack()
         self._loaded: Guided | None = None
         self._pace = Pace(expected_seconds, space.report.note)
+        self._failures = 0  # calls in a row that were not finite
+        self._failed_at: float | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -98,13 +101,20 @@ class Denoiser:
         raise AssertionError("the last attempt raises")
 
     def _finite(self, guided: Guided, latents: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
-        """Return the prediction; one that is not finite is made again, exactly, where it was not exact before."""
-        answer = guided.predict(latents, timestep)
-        if not guided.choice.approximates or torch.isfinite(answer[0]).all():
-            return answer
-        self._space.report.note(
-            f"timestep {timestep:g} was not finite ({guided.choice.reason}) and was computed again, exactly"
-        )
+        """Return the prediction; one that is not finite is made again, exactly, where it was not exact before.
+
+        What failed is not tried again: neither after the exact call ran out of memory, nor for ever.
+        """
+        if not guided.choice.approximates:
+            return guided.predict(latents, timestep)
+        if self._failures < _STAYS_EXACT and timestep != self._failed_at:
+            answer = guided.predict(latents, timestep)
+            if torch.isfinite(answer[0]).all():
+                self._failures = 0
+                return answer
+            self._failures, self._failed_at = self._failures + 1, timestep
+            self._space.report.note(_not_finite(timestep, guided.choice.reason, stays=self._failures == _STAYS_EXACT))
+        self._pace.rest()  # it is slower
         return replace(guided, choice=EXACT_KERNELS).predict(latents, timestep)
 
     def _on(self, rung: Rung) -> Guided:
@@ -121,3 +131,9 @@ class Denoiser:
     def _free(self) -> None:
         self._loaded = None
         self._stage.close()
+
+
+def _not_finite(timestep: float, reason: str, *, stays: bool) -> str:
+    if stays:
+        return f"timestep {timestep:g} was not finite either ({reason}): from it on, all were computed exactly"
+    return f"timestep {timestep:g} was not finite ({reason}) and was computed again, exactly"

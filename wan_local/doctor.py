@@ -185,7 +185,7 @@ def launches_tried(device: torch.device) -> Iterator[tuning.Tried]:
         raise NotAvailable("tuning needs a card: on a CPU the kernels' references run, and they have nothing to tune")
     if not HAS_TRITON:
         raise NotAvailable(f"tuning needs Triton, and there is none: {TRITON_LACKING}")
-    return tuning.tune(device, lambda work: median_seconds(work, device))
+    return tuning.tune(device, lambda work: median_seconds(work, device), tokens=_timed_size(device).tokens)
 
 
 def remember_launches(tried: Sequence[tuning.Tried], device: torch.device) -> Path:

@@ -2,8 +2,8 @@
 
 A block is one flat buffer and one copy. A ring of slots on the device holds the next few; `StreamedBlocks` stands where
 a network has its list of blocks, so a forward pass is written once. Copies run on a stream of their own and are ordered
-by events alone: the host never waits for the card. The same code streams from a file into RAM where the device is the
-CPU.
+by events alone; the host waits only to stay one block ahead of the card. The same code streams from a file into RAM
+where the device is the CPU.
 
     slot n % slots:   copy block n  ->  event `copied`  ->  compute  ->  event `freed`  ->  copy block n + slots
 """
@@ -35,6 +35,28 @@ class Residency:
 
     resident: frozenset[int]
     source: Source
+
+
+def abreast(check: Check, device: torch.device) -> Check:
+    """Return what to call before each block: `check`, on a card as soon as all blocks but the last one are done.
+
+    CUDA takes about a thousand launches ahead, which are four blocks: all of them would run after a cancel.
+    """
+    return _Abreast(check, device) if device.type == "cuda" else check
+
+
+class _Abreast:
+    """Its two events are recorded in turns, each at the end of a block."""
+
+    def __init__(self, check: Check, device: torch.device) -> None:
+        self._check, self._device = check, device
+        self._before_last, self._last = (torch.cuda.Event(blocking=True) for _ in range(2))
+
+    def __call__(self) -> None:
+        self._before_last, self._last = self._last, self._before_last
+        self._last.record(torch.cuda.current_stream(self._device))
+        self._before_last.synchronize()  # the last block keeps the card busy meanwhile
+        self._check()
 
 
 class CheckedBlocks(nn.ModuleList):
@@ -109,7 +131,7 @@ class StreamedBlocks(nn.Module):
         layouts: of each block; they may differ.
         """
         super().__init__()
-        self._device, self._fill, self._layouts, self._check = device, fill, layouts, check
+        self._device, self._fill, self._layouts, self._check = device, fill, layouts, abreast(check, device)
         self._blocks = list(blocks)
         self._resident = {index: blocks[index].eval().requires_grad_(False) for index in sorted(residency.resident)}
         self._num_blocks = len(blocks)
@@ -264,7 +286,7 @@ class _Copies:
         self._stream = torch.cuda.Stream(device)
         # the slots' memory may have been someone's whose kernels are still queued
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._copied = [torch.cuda.Event() for _ in range(slots)]
+        self._copied = [torch.cuda.Event(blocking=True) for _ in range(slots)]  # the worker waits: it would spin
         self._freed = [torch.cuda.Event() for _ in range(slots)]
 
     def copy(self, target: Tensor, source: Tensor, slot: int) -> None:

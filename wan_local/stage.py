@@ -25,7 +25,7 @@ from wan_local.models.image_encoder import build_image_encoder
 from wan_local.models.text_encoder import EmbeddingRows, build_text_encoder
 from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
 from wan_local.models.vae import Vae
-from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks
+from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks, abreast
 from wan_local.planner import NetworkSize, StagePlan, spread
 from wan_local.quantize import SCALE, SHIFT, STORED_DTYPES, default_arithmetic, stays_as_stored
 from wan_local.quantized_layers import hold_in_format, hold_quantized
@@ -208,7 +208,7 @@ def _load(module: nn.Module, network: Network, files: ModelFiles, place: _Place,
         load_strictly(module, recipe.part, adapted, place)
         if recipe.layers is not None:
             blocks = cast(nn.ModuleList, module.get_submodule(recipe.layers))
-            module.set_submodule(recipe.layers, CheckedBlocks(blocks, place.check))
+            module.set_submodule(recipe.layers, CheckedBlocks(blocks, abreast(place.check, device)))
     else:
         _load_streamed(module, recipe, tensors, adapted, place, plan)
     for part in module.modules():

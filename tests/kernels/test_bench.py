@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,7 @@ def test_a_process_that_dies_is_begun_again_behind_its_op(tmp_path: Path, monkey
             stream.write("".join(json.dumps(row) + "\n" for row in [*rows, *([{"done": True}] if skip == 2 else [])]))
         return subprocess.CompletedProcess(command, 0 if skip == 2 else -11, "", "segmentation fault")
 
-    monkeypatch.setattr(gpu_kernels.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(gpu_kernels.subprocess, "run", run)
     monkeypatch.setattr(checks, "GROUPS", {"rows": None})
     reported: list[dict[str, Any]] = []
@@ -65,7 +68,7 @@ def test_a_process_that_never_answers_is_an_answer(tmp_path: Path, monkeypatch: 
     def hang(command: list[str], **options: Any) -> None:
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
-    monkeypatch.setattr(gpu_kernels.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(gpu_kernels.subprocess, "run", hang)
     reported: list[dict[str, Any]] = []
     monkeypatch.setattr(Bench, "report", lambda self, stage, **row: reported.append(row))
@@ -81,3 +84,12 @@ def test_what_the_budget_does_not_reach_is_named_and_what_is_wrong_is_not_timed(
     assert ops.index("attention_int8, fp16 values") < ops.index("linear_int8") < ops.index("gelu_quantize")
     timing = gpu_speeds.Timing({"op": "x"}, lambda: lambda: 1.0, lambda seconds: {"rate": seconds}, lambda got: 2.0)
     assert "not timed: 2" in gpu_speeds._timed(timing, CPU)["failed"]
+
+
+def test_compiled_kernels_have_a_folder_where_users_have_no_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delattr(os, "getuid", raising=False)
+    assert gpu_kernels._folder("own").is_dir()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from tests.live_bytes import live_bytes
 from wan_kernels import hardware, tuning
 from wan_kernels.hardware import (
     CANDIDATES,
@@ -138,10 +143,65 @@ def test_a_launch_that_does_not_fit_or_is_wrong_is_out() -> None:
     def run(launch: TileLaunch) -> torch.Tensor:
         if launch == candidates[1]:
             raise OutOfResources(200_000, 101_376, "shared memory")
+        if launch == candidates[3]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.ones(3) * (2 if launch == candidates[2] else 1)
 
-    tried = list(try_each("linear_int8", "large", run, lambda work: float(work().sum())))
-    assert [entry.seconds for entry in tried] == [3.0, None, None, 3.0]
+    tried = list(try_each("linear_int8", "large", lambda: run, lambda work: float(work().sum())))
+    assert [entry.seconds for entry in tried] == [3.0, None, None, None]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="without Triton nothing is tried")
+def test_an_op_whose_inputs_do_not_fit_is_out_and_the_table_stays() -> None:
+    def make() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tried = list(try_each("linear_int8", "large", make, lambda work: 1.0))
+    assert [entry.launch for entry in tried] == list(CANDIDATES["linear_int8", "large"])
+    assert chosen(tried, CARD) == {}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="without Triton nothing is tried")
+def test_trying_a_launch_holds_two_outputs_and_no_copies_of_them() -> None:
+    shape = (2**10, 2**14)
+
+    def run(_: TileLaunch) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.bfloat16)
+
+    def clock(work: Callable[[], torch.Tensor]) -> float:
+        return float(work()[0, 0])
+
+    with live_bytes() as live:
+        tried = list(try_each("linear_int8", "large", lambda: run, clock))
+    assert [entry.seconds for entry in tried] == [1.0] * 4
+    assert live.peak < 2 * 2 * math.prod(shape) + 4 * 4 * tuning._COMPARED
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="a launch is kept by Triton's version")
+def test_an_op_that_is_done_is_remembered_though_the_next_one_fails(
+    card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tried(device: torch.device) -> Iterator[Tried]:
+        for number, launch in enumerate(CANDIDATES["attention_int8", "fp16"]):
+            yield Tried("attention_int8", "fp16", launch, 3.0 - number / 2)
+        yield Tried("linear_int8", "large", OTHER, 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wan_local.doctor.launches_tried", tried)
+    monkeypatch.setattr("wan_local.device.resolve_device", lambda _: CARD)
+    with suppress(KeyboardInterrupt):
+        main(["tune"])
+    kept = json.loads((card / TUNED).read_text())
+    assert [key.split("|")[-2].split()[0] for key in kept] == ["attention_int8"]
+
+
+def test_tuning_takes_as_many_tokens_as_the_memory_that_is_free_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("wan_local.doctor.HAS_TRITON", True)
+    monkeypatch.setattr("wan_local.doctor.free_bytes", lambda _: 2 * 2**30)
+    monkeypatch.setattr(tuning, "tune", lambda *_, tokens: asked.append(tokens))
+    launches_tried(CARD)
+    assert asked == [2**30 // 160_000]
 
 
 def test_tuning_needs_a_card() -> None:

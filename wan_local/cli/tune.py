@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import TYPE_CHECKING
 
 from wan_local.cli.flags import add_place_flags, settings_from
@@ -27,14 +28,14 @@ def _tune(options: argparse.Namespace) -> int:
     from wan_local.doctor import launches_tried, remember_launches
 
     device = resolve_device(settings_from(vars(options)).device)
-    tried = []
-    for entry in launches_tried(device):
-        tried.append(entry)
-        launch = entry.launch
-        tile = (
-            f"{launch.block_m}x{launch.block_n}x{launch.block_k}, {launch.num_warps} warps, {launch.num_stages} stages"
-        )
-        time = "does not fit, or is wrong" if entry.seconds is None else f"{entry.seconds * 1e3:.2f} ms"
-        print(f"{entry.op:15} {entry.shape_class:6} {tile:36} {time}")
-    print(f"Remembered in {remember_launches(tried, device)}; delete that file to go back to the table.")
+    for _, of_op in itertools.groupby(launches_tried(device), lambda entry: (entry.op, entry.shape_class)):
+        tried = []
+        for entry in of_op:
+            tried.append(entry)
+            at = entry.launch
+            tile = f"{at.block_m}x{at.block_n}x{at.block_k}, {at.num_warps} warps, {at.num_stages} stages"
+            time = "does not fit, or is wrong" if entry.seconds is None else f"{entry.seconds * 1e3:.2f} ms"
+            print(f"{entry.op:15} {entry.shape_class:6} {tile:36} {time}")
+        file = remember_launches(tried, device)  # now: the next op may fail or be stopped
+    print(f"Remembered in {file}; delete that file to go back to the table.")
     return DONE

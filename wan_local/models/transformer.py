@@ -27,10 +27,10 @@ from wan_local.layers import (
     Linear,
     RMSNorm,
     Rotary,
+    RotaryTable,
     apply_rotary,
     dequantizing,
     half_sums,
-    rotary_embedding,
     split_heads,
 )
 from wan_local.models.fused_block import advance
@@ -352,6 +352,7 @@ class Transformer(nn.Module):
         patch = config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, kernel_size=patch, stride=patch)
         self.blocks: nn.Module = nn.ModuleList([TransformerBlock(config) for _ in range(config.num_layers)])
+        self.rotary = RotaryTable(config.attention_head_dim)
         self.norm_out = LayerNorm(config.dim, eps=config.eps, affine=False)
         self.proj_out = Linear(config.dim, config.out_channels * patch[0] * patch[1] * patch[2])
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.dim))
@@ -380,7 +381,7 @@ class Transformer(nn.Module):
         hidden_BLD = grid_BDTHW.flatten(2).transpose(1, 2).to(residual_dtype or compute).contiguous()
         del grid_BDTHW
         chunk_tokens = chunk_tokens or hidden_BLD.shape[1]
-        rotary = rotary_embedding(grid, self.config.attention_head_dim, latents.device)
+        rotary = self.rotary(grid, latents.device)
         branches = [hidden_BLD, *(hidden_BLD.clone() for _ in contexts[1:])]
         blocks = cast(Iterable[nn.Module], self.blocks)  # a list, or blocks that are streamed
         for block, *of_block in zip(blocks, *contexts, strict=True):
