@@ -225,6 +225,14 @@ def test_a_target_whose_place_no_store_can_take_is_refused_at_once(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "volume"]
 
 
+def test_a_target_that_cannot_be_is_told_to_be_chosen_anew(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"Not a directory\. Choose another target"):
+        convert(Conversion(source, all_in("int8")), tmp_path / "file" / "store")
+    with pytest.raises(OutputError, match=r"File name too long\. Choose another target"):
+        is_complete(tmp_path / ("n" * 300))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="opens no folders")
 def test_a_file_system_that_cannot_flush_folders_holds_a_store(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -421,9 +429,8 @@ def test_what_is_synced_was_opened_for_writing(tmp_path: Path, monkeypatch: pyte
     flags: list[int] = []
     open_ = os.open
     monkeypatch.setattr(os, "open", lambda path, how: (flags.append(how), open_(path, how))[1])
-    convert_module._sync(tmp_path / "file")
-    convert_module._sync(tmp_path)
-    assert flags == [os.O_RDWR, os.O_RDONLY]
+    convert_module._flush_to_disk(tmp_path / "file")
+    assert flags == [os.O_RDWR]
 
 
 def test_progress_counts_the_bytes_that_lie_on_disk(tmp_path: Path) -> None:
