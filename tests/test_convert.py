@@ -257,6 +257,14 @@ def test_a_target_whose_place_no_store_can_take_is_refused_at_once(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "volume"]
 
 
+def test_a_target_that_cannot_be_is_told_to_be_chosen_anew(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"Not a directory\. Choose another target"):
+        convert(Conversion(source, all_in("int8")), tmp_path / "file" / "store")
+    with pytest.raises(OutputError, match=r"File name too long\. Choose another target"):
+        is_complete(tmp_path / ("n" * 300))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="opens no folders")
 def test_a_file_system_that_cannot_flush_folders_holds_a_store(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -117,7 +117,8 @@ def resolved(target: Path) -> Path:
 
 def is_complete(target: Path) -> bool:
     """Tell whether a store lies at `target`: its manifest is written last."""
-    return read_manifest(target) is not None if target.is_dir() else False
+    with _explained(target):
+        return read_manifest(target) is not None if target.is_dir() else False
 
 
 def _finished(target: Path, fingerprint: str, source: Source) -> Manifest | None:
@@ -244,10 +245,9 @@ def _explained(target: Path) -> Iterator[None]:
         raise
     except OSError as error:
         elsewhere = " Choose a target on another disk." if error.errno == errno.EFBIG else ""
-        raise OutputError(
-            f"the store {str(target)!r} could not be finished: {reason(error)}.{elsewhere} What is written stays in "
-            f"{target.name + '.part'!r}; the same command goes on from there."
-        ) from error
+        kept = f" What is written stays in {target.name + '.part'!r}; the same command goes on from there."
+        way_out = elsewhere + kept if os.path.isdir(f"{target}.part") else " Choose another target."
+        raise OutputError(f"the store {str(target)!r} could not be finished: {reason(error)}.{way_out}") from error
 
 
 def _tokenizer(source: Source) -> dict[str, bytes]:
