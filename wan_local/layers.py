@@ -235,7 +235,7 @@ def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.de
 
 
 class RotaryTable(nn.Module):
-    """Keeps the rotary table that was asked for last; making one at 720p takes a CPU over 0.1 s, while the card waits."""
+    """Keeps the rotary table that was asked for last: making one takes a CPU over 0.1 s at 720p, while a card waits."""
 
     cos: Tensor | None
     sin: Tensor | None
