@@ -19,6 +19,7 @@ from wan_local.block_reader import BlockReader
 from wan_local.checkpoint import PartTensors, find_model, open_model
 from wan_local.errors import CorruptModel, ModelNotFound, NotAvailable, WrongModel
 from wan_local.header import read_header
+from wan_local.inspection import inspect
 from wan_local.key_map import Part
 from wan_local.settings import load_settings
 from wan_local.stage import load_network
@@ -128,6 +129,8 @@ def test_a_repositorys_cache_given_as_the_model_is_refused_with_the_snapshot_to_
         (cache / name).mkdir(parents=True)
     with pytest.raises(ModelNotFound, match=r"It is a repository's cache: give '.*snapshots.17c3'\."):
         find_model(load_settings(model=str(cache)))
+    with pytest.raises(ModelNotFound, match=r"It is a repository's cache: give '.*snapshots.17c3'\."):
+        inspect(cache)
 
 
 def test_a_folder_with_parts_missing_names_them(model: Path) -> None:

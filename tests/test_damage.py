@@ -281,6 +281,17 @@ def test_scales_that_fit_no_weights_are_damage(
     refused(file, says)
 
 
+def test_a_table_of_positions_needs_no_scale_where_linears_have_one(tmp_path: Path) -> None:
+    file = next((layouts.write_comfy(tmp_path / "models", "fp8_scaled") / "text_encoders").iterdir())
+    state = load_file(file)
+    [table] = [name for name in state if name.endswith("relative_attention_bias.weight")]
+    state[table] = state[table].to(torch.float8_e4m3fn)
+    state.pop(table.replace("bias.weight", "bias.scale_weight"), None)
+    assert any(name.endswith("scale_weight") for name in state)
+    save_file(state, file)
+    assert inspect(file).parts[0].problem == ""
+
+
 class Attack:
     """Runs a command when it is unpickled by anyone who runs pickles."""
 

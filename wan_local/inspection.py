@@ -19,7 +19,7 @@ from wan_local.key_map import PARTS, Part, canonical_names, ignorable, weight_na
 from wan_local.kinds import GET_IMAGE, GET_TEXT, GET_TRANSFORMER, GET_VAE, Kind, identify
 from wan_local.manifest import KIND, MANIFEST, is_store
 from wan_local.scales import check_scales, is_scale
-from wan_local.settings import ModelConfig, known_models
+from wan_local.settings import ModelConfig, known_models, snapshot_hint
 from wan_local.stored_tensor import misfit, stored_tensors
 from wan_local.tokenizer_file import GET_TOKENIZER, check_tokenizer, tokenizer_folder
 from wan_local.weight_files import UNREADABLE, WeightFiles, read_json, read_weights, weight_sets
@@ -132,7 +132,8 @@ def _inspect_folder(folder: Path) -> Inspection:
         lost = next((path for path in sorted(folder.rglob("*")) if path.is_symlink() and not path.exists()), None)
         link = f"; {lost.name!r} in it is a link to {str(lost.readlink())!r}, which is not there" if lost else ""
         raise ModelNotFound(
-            f"{str(folder)!r} holds no weights: no .safetensors, .gguf or .pth in it or two folders below{link}"
+            f"{str(folder)!r} holds no weights: no .safetensors, .gguf or .pth in it or two folders below{link}."
+            f"{snapshot_hint(folder)}"
         )
     return Inspection(folder, _layout_of_folder(folder, reports), tuple(reports), _still_needed(reports, folder))
 

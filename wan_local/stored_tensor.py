@@ -34,6 +34,7 @@ _SHIFTS = (".weight._shift", ".weight_shift")  # quanto's, our own
 _MARKERS = (".scale_input", ".input_scale", ".output_scale", ".comfy_quant", "scaled_fp8")
 _COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # numbers times a scale, of a tensor or a row
 _BLOCKS = ("blocks.", "encoder.block.")  # where a file that scales any linear scales all of them
+_NO_LINEAR = ("relative_attention_bias", "pos_embedding")  # a table that T5's blocks have
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +204,8 @@ def _check_readable(name: str, info: TensorInfo, scale: TensorInfo | None, *, sc
         )
     if info.dtype == "U8":
         return  # packed: its scales are checked with its groups
-    if scaled and info.dtype in EIGHT_BITS and scale is None and name.startswith(_BLOCKS):
+    linear = name.startswith(_BLOCKS) and len(info.shape) == 2 and not any(word in name for word in _NO_LINEAR)
+    if scaled and info.dtype in EIGHT_BITS and scale is None and linear:
         raise CorruptModel(f"{name!r} in {info.file.name!r} has no scale, where other weights in the file have one")
     if scale is not None:
         count = math.prod(scale.shape)
