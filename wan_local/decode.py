@@ -50,34 +50,30 @@ def decode_frames(
 
 
 def _whole_frames(vae: Vae, latents: Tensor, geometry: Geometry) -> Iterator[Decoded]:
-    streams = geometry.generated_frames == geometry.num_frames
-    kept: list[Frames] = []
-    done = 0
+    streams, done = geometry.generated_frames == geometry.num_frames, 0
+    video = _room_for(geometry, 0 if streams else geometry.generated_frames)
     for chunk in vae.decode(latents):
         frames = _checked_frames(chunk)
+        if not streams:
+            video[done : done + len(frames)] = frames
         done += len(frames)
-        if streams:
-            yield Decoded(done, frames)
-        else:
-            kept.append(frames)
-            yield Decoded(done, frames[:0])
-    if kept:
-        yield Decoded(done, without_excess(np.concatenate(kept), geometry.num_frames))
+        yield Decoded(done, frames if streams else frames[:0])
+    if not streams:
+        yield from _without_excess(video, geometry.num_frames)
 
 
 def _tiles(vae: Vae, latents: Tensor, geometry: Geometry, tiling: Tiling) -> Iterator[Decoded]:
-    size, frames = geometry.size, geometry.generated_frames
-    video = np.empty((frames, size.height, size.width, 3), dtype=np.uint8)
-    pixels = 0
+    video, size, pixels = _room_for(geometry, geometry.generated_frames), geometry.size, 0
     for tile in vae.decode_tiles(latents, tiling):
         part = _checked_frames(tile.pixels)
         video[tile.first : tile.first + len(part), tile.window.rows.slice, tile.window.columns.slice] = part
         pixels += len(part) * tile.window.area
         yield Decoded(pixels // (size.height * size.width), video[:0])
-    if geometry.generated_frames > geometry.num_frames:
-        video = without_excess(video, geometry.num_frames)
-    for first in range(0, len(video), TEMPORAL_STRIDE):
-        yield Decoded(frames, video[first : first + TEMPORAL_STRIDE])
+    yield from _without_excess(video, geometry.num_frames)
+
+
+def _room_for(geometry: Geometry, num_frames: int) -> Frames:
+    return np.empty((num_frames, geometry.size.height, geometry.size.width, 3), dtype=np.uint8)
 
 
 def _checked_frames(chunk: Tensor) -> Frames:
@@ -86,10 +82,13 @@ def _checked_frames(chunk: Tensor) -> Frames:
     return to_uint8(chunk[0])
 
 
-def without_excess(frames: Frames, num_frames: int) -> Frames:
-    """Return `num_frames` of [F, H, W, 3], leaving out the interior frames whose neighbours differ least."""
-    dropped = frames_to_drop(_motion(frames), num_frames)
-    return np.delete(frames, dropped, axis=0)
+def _without_excess(video: Frames, num_frames: int) -> Iterator[Decoded]:
+    """Yield `num_frames` of all, a few at a time, without the interior frames whose neighbours differ least."""
+    stays = np.ones(len(video), dtype=bool)
+    stays[frames_to_drop(_motion(video), num_frames) if num_frames < len(video) else []] = False
+    for first in range(0, len(video), TEMPORAL_STRIDE):
+        some = slice(first, first + TEMPORAL_STRIDE)
+        yield Decoded(len(video), video[some][stays[some]])
 
 
 def _motion(frames: Frames) -> list[float]:

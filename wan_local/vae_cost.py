@@ -107,13 +107,12 @@ def tilings(geometry: Geometry, config: VaeConfig, half: VaeHalf) -> tuple[Tilin
 
 
 def kept_bytes(half: VaeHalf, geometry: Geometry, config: VaeConfig, tiling: Tiling) -> int:
-    """Return the bytes of RAM that tiles need: every latent frame's features and, decoding, the video as uint8."""
-    if tiling.count == 1:
-        return 0
+    """Return the bytes of RAM that are kept: with tiles every latent frame's features, and the decoded video as uint8
+    with tiles or where some of its frames are left out."""
     latent, size, dim = geometry.latent_size, geometry.size, config.base_dim * config.dim_mult[-1]
-    features = geometry.latent_frames * dim * latent.height * latent.width * _FLOAT32_BYTES
-    video = geometry.generated_frames * size.height * size.width * _RGB
-    return features + (video if half == "decoder" else 0)
+    features = geometry.latent_frames * dim * latent.height * latent.width * _FLOAT32_BYTES if tiling.count > 1 else 0
+    waits = half == "decoder" and (tiling.count > 1 or geometry.generated_frames > geometry.num_frames)
+    return features + (geometry.generated_frames * size.height * size.width * _RGB if waits else 0)
 
 
 def _distinct(windows: Sequence[Window], latent: Size) -> list[Window]:
