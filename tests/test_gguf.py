@@ -35,7 +35,7 @@ def write(file: Path, block: str, state: dict[str, torch.Tensor] | None = None) 
     state = state or layouts.official("transformer")
 
     def fits(name: str, tensor: torch.Tensor) -> bool:
-        return "blocks." in name and tensor.dim() == 2 and not tensor.shape[1] % items
+        return "blocks." in name and name.endswith(".weight") and tensor.dim() == 2 and not tensor.shape[1] % items
 
     return layouts.write_gguf(file, state, block, where=fits)
 
@@ -181,6 +181,23 @@ def test_a_vocabulary_in_the_header_costs_little(tmp_path: Path) -> None:
     header = read_gguf_header(tmp_path / "vocabulary.gguf")
     assert time.monotonic() - started < 2
     assert header.metadata["tokenizer.ggml.tokens"] is None and header.tensors["token_embd.weight"].shape == (4, 32)
+
+
+def test_leading_axes_of_one_that_a_writer_left_out_are_no_misfit(others: Path, tmp_path: Path) -> None:
+    """As ggml counts axes: [1, 34, 64] of positions is [34, 64], and [1, 6, 128] of a block's modulation [6, 128]."""
+    whole = layouts.official("transformer")
+    bare = {name: tensor.squeeze(0) if tensor.shape[0] == 1 else tensor for name, tensor in whole.items()}
+    assert sum(tensor.dim() != whole[name].dim() for name, tensor in bare.items()) > 2
+    files = write(tmp_path / "whole.gguf", "Q8_0"), write(tmp_path / "bare.gguf", "Q8_0", bare)
+    assert inspect(files[1]).usable
+    expected, got = (
+        open_source(
+            file, vae=others / "vae", image_encoder=others / "clip_vision",
+            text_encoder=others / "text_encoders", tokenizer=others / "tokenizer",
+        ).part("transformer")
+        for file in files
+    )  # fmt: skip
+    assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 SMALL = {"a.weight": torch.ones(2, 256), "b.weight": torch.ones(3)}

@@ -192,7 +192,7 @@ def _flf2v(net: _Denoiser) -> Kind | None:
         "dim": net.dim,
         "in_channels": net.channels,
         "ffn_dim": ffn,
-        "image_tokens": net.position[1] if len(net.position) == 3 else 0,
+        "image_tokens": net.position[-2] if len(net.position) > 1 else 0,
         "image_dim": net.position[-1] if net.position else 0,
     }
     known = known_models()

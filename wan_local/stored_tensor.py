@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wan_local.errors import CorruptModel, NotAvailable
@@ -95,7 +95,8 @@ def stored_tensors(
             raise NotAvailable(
                 f"{name!r} in {plain[name].file.name!r} is stored as U8 without a shift: no known format. {_INSTEAD}."
             )
-        for entry_name, entry in _entries(part, name, ours, plain[name], scale):
+        for entry_name, found in _entries(part, name, ours, plain[name], scale):
+            entry = _with_axes_of_one(found, expected.get(entry_name, found.shape))
             twin = stored.setdefault(entry_name, entry)
             if twin is not entry and not (part == "text_encoder" and entry_name == "shared.weight"):
                 raise CorruptModel(f"{name!r} and {twin.stored_name!r} are the same tensor of the {part}")
@@ -113,6 +114,12 @@ def misfit(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int,
         if stored[name].shape != tuple(shape):
             return f"{name!r} is {list(stored[name].shape)} and should be {list(shape)}"
     return ""
+
+
+def _with_axes_of_one(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+    """Return the tensor in our shape where only axes of one differ: some writers of GGUF leave out leading ones."""
+    alike = [length for length in stored.shape if length != 1] == [length for length in shape if length != 1]
+    return replace(stored, shape=tuple(shape)) if alike else stored
 
 
 def _quanto_weight(name: str) -> str:
