@@ -173,7 +173,7 @@ def _mixed_source(folder: Path, config: ModelConfig) -> Source:
 def _store_and_run(scratch: Path, *, keep: bool) -> None:
     """Make an int8 store of the whole model from noise that is on no disk; time loading, and run from it."""
     target = scratch / "store"
-    with contextlib.nullcontext() if keep else _removed(target):
+    with _removed(scratch / "tokenizer"), contextlib.nullcontext() if keep else _removed(target):
         made = _in_child("_make_whole", str(target))
         loaded = _in_child("_load_measured", str(target))
         append_row("store", {"case": "load", "made": made, "load": loaded, "world": describe(CPU)})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 
@@ -21,6 +23,21 @@ def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factor
     monkeypatch.setenv("XDG_STATE_HOME", str(elsewhere / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere / "cache"))
     monkeypatch.setenv("LOCALAPPDATA", str(elsewhere / "local"))
+
+
+@pytest.fixture
+def folders_that_cannot_be_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand for a file system of a network, or one shared with a virtual machine; Windows flushes no folder anyway."""
+    if sys.platform == "win32":
+        pytest.skip("no folder is flushed there")
+    flush = os.fsync
+
+    def of_files(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(number)
+
+    monkeypatch.setattr(os, "fsync", of_files)
 
 
 @pytest.fixture(scope="session")

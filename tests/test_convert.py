@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -265,18 +264,8 @@ def test_a_target_that_cannot_be_is_told_to_be_chosen_anew(source: Source, tmp_p
         is_complete(tmp_path / ("n" * 300))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="opens no folders")
-def test_a_file_system_that_cannot_flush_folders_holds_a_store(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flush = os.fsync
-
-    def picky(number: int) -> None:
-        if stat.S_ISDIR(os.fstat(number).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        flush(number)
-
-    monkeypatch.setattr(os, "fsync", picky)
+@pytest.mark.usefixtures("folders_that_cannot_be_flushed")
+def test_a_file_system_that_cannot_flush_folders_holds_a_store(source: Source, tmp_path: Path) -> None:
     convert(Conversion(source, all_in("int8")), tmp_path / "store")
     assert is_complete(tmp_path / "store")
 

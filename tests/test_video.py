@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -367,18 +366,8 @@ def test_a_video_that_a_virus_scanner_looks_at_is_put_in_place_a_little_later(
     assert write(tmp_path / "clip.mp4", noise(5)).exists() and refused == {"clip.mp4", "clip.mp4.json"}
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no folder is flushed there")
-def test_a_folder_that_cannot_be_flushed_fails_no_finished_video(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flush = os.fsync
-
-    def of_files(number: int) -> None:
-        if stat.S_ISDIR(os.fstat(number).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        flush(number)
-
-    monkeypatch.setattr(os, "fsync", of_files)
+@pytest.mark.usefixtures("folders_that_cannot_be_flushed")
+def test_a_folder_that_cannot_be_flushed_fails_no_finished_video(tmp_path: Path) -> None:
     assert write(tmp_path / "clip.mp4", noise(5)).exists()
 
 
