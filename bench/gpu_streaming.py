@@ -163,7 +163,8 @@ def network_of(
     def fill(index: int, views: Mapping[str, Tensor]) -> None:
         for name, view in views.items():
             view.copy_(example[name])
-        views["scale_shift_table"].add_(0.01 * index)
+            if name == "scale_shift_table":
+                view.add_(0.01 * index)
 
     blocks, layouts = list(network.blocks), _layouts(network, bench)  # type: ignore[call-overload]
     keep = frozenset() if streamed else frozenset(range(len(blocks)))

@@ -327,7 +327,7 @@ def test_on_the_cpu_a_stage_takes_no_more_ram_than_is_free_and_is_not_tried_wher
             climb(card.workspace(Report(torch.device("cpu"))).ladder, name, 100)
         return str(caught.value)
 
-    assert "on cpu with 1 blocks resident, the others from file:" in tried("text")
+    assert "on cpu with 2 blocks resident, the others from file:" in tried("text")
     assert "on cpu in 1 x 2 tiles:" in tried("decode")
     free[0] = 2**29
     assert "on cpu" not in tried("text") and "on cpu" not in tried("decode")

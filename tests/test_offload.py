@@ -5,7 +5,7 @@ import random
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,10 +106,9 @@ def make_blocks(count: int, resident: frozenset[int], *, nap: float = 0.0) -> St
     naps = random.Random(7)
 
     def fill(index: int, views: Mapping[str, Tensor]) -> None:
-        time.sleep(naps.random() * nap)
-        views["weight"].fill_(1 + index / 100)
-        time.sleep(naps.random() * nap)
-        views["bias"].fill_(index)
+        for name, view in views.items():
+            time.sleep(naps.random() * nap)
+            view.fill_(index if name == "bias" else 1 + index / 100)
 
     with torch.device("meta"):
         blocks = [Scale() for _ in range(count)]
@@ -277,5 +276,76 @@ def test_the_worker_does_not_spin_while_it_waits_for_a_copy(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
-    offload._Copies(torch.device("cuda:0"), 2).wait_on_host(1)
+    offload._Copies(torch.device("cuda:0"), 2).wait_until_sent(1)
     assert spinning == [False]
+
+
+@pytest.mark.parametrize("nbytes", [1, 300, 1100, 2000, 10**6])
+def test_pieces_are_a_block_cut_between_tensors(nbytes: int) -> None:
+    with torch.device("meta"):
+        block = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(size)) for name, size in zip("abcde", (5, 90, 1, 200, 7), strict=True)}
+        )
+    layout = FlatBlock(block, lambda _: torch.float32)
+    pieces = layout.pieces(nbytes)
+    assert [name for piece in pieces for name in piece.names] == list("abcde")
+    assert [piece.begin for piece in pieces] == [0, *(piece.end for piece in pieces[:-1])]
+    assert pieces[-1].end == layout.nbytes
+    assert all(piece.end - piece.begin <= nbytes or len(piece.names) == 1 for piece in pieces)
+    assert {piece.end - piece.begin <= nbytes for piece in pieces} <= {nbytes >= 1024, True}
+    flat = torch.arange(layout.nbytes).to(torch.uint8)
+    whole = layout.views(flat)
+    for piece in pieces:
+        part = layout.views(flat[piece.begin : piece.end], piece)
+        assert list(part) == list(piece.names)
+        assert all(part[name].data_ptr() == whole[name].data_ptr() for name in part)
+
+
+class LateCopies:
+    """Stands for a card's copies: each is made only when something waits for it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Tensor, Tensor, int | None]] = []
+
+    def into(self, _slot: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def copy(self, target: Tensor, source: Tensor, buffer: int | None = None) -> None:
+        self.asked.append((target, source, buffer))
+
+    def wait_until_sent(self, buffer: int) -> None:
+        while any(asked[2] == buffer for asked in self.asked):
+            self._make_one()
+
+    def wait_until_copied(self, _slot: int) -> None:
+        while self.asked:
+            self._make_one()
+
+    def _make_one(self) -> None:
+        target, source, _ = self.asked.pop(0)
+        target.copy_(source)
+
+    def mark_freed(self, _slot: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 256, 512, 2**26])
+def test_pieces_from_a_file_reach_the_card_through_two_buffers_whole_and_in_order(
+    piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlatBlock.pieces, "__defaults__", (piece_bytes,))
+    monkeypatch.setattr(offload, "_register", lambda *_: False)
+    expected = walk(make_blocks(7, frozenset({2})))
+    blocks = make_blocks(7, frozenset({2}))
+    for future in blocks._pending.values():
+        future.result()
+    streamed = [index for index in range(7) if index != 2]
+    blocks._host = offload._HostBlocks(streamed, blocks._layouts, blocks._fill, "file", CPU)
+    assert blocks._host._slab.nbytes == 2 * min(512, max(256, piece_bytes))
+    blocks._copies = LateCopies()  # type: ignore[assignment]
+    for flat in blocks._flat:
+        flat.zero_()
+    blocks._begin()
+    for _ in range(3):
+        assert torch.equal(walk(blocks), expected)
+    blocks.close()

@@ -1,7 +1,7 @@
-"""One block of a network from its file: one sequential read where the file holds the block's tensors together.
+"""Tensors of a block of a network from its file: one sequential read where the file holds them together.
 
 A store is laid out so, and most other checkpoints nearly so. Where also dtypes and places agree with the buffer that is
-to be filled, the bytes go straight into it; else through a buffer of the block's size that is used again for the next.
+to be filled, the bytes go straight into it; else through a buffer of their size that is used again for the next.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class BlockReader:
         return info.file.name, info.offset
 
     def fill(self, index: int, views: Mapping[str, Tensor]) -> None:
-        """Write the block's tensors into `views`, converting dtypes."""
+        """Write those tensors of the block that `views` has into them, converting dtypes."""
+        if not views:
+            return
         infos = {name: self._tensors.info(f"{self._path}.{index}.{name}") for name in views}
         extent = _one_extent(infos)
         if extent is None:

@@ -90,8 +90,9 @@ def open_expander(folder: Path) -> Expander:
     path = f"{LAYERS[kind]}."
     numbers = {name: math.prod(info.shape) for name, info in tensors.items()}
     layers = {name.removeprefix(path).split(".")[0] for name in numbers if name.startswith(path)}
-    block = sum(count for name, count in numbers.items() if name.startswith(f"{path}0."))
-    return Expander(folder, kind, tensors, NetworkSize(sum(numbers.values()), block, len(layers)))
+    block = [count for name, count in numbers.items() if name.startswith(f"{path}0.")]
+    size = NetworkSize(sum(numbers.values()), sum(block), len(layers), largest=(max(block, default=0), 0))
+    return Expander(folder, kind, tensors, size)
 
 
 def _require_files(folder: Path, kind: str) -> None:

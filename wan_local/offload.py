@@ -1,9 +1,9 @@
 """Blocks whose weights are not on the device: handed out in order, each brought in while the one before it computes.
 
-A block is one flat buffer and one copy. A ring of slots on the device holds the next few; `StreamedBlocks` stands where
-a network has its list of blocks, so a forward pass is written once. Copies run on a stream of their own and are ordered
-by events alone; the host waits only to stay one block ahead of the card. The same code streams from a file into RAM
-where the device is the CPU.
+A block is one flat buffer and one copy; from a file it comes in pieces, so that RAM holds two of these and not two
+blocks. A ring of slots on the device holds the next few; `StreamedBlocks` stands where a network has its list of
+blocks, so a forward pass is written once. Copies run on a stream of their own and are ordered by events alone; the host
+waits only to stay one block ahead of the card. The same code streams from a file into RAM where the device is the CPU.
 
     slot n % slots:   copy block n  ->  event `copied`  ->  compute  ->  event `freed`  ->  copy block n + slots
 """
@@ -13,20 +13,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from wan_local.planner import SLOTS, Source
+from wan_local.planner import PIECE_BYTES, SLOTS, Source
 from wan_local.quantize import stays_as_stored
 from wan_local.request import Check, unchecked
 
-Fill = Callable[[int, Mapping[str, Tensor]], None]  # write block i's tensors into these views, converting dtypes
+Fill = Callable[[int, Mapping[str, Tensor]], None]  # write some of block i's tensors into views, converting dtypes
 
 _ALIGNMENT = 256
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Neighbours among a block's tensors: their names, and where they begin and end in its buffer."""
+
+    names: tuple[str, ...]
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +105,28 @@ class FlatBlock:
             offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = offset
 
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return each tensor of the block as a view of `flat`, uint8 [nbytes]."""
+    def views(self, flat: Tensor, piece: Piece | None = None) -> dict[str, Tensor]:
+        """Return each tensor of the block as a view of `flat`, uint8 [nbytes]; those of a piece, where that is given.
+
+        `flat` then begins where the piece does.
+        """
+        begin = 0 if piece is None else piece.begin
         return {
-            name: flat[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            name: flat[offset - begin :][: shape.numel() * dtype.itemsize].view(dtype).view(shape)
             for name, dtype, shape, offset in self._fields
+            if piece is None or name in piece.names
         }
+
+    def pieces(self, nbytes: int = PIECE_BYTES) -> list[Piece]:
+        """Cut the block between tensors into pieces of at most so many bytes; a larger tensor is one of its own."""
+        pieces: list[Piece] = []
+        ends = [offset for *_, offset in self._fields[1:]] + [self.nbytes]
+        for (name, _, _, begin), end in zip(self._fields, ends, strict=True):
+            if pieces and end - pieces[-1].begin <= nbytes:
+                pieces[-1] = Piece((*pieces[-1].names, name), pieces[-1].begin, end)
+            else:
+                pieces.append(Piece((name,), begin, end))
+        return pieces
 
     def onto(self, block: nn.Module, flat: Tensor) -> nn.Module:
         """Let `block`'s parameters be views of `flat`."""
@@ -214,18 +239,25 @@ class StreamedBlocks(nn.Module):
     def _bring(self, number: int) -> None:
         """Bring the `number`-th block of the endless sequence into its slot; runs on the worker."""
         slot, position = number % len(self._flat), number % len(self._streamed)
+        index = self._streamed[position]
+        layout, flat = self._layouts[index], self._flat[slot]
         if self._host is None or self._copies is None:
-            index = self._streamed[position]
-            self._fill(index, self._layouts[index].views(self._flat[slot]))
+            for piece in layout.pieces():
+                self._fill(index, layout.views(flat[piece.begin :], piece))
             return
-        if self._host.reuses_buffers:
-            self._copies.wait_on_host(slot)
-        nbytes = self._layouts[self._streamed[position]].nbytes
-        self._copies.copy(self._flat[slot][:nbytes], self._host.block(position, slot), slot)
+        with self._copies.into(slot):
+            if not self._host.reuses_buffers:
+                self._copies.copy(flat[: layout.nbytes], self._host.block(position))
+                return
+            for piece in layout.pieces():
+                buffer = self._host.next_buffer()
+                self._copies.wait_until_sent(buffer)
+                content = self._host.piece(index, piece, buffer)
+                self._copies.copy(flat[piece.begin : piece.end], content, buffer)
 
 
 class _HostBlocks:
-    """The streamed blocks in host memory: one slab with all of them, or a small ring that is filled from the file."""
+    """The streamed blocks in host memory: one slab with all of them, or a ring of pieces, filled from the file."""
 
     def __init__(
         self, streamed: Sequence[int], layouts: Sequence[FlatBlock], fill: Fill, source: Source, device: torch.device
@@ -234,7 +266,9 @@ class _HostBlocks:
         self.reuses_buffers = source == "file"
         sizes = [layouts[index].nbytes for index in streamed]
         if self.reuses_buffers:
-            sizes = [max(sizes, default=0)] * SLOTS
+            pieces = (piece for index in streamed for piece in layouts[index].pieces())
+            sizes = [max((piece.end - piece.begin for piece in pieces), default=0)] * SLOTS
+        self._turn = 0
         self._slab = torch.empty(sum(sizes), dtype=torch.uint8)
         self._pieces = self._slab.split(sizes) if sizes else ()
         if not self.reuses_buffers:
@@ -243,15 +277,21 @@ class _HostBlocks:
         # last: a slab that is let go while it is page-locked, since filling it failed, would stay locked for good
         self._registered = _register(self._slab, device)
 
-    def block(self, position: int, slot: int) -> Tensor:
-        """Return the flat bytes of the `position`-th streamed block."""
-        if not self.reuses_buffers:
-            whole: Tensor = self._pieces[position]
-            return whole
-        layout = self._layouts[self._streamed[position]]
-        self._fill(self._streamed[position], layout.views(self._pieces[slot]))
-        piece: Tensor = self._pieces[slot][: layout.nbytes]
-        return piece
+    def block(self, position: int) -> Tensor:
+        """Return the flat bytes of the `position`-th streamed block, from the slab."""
+        whole: Tensor = self._pieces[position]
+        return whole
+
+    def next_buffer(self) -> int:
+        """Return which of the ring's buffers is the next one's turn."""
+        self._turn = (self._turn + 1) % SLOTS
+        return self._turn
+
+    def piece(self, index: int, piece: Piece, buffer: int) -> Tensor:
+        """Fill a buffer of the ring with a piece of block `index`, and return its bytes."""
+        content: Tensor = self._pieces[buffer][: piece.end - piece.begin]
+        self._fill(index, self._layouts[index].views(content, piece))
+        return content
 
     def close(self) -> None:
         if self._registered:
@@ -279,22 +319,29 @@ def _register(slab: Tensor, device: torch.device) -> bool:
 
 
 class _Copies:
-    """The copy stream of a card and, for each slot, the events that order copying and computing."""
+    """The copy stream of a card with the events that order copying and computing, and those of the host's buffers."""
 
     def __init__(self, device: torch.device, slots: int) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         # the slots' memory may have been someone's whose kernels are still queued
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._copied = [torch.cuda.Event(blocking=True) for _ in range(slots)]  # the worker waits: it would spin
-        self._freed = [torch.cuda.Event() for _ in range(slots)]
+        self._copied, self._freed = ([torch.cuda.Event() for _ in range(slots)] for _ in range(2))
+        self._sent = [torch.cuda.Event(blocking=True) for _ in range(SLOTS)]  # the worker waits: it would spin
 
-    def copy(self, target: Tensor, source: Tensor, slot: int) -> None:
-        """Enqueue a copy that begins when the slot is free."""
+    @contextmanager
+    def into(self, slot: int) -> Iterator[None]:
+        """Let the copies within begin when the slot is free, and be what is waited for before it is used."""
+        self._stream.wait_event(self._freed[slot])
+        yield
+        self._copied[slot].record(self._stream)
+
+    def copy(self, target: Tensor, source: Tensor, buffer: int | None = None) -> None:
+        """Enqueue a copy, from a buffer of the host's ring if that is given."""
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._freed[slot])
             target.copy_(source, non_blocking=True)
-            self._copied[slot].record(self._stream)
+            if buffer is not None:
+                self._sent[buffer].record(self._stream)
 
     def wait_until_copied(self, slot: int) -> None:
         """Let what is computed from here on begin after the slot's copy."""
@@ -308,6 +355,6 @@ class _Copies:
         """Wait for every copy, so that the buffers can go."""
         self._stream.synchronize()
 
-    def wait_on_host(self, slot: int) -> None:
-        """Wait until the slot's last copy has ended, so that its host buffer can be filled anew; on the worker only."""
-        self._copied[slot].synchronize()
+    def wait_until_sent(self, buffer: int) -> None:
+        """Wait until the last copy from a host buffer has ended, so that it can be filled anew; on the worker only."""
+        self._sent[buffer].synchronize()

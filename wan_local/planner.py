@@ -44,7 +44,8 @@ _DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**22, 2**26  # bytes of the rows of a we
 # what stages of one pass use int8 weights by: T5's outliers are too far out for int8 inputs, and speed matters little
 _ONCE: Int8Arithmetic = "weight-only"
 LIBRARY_BYTES = 2**26  # workspaces of cuBLAS and its like; an H200 held 20 MB in a stage that needs little else
-SLOTS = 2  # of the ring that streamed blocks pass through
+SLOTS = 2  # of the ring that streamed blocks pass through, and of the one in RAM that their pieces pass through
+PIECE_BYTES = 2**26  # that are read from a file and copied to the card at a time; one larger tensor where that is more
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class NetworkSize:
     `wide` of them stay float32 whatever the compute dtype. Quantized weights are not among them: they take `packed`
     bytes in all, whatever is computed in, and the largest one stands for `unpacked` numbers; `nibbles`: two of them in
     a byte; `integers`: all of them are whole numbers, so that int8 inputs can meet them. `blocks` has the numbers and
-    the packed bytes of each block where these count or differ.
+    the packed bytes of each block where these count or differ; `largest` those of the largest tensors in any of them,
+    None where that is not known.
     """
 
     total: int
@@ -67,6 +69,7 @@ class NetworkSize:
     nibbles: bool = False
     integers: bool = False
     blocks: tuple[tuple[int, int], ...] = ()
+    largest: tuple[int, int] | None = None
 
     def weight_bytes(self, compute_bytes: int) -> int:
         return self.total * compute_bytes + self.wide * (_FLOAT32_BYTES - compute_bytes) + self.packed
@@ -75,6 +78,14 @@ class NetworkSize:
         """Return the bytes of each block."""
         blocks = self.blocks or ((self.block, 0),) * self.num_blocks
         return [numbers * compute_bytes + packed for numbers, packed in blocks]
+
+    def piece_bytes(self, compute_bytes: int) -> int:
+        """Return the bytes of the largest piece that a block is read in from a file."""
+        block = max(self.block_bytes(compute_bytes), default=0)
+        if self.largest is None:
+            return block
+        numbers, packed = self.largest
+        return min(block, max(PIECE_BYTES, numbers * compute_bytes, packed))
 
 
 def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
@@ -332,14 +343,15 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, *,
     for resident in range(max(0, len(blocks) - SLOTS), -1, -1):
         stay = spread(len(blocks), resident)
         waiting = [block for index, block in enumerate(blocks) if index not in stay]
-        ring = SLOTS + (machine.device == "cpu")  # there a block also passes through a buffer in its file's dtypes
-        weights = rest + sum(blocks) - sum(waiting) + ring * max(waiting)
+        weights = rest + sum(blocks) - sum(waiting) + SLOTS * max(waiting)
+        if machine.device == "cpu":
+            weights += size.piece_bytes(compute)  # there they also pass through a buffer in the file's dtypes
         if activation + weights <= budget:
             break
     on_cpu, in_ram = machine.device == "cpu", stage.ram_bytes + sum(waiting)
     source: Source = "ram" if not (on_cpu or once) and in_ram <= usable_ram_bytes(machine) else "file"
     if source == "file":
-        in_ram = 0 if on_cpu else stage.ram_bytes + SLOTS * max(waiting)
+        in_ram = 0 if on_cpu else stage.ram_bytes + SLOTS * size.piece_bytes(compute)
     return replace(
         stage,
         weight_bytes=weights,

@@ -161,9 +161,23 @@ def _size_of(recipe: _Recipe, config: ModelConfig, weights: ModelFiles | WeightF
     )
     if recipe.layers is None or not recipe.streams:
         return size
-    blocks = tuple(_count(block) for block in cast(nn.ModuleList, module.get_submodule(recipe.layers)))
+    listed = cast(nn.ModuleList, module.get_submodule(recipe.layers))
+    blocks = tuple(_count(block) for block in listed)
     table = module.get_parameter(recipe.table).numel() if recipe.table else 0
-    return replace(size, block=blocks[0][0], num_blocks=len(blocks), table=table, blocks=blocks)
+    return replace(
+        size, block=blocks[0][0], num_blocks=len(blocks), table=table, blocks=blocks, largest=_largest(listed)
+    )
+
+
+def _largest(blocks: nn.ModuleList) -> tuple[int, int]:
+    """Return the numbers and the packed bytes of the largest tensors in any block."""
+    numbers = packed = 0
+    for name, parameter in blocks.named_parameters():
+        if stays_as_stored(name, parameter.dtype):
+            packed = max(packed, parameter.nbytes)
+        else:
+            numbers = max(numbers, parameter.numel())
+    return numbers, packed
 
 
 def _count(module: nn.Module) -> tuple[int, int]:
