@@ -14,7 +14,7 @@ import pytest
 
 from tests.stamps import stamp_request, stamp_settings
 from wan_local import pipeline, service
-from wan_local.errors import Busy, Cancelled
+from wan_local.errors import Busy, Cancelled, OutputError
 from wan_local.jobs import Ticket
 from wan_local.lock import holding, holding_card
 from wan_local.pipeline import Pipeline
@@ -123,3 +123,15 @@ def test_a_note_that_cannot_be_written_or_removed_keeps_nobody_from_the_lock(
     for _ in range(2):
         with holding(tmp_path / "lock", what="it", way_out=""):
             pass
+
+
+def test_a_folder_that_no_lock_can_be_made_in_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    lock = tmp_path / "file" / "x.lock"
+    with (
+        pytest.raises(
+            OutputError, match=r"the card cuda:0 can't be taken.*x\.lock.*(Not a directory|File exists).*TMPDIR"
+        ),
+        holding(lock, what="the card cuda:0", way_out="Wait."),
+    ):
+        raise AssertionError

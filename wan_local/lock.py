@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from wan_local import durable
-from wan_local.errors import Busy
+from wan_local.errors import Busy, OutputError
 from wan_local.home import temporary_folder
 
 
@@ -35,10 +35,12 @@ class Holder:
 
 @contextmanager
 def holding(path: Path, *, what: str, way_out: str) -> Iterator[None]:
-    """Hold the lock at `path` for as long as the block runs. Raises Busy, which names who holds `what` already."""
-    durable.make_folder(path.parent)
+    """Hold the lock at `path` for as long as the block runs.
+
+    Raises Busy, which names who holds `what` already; OutputError where there can be no file at `path`.
+    """
     lock, beside = durable.Lock(path), path.with_name(f"{path.name}.holder")
-    if not lock.acquire():
+    if not _taken(lock, path, what):
         raise Busy(f"{what} is held by {_told(beside)}. {way_out}")
     try:
         since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
@@ -50,6 +52,17 @@ def holding(path: Path, *, what: str, way_out: str) -> Iterator[None]:
         with suppress(OSError):  # Windows removes no file that someone is reading
             beside.unlink(missing_ok=True)
         lock.release()
+
+
+def _taken(lock: durable.Lock, path: Path, what: str) -> bool:
+    try:
+        durable.make_folder(path.parent)
+        return lock.acquire()
+    except OSError as error:
+        raise OutputError(
+            f"{what} can't be taken for this process alone: no file can be made at {str(path)!r}: "
+            f"{durable.reason(error)}. Let this user write there, or name another folder for such files as TMPDIR."
+        ) from error
 
 
 @contextmanager
