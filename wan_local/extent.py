@@ -57,8 +57,8 @@ def read_once(info: TensorInfo, offset: int, count: int) -> Tensor:
         if count >= _WORTH_BYTES:
             done = min(count, max(0, read_past_cache(stream.fileno(), offset - lead, room) - lead))
         _fill(stream, info.file, offset + done, content[done:])
-    item = DTYPES[info.dtype].itemsize if info.dtype in DTYPES else BLOCK  # torch wants numbers at multiples of it
-    return content if offset % item == 0 else content.clone()
+    item = DTYPES[info.dtype].itemsize if info.dtype in DTYPES else BLOCK  # a GGUF's blocks hold numbers of any size
+    return content if offset % item == 0 else content.clone()  # torch wants numbers at multiples of their size
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
