@@ -22,7 +22,7 @@ LINES = (
     ("failure", "hub", "planner", "key_map", "header", "manifest", "runs"),
     ("timing", "fitting"),
     ("anatomy", "gguf_header", "pickle_header"),
-    ("lora_header",),
+    ("lora_header", "page_cache"),
     ("weight_files", "kinds", "scales"),
     ("stored_tensor", "tokenizer_file"),
     ("inspection",),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wan_local.errors import CorruptModel
 from wan_local.header import FileStamp, TensorInfo
+from wan_local.page_cache import BLOCK, aligned_bytes, read_past_cache
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -31,6 +32,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _READ_BYTES = 2**26  # a call: the kernel reads ahead, and an interrupt is not kept waiting
+_WORTH_BYTES = 2**18  # past the page cache; several smaller ones come of one reading ahead
 
 
 def read_extent(file: Path, offset: int, into: Tensor, stamp: FileStamp | None = None) -> None:
@@ -41,6 +43,22 @@ def read_extent(file: Path, offset: int, into: Tensor, stamp: FileStamp | None =
     """
     with _opened(file, stamp) as stream:
         _fill(stream, file, offset, into)
+
+
+def read_once(info: TensorInfo, offset: int, count: int) -> Tensor:
+    """Return `count` bytes from `offset` of a tensor's file on, past the page cache where that is possible.
+
+    For what is read once: whoever reads it again waits for the disk again. Raises CorruptModel as `read_extent` does.
+    """
+    lead, done = offset % BLOCK, 0
+    room = aligned_bytes(lead + count)
+    content = room[lead : lead + count]
+    with _opened(info.file, info.stamp) as stream:
+        if count >= _WORTH_BYTES:
+            done = min(count, max(0, read_past_cache(stream.fileno(), offset - lead, room) - lead))
+        _fill(stream, info.file, offset + done, content[done:])
+    item = DTYPES[info.dtype].itemsize if info.dtype in DTYPES else BLOCK  # a GGUF's blocks hold numbers of any size
+    return content if offset % item == 0 else content.clone()  # torch wants numbers at multiples of their size
 
 
 def read_tensor(info: TensorInfo) -> Tensor:

@@ -37,7 +37,7 @@ class SourceTensors(Mapping[str, Tensor]):
         self.ignored = tuple(ignored)
 
     def __getitem__(self, name: str) -> Tensor:
-        return read_stored(self._stored[name])
+        return read_stored(self._stored[name], once=True)
 
     def stored(self, name: str) -> StoredTensor:
         """Return where a tensor is in its file, and as what."""
@@ -57,7 +57,7 @@ class SourceTensors(Mapping[str, Tensor]):
 
     def row_range(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop` of a tensor, and read no others: for tables of gigabytes."""
-        return read_stored(self._stored[name], start, stop)
+        return read_stored(self._stored[name], start, stop, once=True)
 
     def rows(self, name: str, indices: Sequence[int]) -> Tensor:
         """Return some rows of a table without reading the others."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from wan_local.errors import CorruptModel
 from wan_local.key_map import Part
+from wan_local.page_cache import Appender
 from wan_local.quantize import SMALLEST, is_block_linear, quantize_weight
 from wan_local.store_journal import Journal, Written, good_part
 from wan_local.store_layout import Piece, Run, StoreFile
@@ -78,7 +79,7 @@ class Producer:
 
     def __init__(self, part_of: Callable[[Part], Tensors], loras: Sequence[Adapter]) -> None:
         self._part_of, self._loras = part_of, loras
-        workers = max(1, min(_MAX_WORKERS, os.cpu_count() or 1))
+        workers = min(_MAX_WORKERS, 1 + (os.cpu_count() or 1))  # one of them waits for the disk
         self._ahead = 2 * workers
         self._pool = ThreadPoolExecutor(workers, "wan_local-convert", initializer=lambda: torch.set_num_threads(1))
         self._threads = torch.get_num_threads()
@@ -159,17 +160,21 @@ def write_file(folder: Path, file: StoreFile, journal: Journal, producer: Produc
         good, digest = good_part(stream, noted)
         stream.seek(good.end if good else 0)
         stream.truncate()
+        output = Appender(stream, stream.tell())
         if good is None:
-            _write(stream, header, digest)
+            _write(output, header, digest)
         with ThreadPoolExecutor(1, "wan_local-sync") as notary:  # what is synced while the next run is made
             notes, first = [], good.runs if good else 0
             meter.skip(file, first)
             for done, run in enumerate(file.runs[first:], start=first + 1):
                 for tensor, read_bytes in producer.run(file.part, run):
                     content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-                    _write(stream, content, digest)
+                    _write(output, content, digest)
                     meter.add(file, read_bytes, len(content))
-                written = Written(file.path, done, stream.tell(), digest.hexdigest())
+                output.hand_over()
+                if done == len(file.runs):
+                    stream.truncate(output.end)
+                written = Written(file.path, done, output.end, digest.hexdigest())
                 notes.append(notary.submit(_note, stream, journal, written))
                 if len(notes) > 1:
                     notes[-2].result()
@@ -182,12 +187,9 @@ def _note(stream: BinaryIO, journal: Journal, written: Written) -> Written:
     return written
 
 
-def _write(stream: BinaryIO, content: bytes | memoryview, digest: Any) -> None:
-    """Write all of it: one call may take less."""
+def _write(output: Appender, content: bytes | memoryview, digest: Any) -> None:
     digest.update(content)
-    left = memoryview(content)
-    while left:
-        left = left[stream.write(left) :]
+    output.append(content)
 
 
 def _converted(part: Part, piece: Piece, rows: Tensor, read_bytes: int, *, last: bool) -> _Rows:

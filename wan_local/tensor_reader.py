@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wan_local.dequantize import dequantize_blocks
 from wan_local.errors import CorruptModel
-from wan_local.extent import read_extent
+from wan_local.extent import read_extent, read_once
 from wan_local.gguf_header import TYPES
 from wan_local.header import TensorInfo
 from wan_local.stored_tensor import EIGHT_BITS, WHOLE_SHIFTS, StoredTensor
@@ -37,23 +37,24 @@ def given_dtype(stored: StoredTensor) -> torch.dtype:
     return _GIVEN.get(stored.info.dtype, torch.float32)
 
 
-def read_stored(stored: StoredTensor, start: int = 0, stop: int | None = None) -> Tensor:
+def read_stored(stored: StoredTensor, start: int = 0, stop: int | None = None, *, once: bool = False) -> Tensor:
     """Return rows `start` to `stop` of a tensor (all unless told), on the CPU, in `given_dtype`.
 
+    once: these rows will not be read again, so the page cache need not keep them.
     Raises CorruptModel where numbers can't be right: scales that are negative, NaN, infinite or zero; a file that was
     cut short, or changed since its header was read.
     """
     if stored.shift is not None:
         return _read_packed(stored)[start:stop]
-    read = _read_rows if stored.info.strides is None else _read_strided
-    numbers = read(stored, start, stop)
+    strided = stored.info.strides is not None
+    numbers = _read_strided(stored, start, stop) if strided else _read_rows(stored, start, stop, once=once)
     if stored.scale is not None:
         numbers = numbers.float().mul_(_read_scale(stored, start, stop, numbers.dim()))
     return numbers.to(given_dtype(stored))
 
 
-def _read_rows(stored: StoredTensor, start: int, stop: int | None) -> Tensor:
-    info = stored.info
+def _read_rows(stored: StoredTensor, start: int, stop: int | None, *, once: bool) -> Tensor:
+    info, read = stored.info, read_once if once else _bytes
     if not stored.shape:
         return _numbers(info.dtype, _bytes(info, info.offset, info.nbytes)).view(())
     start, stop, _ = slice(start, stop).indices(stored.shape[0])
@@ -62,10 +63,10 @@ def _read_rows(stored: StoredTensor, start: int, stop: int | None) -> Tensor:
     items, nbytes = _BLOCK_ITEMS.get(info.dtype, (1, 0))
     if items == 1:
         item = _DTYPES[info.dtype].itemsize
-        content = _bytes(info, info.offset + first * item, count * item)
+        content = read(info, info.offset + first * item, count * item)
         return _numbers(info.dtype, content).view(-1, *stored.shape[1:])
     from_block, to_block = first // items, -(-(first + count) // items)  # rows may begin inside a block
-    content = _bytes(info, info.offset + from_block * nbytes, (to_block - from_block) * nbytes)
+    content = read(info, info.offset + from_block * nbytes, (to_block - from_block) * nbytes)
     try:
         numbers = dequantize_blocks(info.dtype, content)
     except CorruptModel as error:
