@@ -45,7 +45,6 @@ def generated(truth: Frames, prompt: str, folder: Path, **changes: object) -> Fr
         "resolution": "480p",
         "aspect_ratio": "16:9",
         "num_inference_steps": STEPS,
-        "guide_scale": 1,
         "seed": 1,
     }
     output = folder / "clip.mp4"
@@ -80,7 +79,7 @@ def test_it_beats_the_cross_fade_on_unseen_clips_of_a_moving_shape(tmp_path: Pat
         gains.append(psnr(video, truth) - psnr(cross_fade(truth), truth))
         firsts.append(psnr(video[0], truth[0]) - psnr(round_trip(truth[0]), truth[0]))
         lasts.append(psnr(video[-1], truth[-1]) - psnr(round_trip(truth[-1]), truth[-1]))
-    assert sum(gain > 0 for gain in gains) >= 5 and np.mean(gains) > 1, gains
+    assert sum(gain > 0 for gain in gains) >= 6 and np.mean(gains) > 1.7, gains
     assert np.mean(firsts) > -2, firsts
     assert np.mean(lasts) > -3, lasts
 

@@ -7,7 +7,7 @@ the frames between a quarter and three quarters of the clip; the cross-fade blen
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -87,12 +87,13 @@ def run_case(
     seconds = {}
     for scale in case.scales:
         start = time.perf_counter()
-        setting = Sampler(scale, sampler.shift, sampler.num_inference_steps)
+        setting = replace(sampler, guide_scale=scale)
         videos[f"model, guidance {scale:g}"] = decode(vae, sample(transformer, encoders, shard, setting))
         seconds[f"guidance {scale:g}"] = round((time.perf_counter() - start) / len(seeds), 2)
     if case.wrong_prompts:
         wrong = shard.captions[1:] + shard.captions[:1]
-        videos["model, another clip's prompt"] = decode(vae, sample(transformer, encoders, shard, sampler, wrong))
+        setting = replace(sampler, guide_scale=case.scales[-1])
+        videos["model, another clip's prompt"] = decode(vae, sample(transformer, encoders, shard, setting, wrong))
     if case.sheet:
         write_sheet(truth, videos, case.scales, shard, out / f"sheet_{shape.name}")
     figures = {name: measure(truth, video) for name, video in videos.items()}

@@ -13,23 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from bench.tiny_model import cache, train_transformer, train_vae
 from bench.tiny_model.encoders import Encoders, build_encoders, load_encoders
 from bench.tiny_model.export import build_vae_with_statistics, export, export_networks
 from bench.tiny_model.log import Log
 from bench.tiny_model.photos import held_out_photos, on_device, training_photos
-from bench.tiny_model.transformer import build_transformer, weaken_text
+from bench.tiny_model.transformer import build_transformer
 from bench.tiny_model.vae import build_vae, channels_last
 
-STAGES = ("images", "clips", "statistics", "cache", "transformer", "decoder", "export")
-SECONDS = {"images": 900.0, "clips": 900.0, "transformer": 3420.0, "decoder": 600.0}
+STAGES = ("images", "clips", "statistics", "cache", "transformer", "guidance", "decoder", "export")
+SECONDS = {"images": 900.0, "clips": 900.0, "transformer": 3420.0, "guidance": 600.0, "decoder": 600.0}
 PEAK_RATES = {"images": 1e-2, "clips": 2.5e-3, "decoder": 2e-3}
 """A clip's frames are alike, so the taps of a 3-D convolution move together: more than this undoes the image stage."""
 DEFAULT_FOLDER = Path(__file__).parents[2] / "wan_local" / "tiny_model"
-TEXT_SCALE = 0.3
-"""Of what prompts add to attention, on export: without it guidance 5, the endpoint's default, overdraws by 2 dB."""
 VALIDATION_SEED = 3 * 10**6
 CACHE_SEED = 10**3
 
@@ -61,9 +59,6 @@ def main() -> None:
         "--cache-processes", type=int, default=0, help="fill the cache by so many processes while the rest trains"
     )
     parser.add_argument("--rounds", type=int, default=5, help="size of the latent cache")
-    parser.add_argument(
-        "--text-scale", type=float, default=TEXT_SCALE, help="of what prompts add to attention, on export"
-    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -110,17 +105,32 @@ def run(stage: str, args: argparse.Namespace, encoders: Encoders, log: Log) -> N
         if not args.cache_processes:
             fill_cache(args, encoders, log)
     elif stage == "transformer":
-        seconds, half = SECONDS[stage] * args.scale, args.dtype == "bfloat16"
-        settings = (
-            train_transformer.Settings(seconds, half=half)
-            if args.device == "cpu"
-            else train_transformer.Settings.on_card(seconds, args.device, half=half)
-        )
+        settings = transformer_settings(stage, args)
         train_transformer.train(build_transformer(), settings, args.work, args.work / "latents", encoders, log)
+    elif stage == "guidance":
+        settings = transformer_settings(stage, args).for_guidance()
+        model = load_transformer(args.work / "transformer.pt")
+        train_transformer.train(model, settings, args.work, args.work / "latents", encoders, log)
     elif stage == "decoder":
         train_vae.train_stage(load_vae(args.work), vae_settings(stage, args, hold=0.2), args.work, log)
     else:
         write(args, encoders, log)
+
+
+def transformer_settings(stage: str, args: argparse.Namespace) -> train_transformer.Settings:
+    """Return how the transformer is trained on the device."""
+    seconds, half = SECONDS[stage] * args.scale, args.dtype == "bfloat16"
+    if args.device == "cpu":
+        return train_transformer.Settings(seconds, half=half)
+    return train_transformer.Settings.on_card(seconds, args.device, half=half)
+
+
+def load_transformer(weights: Path) -> WanTransformer3DModel:
+    """Return the transformer with weights of its training: finished ones, or a state's running average."""
+    state = torch.load(weights, weights_only=True, map_location="cpu")
+    transformer = build_transformer()
+    transformer.load_state_dict(state.get("average", state))
+    return transformer
 
 
 def vae_settings(stage: train_vae.Stage, args: argparse.Namespace, *, hold: float) -> train_vae.Settings:
@@ -175,19 +185,17 @@ def fill_cache(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
 
 
 def write(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
-    """Export the newest weights; while the transformer still trains, its running average."""
-    transformer = build_transformer()
-    done, partial = args.work / "transformer.pt", args.work / "transformer_partial.pt"
-    if done.exists():
-        transformer.load_state_dict(torch.load(done, weights_only=True, map_location="cpu"))
-    else:
-        transformer.load_state_dict(torch.load(partial, weights_only=True, map_location="cpu")["average"])
-    weaken_text(transformer, args.text_scale)
+    """Export the newest weights; while they are still trained, their running average."""
+    newest = [
+        args.work / f"{stage}.pt" for stage in ("guidance", "guidance_partial", "transformer", "transformer_partial")
+    ]
+    weights = next(path for path in newest if path.exists())
+    transformer = load_transformer(weights)
     if args.base:
         export_networks(args.folder, args.work / "export", load_vae(args.work), transformer)
     else:
         export(args.folder, args.work / "export", encoders, load_vae(args.work), transformer)
-    log.write(f"exported {'final' if done.exists() else 'intermediate'} weights")
+    log.write(f"exported {weights.stem}")
 
 
 if __name__ == "__main__":

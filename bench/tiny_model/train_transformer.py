@@ -1,8 +1,14 @@
-"""Trains the transformer by flow matching on cached latents: v = noise - x0 at (1 - sigma) * x0 + sigma * noise."""
+"""Trains the transformer by flow matching on cached latents: v = noise - x0 at (1 - sigma) * x0 + sigma * noise.
 
+A second stage teaches the finished model what guidance is worth: with a prompt it predicts its own answer to the
+negative prompt and only `prompt_share` of the way from there, so that guidance 1 / `prompt_share` draws what it learnt.
+"""
+
+import copy
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,12 +27,15 @@ from bench.tiny_model.transformer import (
     choose_frames,
     halve_projections,
     shorten_text,
+    weaken_text,
 )
 
 INNER_FRAMES = 3
 TIMESTEPS = 1000
 GOLDEN = 0.6180339887498949
 VALIDATION_SIGMAS = (0.95, 0.7, 0.4, 0.15)
+DEFAULT_GUIDANCE = 5.0
+"""The endpoint's; a model that learnt captions as they are overdraws with it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,8 @@ class Settings:
     )
     sparse: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.65, 0.1))
     """From a progress on: the share of steps on only the first, the last and `INNER_FRAMES` other latent frames."""
+    stage: Literal["transformer", "guidance"] = "transformer"
+    prompt_share: float = 1.0
 
     @classmethod
     def on_card(cls, seconds: float, device: str, *, half: bool) -> "Settings":
@@ -74,6 +85,18 @@ class Settings:
             sparse=((0.0, 0.0),),
         )
 
+    def for_guidance(self) -> "Settings":
+        """Return settings for the stage after: short, gentle, on clips as they are at the end of the training."""
+        return replace(
+            self,
+            stage="guidance",
+            prompt_share=1 / DEFAULT_GUIDANCE,
+            peak_rate=self.peak_rate / 5,
+            hold=0.0,
+            mixture=((0.0, self.mixture[-1][1]),),
+            sparse=((0.0, self.sparse[-1][1]),),
+        )
+
 
 def pick_frames(latent_frames: int, rng: np.random.Generator) -> Tensor:
     """Draw the first, the last and a few latent frames between."""
@@ -85,24 +108,27 @@ def train(
     model: WanTransformer3DModel, settings: Settings, folder: Path, cache: Path, encoders: Encoders, log: Log
 ) -> WanTransformer3DModel:
     """Train from where it stands and return the averaged weights; skips a finished training."""
-    done, partial = folder / "transformer.pt", folder / "transformer_partial.pt"
+    done, partial = folder / f"{settings.stage}.pt", folder / f"{settings.stage}_partial.pt"
     if done.exists():
         model.load_state_dict(torch.load(done, weights_only=True, map_location="cpu"))
         return model
     model.to(settings.device)
-    processor = shorten_text(model)
-    optimizers = build_optimizers(*_split(model), settings.peak_rate, settings.weight_decay)
+    store = Store(cache, encoders, settings.device)
+    validation = Store(folder / "validation", encoders, settings.device)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    trainer = Trainer.of(model, settings, store, validation)
+    if settings.prompt_share < 1:
+        trainer.teacher = Trainer.of(frozen, settings, store, validation)
+        weaken_text(model, settings.prompt_share)  # most of the way
     if settings.half and settings.device == "cpu":
-        halve_projections(model)
-        for block in model.blocks:
+        for block in model.blocks:  # the teacher's not: that would take minutes to compile, again
             block.compile(dynamic=True)
+    optimizers = build_optimizers(*_split(model), settings.peak_rate, settings.weight_decay)
     state = TrainingState(model, Average(model, settings.average_decay), optimizers)
     if partial.exists():
         state.restore(partial)
-    log.write(f"transformer {sum(p.numel() for p in model.parameters())} parameters {settings}")
-    store = Store(cache, encoders, settings.device)
-    validation = Store(folder / "validation", encoders, settings.device)
-    _loop(Trainer(model, processor, choose_frames(model), settings, store, validation), state, partial, log)
+    log.write(f"{settings.stage} {sum(p.numel() for p in model.parameters())} parameters {settings}")
+    _loop(trainer, state, partial, log)
     model.load_state_dict(state.average.weights)
     torch.save(model.state_dict(), done)
     return model
@@ -127,7 +153,7 @@ def _loop(trainer: "Trainer", state: TrainingState, partial: Path, log: Log) -> 
             next_report += settings.report_seconds
             figures = trainer.validate(state.average)
             mean = running.item() / (state.step - first)
-            log.write(f"transformer {elapsed:.0f} s step {state.step} clips {clips} loss {mean:.4f} | {figures}")
+            log.write(f"{settings.stage} {elapsed:.0f} s step {state.step} clips {clips} loss {mean:.4f} | {figures}")
             running.zero_()
             first, clips = state.step, trainer.store.refresh()
             state.save(partial)
@@ -144,6 +170,14 @@ class Trainer:
     settings: Settings
     store: Store
     validation: Store
+    teacher: "Trainer | None" = None
+
+    @classmethod
+    def of(cls, model: WanTransformer3DModel, settings: Settings, store: Store, validation: Store) -> "Trainer":
+        """Give a plain model what training needs: short texts, chosen frames, fast projections where asked for."""
+        if settings.half and settings.device == "cpu":
+            halve_projections(model)
+        return cls(model, shorten_text(model), choose_frames(model), settings, store, validation)
 
     def loss(self, step: int, progress: float) -> Tensor:
         """Return the flow-matching loss of one batch drawn by `step`."""
@@ -152,36 +186,53 @@ class Trainer:
         sparse = [share for start, share in settings.sparse if progress >= start][-1]
         frames = pick_frames(pool.x_NCTHW.shape[2], rng) if rng.random() < sparse else None
         rows = self._rows(pool, frames, rng)
-        batch = pool.batch(rows, self._texts(pool, rows, rng), frames)
+        texts, prompted_B = self._texts(pool, rows, rng)
+        batch = pool.batch(rows, texts, frames)
         # low-discrepancy sigmas: every step sees the whole range, however small the batch
         u = (rng.random() + np.arange(len(rows)) / len(rows) + step * GOLDEN) % 1.0
         sigma = torch.from_numpy(settings.sigma_shift * u / (1 + (settings.sigma_shift - 1) * u)).float()
         noise = torch.randn_like(batch.x_BCTHW)
+        target = noise - batch.x_BCTHW
+        if self.teacher is not None:
+            negative = pool.captions.texts(rows, self.store.negative, torch.ones_like(prompted_B))
+            without = self.teacher.answer(replace(batch, texts=negative), sigma, noise, frames)
+            weakened = torch.lerp(without, target, settings.prompt_share)
+            target = torch.where(prompted_B.to(target.device).view(-1, 1, 1, 1, 1), weakened, target)
         # while motion is still unlearnt a prompt is only noise: left alone, attention leaves the text for good
         # (a sum that needs gradients from the first block on: else torch would compile the first one apart)
         self.processor.starved = torch.zeros((), device=settings.device, requires_grad=True).clone()
         self.rope.frames = frames
-        loss = self.error(batch, sigma, noise, settings.ends_weight).mean()
+        loss = self.error(batch, sigma, noise, target, settings.ends_weight).mean()
         starved, self.rope.frames, self.processor.starved = self.processor.starved, None, None
         return loss + settings.text_weight * starved / len(self.model.blocks)
 
-    def error(self, batch: Batch, sigma_B: Tensor, noise: Tensor, ends_weight: float = 1.0) -> Tensor:
+    def error(self, batch: Batch, sigma_B: Tensor, noise: Tensor, target: Tensor, ends_weight: float = 1.0) -> Tensor:
         """Return the squared error of the predicted velocity for each clip; its ends count so much more."""
+        squared_BT = (self.velocity(batch, sigma_B, noise) - target).square().mean((1, 3, 4))
+        weight_T = torch.ones_like(squared_BT[0])
+        weight_T[[0, -1]] = ends_weight
+        return squared_BT @ weight_T / weight_T.sum()
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, sigma_B: Tensor, noise: Tensor, frames: Tensor | None) -> Tensor:
+        """Return the velocity as a teacher gives it."""
+        self.rope.frames = frames
+        return self.velocity(batch, sigma_B, noise)
+
+    def velocity(self, batch: Batch, sigma_B: Tensor, noise: Tensor) -> Tensor:
+        """Return the predicted velocity [B, C, T, H, W] in float32 for clips with so much noise."""
         device = self.settings.device
         self.processor.bias = batch.texts.bias
         noisy = torch.lerp(batch.x_BCTHW, noise, sigma_B.to(device).view(-1, 1, 1, 1, 1))
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=self.settings.half and device != "cpu"):
-            velocity = self.model(
+            predicted: Tensor = self.model(
                 hidden_states=torch.cat((noisy, batch.condition_BCTHW), 1),
                 timestep=(sigma_B * TIMESTEPS).floor().to(device),
                 encoder_hidden_states=batch.texts.embeds,
                 encoder_hidden_states_image=batch.images_BND.flatten(0, 1),
                 return_dict=False,
-            )[0].float()
-        squared_BT = (velocity - (noise - batch.x_BCTHW)).square().mean((1, 3, 4))
-        weight_T = torch.ones_like(squared_BT[0])
-        weight_T[[0, -1]] = ends_weight
-        return squared_BT @ weight_T / weight_T.sum()
+            )[0]
+        return predicted.float()
 
     def _rows(self, pool: Pool, frames: Tensor | None, rng: np.random.Generator) -> Tensor:
         """Draw clips of a pool, as many as fit into a batch; what moves is drawn more often."""
@@ -190,18 +241,19 @@ class Trainer:
         likely = pool.likely_N / pool.likely_N.sum()
         return torch.from_numpy(rng.choice(len(pool), min(fitting, len(pool)), replace=False, p=likely))
 
-    def _texts(self, pool: Pool, rows: Tensor, rng: np.random.Generator) -> Texts:
+    def _texts(self, pool: Pool, rows: Tensor, rng: np.random.Generator) -> tuple[Texts, Tensor]:
         """Return the captions; now and then all of them among unrelated words, or some as the negative prompt or none.
 
-        Long prompts come in batches of their own, since every text is padded to the longest.
+        Also returns which [B] are prompts. Long ones come in batches of their own, since every text is padded to the
+        longest.
         """
         settings, drawn = self.settings, rng.random()
         if drawn < settings.noise_share:
-            return pool.noisy.texts(rows)
+            return pool.noisy.texts(rows), torch.ones(len(rows), dtype=torch.bool)
         negative = drawn < settings.noise_share + settings.drop_share
         other = self.store.negative if negative else self.store.empty
         dropped = torch.from_numpy(rng.random(len(rows)) < (0.5 if negative else settings.drop_share / 2))
-        return pool.captions.texts(rows, other, dropped)
+        return pool.captions.texts(rows, other, dropped), ~dropped
 
     @torch.no_grad()
     def validate(self, average: Average) -> str:
@@ -227,7 +279,8 @@ class Trainer:
         rows = torch.arange(len(pool))
         batch = pool.batch(rows, pool.captions.texts(rows.roll(shifted)))
         noise = torch.randn(batch.x_BCTHW.shape, generator=torch.Generator().manual_seed(index))
-        return self.error(batch, torch.full((len(pool),), level), noise.to(batch.x_BCTHW.device))
+        noise = noise.to(batch.x_BCTHW.device)
+        return self.error(batch, torch.full((len(pool),), level), noise, noise - batch.x_BCTHW)
 
 
 def _split(model: WanTransformer3DModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
