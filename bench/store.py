@@ -11,9 +11,9 @@ Cases, each with random weights under the true names and shapes of FLF2V-14B; wh
     generate            the latter again, from the store that `--keep` left
 
 `--blocks 8` makes a model of as many blocks, which takes a minute and 11 GB. Speeds are of bytes read and written
-together. The copy is `cp` of one or two of the source's files, then
-`sync`, in the same run: converting syncs too. Before each of both the source is put out of the page cache. Converting
-needs more arithmetic than copying, so on a machine that others use too compare the CPU seconds as well.
+together. The copy is `cp` of one or two of the source's files, then `sync`, before and after the conversion, which
+syncs too: a disk that is lent may be fast for some seconds and slow then. Before each the source is put out of the page
+cache. Converting needs more arithmetic than copying: on a machine that others use too compare the CPU seconds as well.
 """
 
 from __future__ import annotations
@@ -97,17 +97,21 @@ def _conversion(scratch: Path, case: str, layout: Layout, format_: WeightFormat,
         shutil.copytree(TINY / "tokenizer", source / "tokenizer")
         os.sync()
         files = sorted(source.rglob("*.safetensors"), key=lambda file: -file.stat().st_size)
-        copied = _copy(files, scratch / "copy")
+        before = _copy(files, scratch / "copy")
         _forget(files)
         measured = _in_child("_convert_measured", str(source), str(target), format_, str(blocks))
-        ratio = measured["bytes_per_second"] / copied["bytes_per_second"]
+        shutil.rmtree(target)  # room for the copy
+        after = _copy(files, scratch / "copy")
+        seconds = before["seconds"] + after["seconds"]
+        ratio = measured["bytes_per_second"] * seconds / (before["bytes"] + after["bytes"])
         append_row(
             "store",
             {
                 "case": case,
                 "blocks": blocks,
-                "copy": copied,
+                "copy_before": before,
                 "convert": measured,
+                "copy_after": after,
                 "of_copy": round(ratio, 3),
                 "world": describe(CPU),
             },
