@@ -301,6 +301,19 @@ def test_weights_that_are_replaced_while_they_are_in_use_are_an_error_not_garbag
     PartTensors(open_model(model), "text_encoder").rows("shared.weight", [3])
 
 
+def test_a_tensor_in_another_dtype_comes_through_a_few_mib_and_not_through_a_copy_of_it(tmp_path: Path) -> None:
+    stored = torch.randn(2300, 1025, generator=torch.Generator().manual_seed(3))  # 9.4 MB: more than come at a time
+    file = tmp_path / "weights.safetensors"
+    save_file({"blocks.0.attn1.to_q.weight": stored, "blocks.0.attn1.to_q.bias": stored[0].clone()}, file)
+    part: Part = "transformer"
+    reader = BlockReader(PartTensors(replace(open_model(TINY), tensors={part: read_header(file)}), part), "blocks")
+    views = {"attn1.to_q.weight": stored.bfloat16().zero_(), "attn1.to_q.bias": stored[0].bfloat16().zero_()}
+    reader.fill(0, views)
+    assert torch.equal(views["attn1.to_q.weight"], stored.bfloat16())
+    assert torch.equal(views["attn1.to_q.bias"], stored[0].bfloat16())
+    assert reader._staging.nbytes <= 2**23 < stored.nbytes
+
+
 def test_rows_of_a_table_are_read_without_room_for_the_table(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     if not Path("/proc/self/statm").exists():

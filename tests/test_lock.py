@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -134,4 +135,13 @@ def test_a_folder_that_no_lock_can_be_made_in_is_named(tmp_path: Path) -> None:
         ),
         holding(lock, what="the card cuda:0", way_out="Wait."),
     ):
+        raise AssertionError
+
+
+def test_no_folder_for_temporary_files_at_all_is_an_error_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    with pytest.raises(OutputError, match=r"no place for a lock.*TMPDIR"), holding_card("cuda:0", shared=False):
         raise AssertionError

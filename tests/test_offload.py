@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import random
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -280,25 +281,38 @@ def test_the_worker_does_not_spin_while_it_waits_for_a_copy(monkeypatch: pytest.
     assert spinning == [False]
 
 
-@pytest.mark.parametrize("nbytes", [1, 300, 1100, 2000, 10**6])
-def test_pieces_are_a_block_cut_between_tensors(nbytes: int) -> None:
+class Five(nn.Module):
+    """A block of five tensors; which ones stand together in a span depends on its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, size in zip("abcde", (5, 90, 1, 200, 7), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(size)))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "together"),
+    [(1, "a b c d e"), (600, "a b c d e"), (800, "ab c d e"), (1100, "abc d e"), (1300, "abc de"), (2**26, "abcde")],
+)
+def test_spans_are_a_block_cut_between_tensors(nbytes: int, together: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors take 256, 512, 256, 1024 and 256 bytes in the buffer."""
+    monkeypatch.setattr(offload, "SPAN_BYTES", nbytes)
     with torch.device("meta"):
-        block = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(size)) for name, size in zip("abcde", (5, 90, 1, 200, 7), strict=True)}
-        )
-    layout = FlatBlock(block, lambda _: torch.float32)
-    pieces = layout.pieces(nbytes)
-    assert [name for piece in pieces for name in piece.names] == list("abcde")
-    assert [piece.begin for piece in pieces] == [0, *(piece.end for piece in pieces[:-1])]
-    assert pieces[-1].end == layout.nbytes
-    assert all(piece.end - piece.begin <= nbytes or len(piece.names) == 1 for piece in pieces)
-    assert {piece.end - piece.begin <= nbytes for piece in pieces} <= {nbytes >= 1024, True}
-    flat = torch.arange(layout.nbytes).to(torch.uint8)
+        layout = FlatBlock(Five(), lambda _: torch.float32)
+    spans = layout.spans()
+    assert ["".join(span.names) for span in spans] == together.split()
+    assert [span.begin for span in spans] == [0, *(span.end for span in spans[:-1])]
+    assert spans[-1].end == layout.nbytes == 2304
+    flat = torch.zeros(layout.nbytes, dtype=torch.uint8)
     whole = layout.views(flat)
-    for piece in pieces:
-        part = layout.views(flat[piece.begin : piece.end], piece)
-        assert list(part) == list(piece.names)
+    for span in spans:
+        part = layout.views(flat[span.begin : span.end], span)
+        assert list(part) == list(span.names)
         assert all(part[name].data_ptr() == whole[name].data_ptr() for name in part)
+
+
+def test_a_block_without_tensors_has_no_spans() -> None:
+    assert FlatBlock(nn.Identity(), lambda _: torch.float32).spans() == []
 
 
 class LateCopies:
@@ -306,20 +320,24 @@ class LateCopies:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Tensor, Tensor, int | None]] = []
+        self._lock = threading.Lock()
 
     def into(self, _slot: int) -> AbstractContextManager[None]:
         return nullcontext()
 
     def copy(self, target: Tensor, source: Tensor, buffer: int | None = None) -> None:
-        self.asked.append((target, source, buffer))
+        with self._lock:
+            self.asked.append((target, source, buffer))
 
     def wait_until_sent(self, buffer: int) -> None:
-        while any(asked[2] == buffer for asked in self.asked):
-            self._make_one()
+        with self._lock:
+            while any(asked[2] == buffer for asked in self.asked):
+                self._make_one()
 
     def wait_until_copied(self, _slot: int) -> None:
-        while self.asked:
-            self._make_one()
+        with self._lock:
+            while self.asked:
+                self._make_one()
 
     def _make_one(self) -> None:
         target, source, _ = self.asked.pop(0)
@@ -329,23 +347,56 @@ class LateCopies:
     def finish(self) -> None: ...
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 256, 512, 2**26])
-def test_pieces_from_a_file_reach_the_card_through_two_buffers_whole_and_in_order(
-    piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+def five_streamed(copies: LateCopies | None) -> StreamedBlocks:
+    """Return six blocks, the second resident, each tensor filled with a number of its own."""
+
+    def fill(index: int, views: Mapping[str, Tensor]) -> None:
+        for name, view in views.items():
+            view.fill_(10 * index + "abcde".index(name))
+
+    with torch.device("meta"):
+        modules = [Five() for _ in range(6)]
+    layouts = [FlatBlock(module, lambda _: torch.float32) for module in modules]
+    resident = layouts[1].onto(modules[1], torch.empty(layouts[1].nbytes, dtype=torch.uint8))
+    fill(1, dict(resident.named_parameters()))
+    blocks = StreamedBlocks(modules, layouts, fill, Residency(frozenset({1}), "file"), CPU)
+    if copies is not None:
+        for future in blocks._pending.values():
+            future.result()
+        blocks._host = offload._HostBlocks(blocks._streamed, layouts, fill, "file", CPU)
+        blocks._copies = copies  # type: ignore[assignment]
+        for flat in blocks._flat:
+            flat.zero_()
+        blocks._begin()
+    return blocks
+
+
+def seen(blocks: StreamedBlocks) -> list[list[list[float]]]:
+    """Return which numbers each tensor of each block holds."""
+    return [[tensor.unique().tolist() for tensor in block.parameters()] for block in blocks]
+
+
+EACH_ITS_OWN = [[[10.0 * index + place] for place in range(5)] for index in range(6)]
+
+
+@pytest.mark.parametrize(("nbytes", "largest"), [(1, 1024), (800, 1024), (1300, 1280), (2**26, 2304)])
+def test_spans_from_a_file_reach_the_card_through_two_buffers_whole_and_in_order(
+    nbytes: int, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FlatBlock.pieces, "__defaults__", (piece_bytes,))
+    monkeypatch.setattr(offload, "SPAN_BYTES", nbytes)
     monkeypatch.setattr(offload, "_register", lambda *_: False)
-    expected = walk(make_blocks(7, frozenset({2})))
-    blocks = make_blocks(7, frozenset({2}))
-    for future in blocks._pending.values():
-        future.result()
-    streamed = [index for index in range(7) if index != 2]
-    blocks._host = offload._HostBlocks(streamed, blocks._layouts, blocks._fill, "file", CPU)
-    assert blocks._host._slab.nbytes == 2 * min(512, max(256, piece_bytes))
-    blocks._copies = LateCopies()  # type: ignore[assignment]
-    for flat in blocks._flat:
-        flat.zero_()
-    blocks._begin()
+    blocks = five_streamed(LateCopies())
+    assert blocks._host is not None and blocks._host._slab.nbytes == 2 * largest
     for _ in range(3):
-        assert torch.equal(walk(blocks), expected)
+        assert seen(blocks) == EACH_ITS_OWN
+    blocks.close()
+
+
+def test_a_buffer_that_is_filled_before_its_copy_was_made_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test above is worth."""
+    monkeypatch.setattr(offload, "SPAN_BYTES", 1)
+    monkeypatch.setattr(offload, "_register", lambda *_: False)
+    monkeypatch.setattr(LateCopies, "wait_until_sent", lambda *_: None)
+    blocks = five_streamed(LateCopies())
+    assert seen(blocks) != EACH_ITS_OWN
     blocks.close()

@@ -68,6 +68,14 @@ def test_numbers_at_an_odd_place_can_be_looked_at_as_numbers(info: TensorInfo, e
 
 
 @LINUX
+def test_the_end_of_a_file_is_read_past_the_cache_too(info: TensorInfo) -> None:
+    if past_cache(info.file, BLOCK, 2**20) == 0:
+        pytest.skip("this file system has no reading past the cache")
+    begin = 7 * 2**20
+    assert past_cache(info.file, begin, 2**21) == info.file.stat().st_size - begin < 2**21
+
+
+@LINUX
 def test_what_is_read_once_does_not_fill_the_cache_and_what_is_cached_comes_from_there(info: TensorInfo) -> None:
     if past_cache(info.file, BLOCK, 2**20) == 0:
         pytest.skip("this file system has no reading past the cache")
@@ -95,14 +103,19 @@ def test_a_file_system_that_refuses_is_read_plainly(
 
 
 def test_elsewhere_all_is_read_and_written_as_always(
-    info: TensorInfo, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    info: TensorInfo, expected: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.delattr(page_cache.mmap, "MAP_SHARED", raising=False)
     monkeypatch.delattr(os, "O_DIRECT", raising=False)
     assert torch.equal(read_once(info, info.offset, 2**20), expected[: 2**20])
-    with info.file.open("r+b", buffering=0) as stream:
-        Appender(stream, 5).hand_over()
+    with (tmp_path / "new").open("w+b", buffering=0) as stream:
+        output = Appender(stream, 0)
+        for some in (b"abc", bytes(5000), b"xyz"):
+            output.append(some)
+            output.hand_over()
+        stream.truncate(output.end)
+    assert (tmp_path / "new").read_bytes() == b"abc" + bytes(5000) + b"xyz"
 
 
 @LINUX

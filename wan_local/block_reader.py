@@ -1,7 +1,6 @@
-"""Tensors of a block of a network from its file: one sequential read where the file holds them together.
+"""Tensors of a block of a network from its file: one sequential read where they lie there as they shall in memory.
 
-A store is laid out so, and most other checkpoints nearly so. Where also dtypes and places agree with the buffer that is
-to be filled, the bytes go straight into it; else through a buffer of their size that is used again for the next.
+A store is laid out so. Elsewhere, and where dtypes differ, they come through a buffer of a few MiB.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from torch import Tensor
 from wan_local.checkpoint import PartTensors
 from wan_local.extent import DTYPES, read_extent
 from wan_local.header import TensorInfo
+
+_STAGED_BYTES = 2**23
 
 
 class BlockReader:
@@ -30,30 +31,31 @@ class BlockReader:
 
     def fill(self, index: int, views: Mapping[str, Tensor]) -> None:
         """Write those tensors of the block that `views` has into them, converting dtypes."""
-        if not views:
-            return
         infos = {name: self._tensors.info(f"{self._path}.{index}.{name}") for name in views}
         extent = _one_extent(infos)
-        if extent is None:
-            for name, view in views.items():
-                view.copy_(self._tensors[f"{self._path}.{index}.{name}"])
+        target = _laid_out_alike(views, infos, *extent) if extent is not None else None
+        if extent is not None and target is not None:
+            read_extent(extent[0].file, extent[0].offset, target, extent[0].stamp)
             return
-        first, nbytes = extent
-        target = _laid_out_alike(views, infos, first, nbytes)
-        if target is not None:
-            read_extent(first.file, first.offset, target, first.stamp)
-            return
-        if self._staging.nbytes < nbytes:
-            self._staging = torch.empty(nbytes, dtype=torch.uint8)
-        read_extent(first.file, first.offset, self._staging[:nbytes], first.stamp)
         for name, view in views.items():
-            begin, info = infos[name].offset - first.offset, infos[name]
-            stored = self._staging[begin : begin + info.nbytes].clone() if begin % 8 else self._staging[begin:]
-            view.copy_(stored[: info.nbytes].view(DTYPES[info.dtype]).view(info.shape))
+            self._convert(infos[name], view.view(-1))
+
+    def _convert(self, info: TensorInfo, numbers: Tensor) -> None:
+        """Write a stored tensor into `numbers` [count], some of them at a time."""
+        if not self._staging.nbytes:
+            self._staging = torch.empty(_STAGED_BYTES, dtype=torch.uint8)
+        dtype, offset = DTYPES[info.dtype], info.offset
+        for some in numbers.split(_STAGED_BYTES // dtype.itemsize):
+            staged = self._staging[: some.numel() * dtype.itemsize]
+            read_extent(info.file, offset, staged, info.stamp)
+            some.copy_(staged.view(dtype))
+            offset += staged.nbytes
 
 
 def _one_extent(infos: Mapping[str, TensorInfo]) -> tuple[TensorInfo, int] | None:
     """Return the first tensor and how many bytes all take, if they lie in one file without a gap."""
+    if not infos:
+        return None
     ordered = sorted(infos.values(), key=lambda info: info.offset)
     first, last = ordered[0], ordered[-1]
     nbytes = last.offset + last.nbytes - first.offset

@@ -80,8 +80,15 @@ def holding_card(card: str, *, shared: bool) -> Iterator[None]:
 
 
 def device_lock_path(name: str) -> Path:
-    """Return where the lock of a card, or of what else has a name, lies: one place for all processes of this user."""
-    return temporary_folder() / f"{name.replace(':', '-')}.lock"
+    """Return where the lock of a card, or of what else has a name, lies: one place for all processes of this user.
+
+    Raises OutputError where nothing can be written to any folder for temporary files.
+    """
+    try:
+        folder = temporary_folder()
+    except FileNotFoundError as error:
+        raise OutputError(f"there is no place for a lock: {error}. Name a folder to write to as TMPDIR.") from error
+    return folder / f"{name.replace(':', '-')}.lock"
 
 
 def folder_lock_path(purpose: str, folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """Blocks whose weights are not on the device: handed out in order, each brought in while the one before it computes.
 
-A block is one flat buffer and one copy; from a file it comes in pieces, so that RAM holds two of these and not two
+A block is one flat buffer and one copy; from a file it comes in spans, so that RAM holds two of these and not two
 blocks. A ring of slots on the device holds the next few; `StreamedBlocks` stands where a network has its list of
 blocks, so a forward pass is written once. Copies run on a stream of their own and are ordered by events alone; the host
 waits only to stay one block ahead of the card. The same code streams from a file into RAM where the device is the CPU.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wan_local.planner import PIECE_BYTES, SLOTS, Source
+from wan_local.planner import SLOTS, SPAN_BYTES, Source
 from wan_local.quantize import stays_as_stored
 from wan_local.request import Check, unchecked
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Span:
     """Neighbours among a block's tensors: their names, and where they begin and end in its buffer."""
 
     names: tuple[str, ...]
@@ -105,28 +105,28 @@ class FlatBlock:
             offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = offset
 
-    def views(self, flat: Tensor, piece: Piece | None = None) -> dict[str, Tensor]:
-        """Return each tensor of the block as a view of `flat`, uint8 [nbytes]; those of a piece, where that is given.
+    def views(self, flat: Tensor, span: Span | None = None) -> dict[str, Tensor]:
+        """Return each tensor of the block as a view of `flat`, uint8 [nbytes]; those of a span, where that is given.
 
-        `flat` then begins where the piece does.
+        `flat` then begins where the span does.
         """
-        begin = 0 if piece is None else piece.begin
+        begin = 0 if span is None else span.begin
         return {
             name: flat[offset - begin :][: shape.numel() * dtype.itemsize].view(dtype).view(shape)
             for name, dtype, shape, offset in self._fields
-            if piece is None or name in piece.names
+            if span is None or name in span.names
         }
 
-    def pieces(self, nbytes: int = PIECE_BYTES) -> list[Piece]:
-        """Cut the block between tensors into pieces of at most so many bytes; a larger tensor is one of its own."""
-        pieces: list[Piece] = []
-        ends = [offset for *_, offset in self._fields[1:]] + [self.nbytes]
-        for (name, _, _, begin), end in zip(self._fields, ends, strict=True):
-            if pieces and end - pieces[-1].begin <= nbytes:
-                pieces[-1] = Piece((*pieces[-1].names, name), pieces[-1].begin, end)
+    def spans(self) -> list[Span]:
+        """Cut the block between tensors into spans of at most `SPAN_BYTES`; a larger tensor is one of its own."""
+        spans: list[Span] = []
+        begins = [offset for *_, offset in self._fields]
+        for (name, *_), begin, end in zip(self._fields, begins, [*begins, self.nbytes][1:], strict=True):
+            if spans and end - spans[-1].begin <= SPAN_BYTES:
+                spans[-1] = Span((*spans[-1].names, name), spans[-1].begin, end)
             else:
-                pieces.append(Piece((name,), begin, end))
-        return pieces
+                spans.append(Span((name,), begin, end))
+        return spans
 
     def onto(self, block: nn.Module, flat: Tensor) -> nn.Module:
         """Let `block`'s parameters be views of `flat`."""
@@ -242,44 +242,44 @@ class StreamedBlocks(nn.Module):
         index = self._streamed[position]
         layout, flat = self._layouts[index], self._flat[slot]
         if self._host is None or self._copies is None:
-            for piece in layout.pieces():
-                self._fill(index, layout.views(flat[piece.begin :], piece))
+            for span in layout.spans():
+                self._fill(index, layout.views(flat[span.begin :], span))
             return
         with self._copies.into(slot):
             if not self._host.reuses_buffers:
                 self._copies.copy(flat[: layout.nbytes], self._host.block(position))
                 return
-            for piece in layout.pieces():
+            for span in layout.spans():
                 buffer = self._host.next_buffer()
                 self._copies.wait_until_sent(buffer)
-                content = self._host.piece(index, piece, buffer)
-                self._copies.copy(flat[piece.begin : piece.end], content, buffer)
+                content = self._host.read(index, span, buffer)
+                self._copies.copy(flat[span.begin : span.end], content, buffer)
 
 
 class _HostBlocks:
-    """The streamed blocks in host memory: one slab with all of them, or a ring of pieces, filled from the file."""
+    """The streamed blocks in host memory: one slab with all, or a ring for spans of them, filled from the file."""
 
     def __init__(
         self, streamed: Sequence[int], layouts: Sequence[FlatBlock], fill: Fill, source: Source, device: torch.device
     ) -> None:
-        self._streamed, self._layouts, self._fill = streamed, layouts, fill
+        self._layouts, self._fill = layouts, fill
         self.reuses_buffers = source == "file"
         sizes = [layouts[index].nbytes for index in streamed]
         if self.reuses_buffers:
-            pieces = (piece for index in streamed for piece in layouts[index].pieces())
-            sizes = [max((piece.end - piece.begin for piece in pieces), default=0)] * SLOTS
+            spans = (span for index in streamed for span in layouts[index].spans())
+            sizes = [max((span.end - span.begin for span in spans), default=0)] * SLOTS
         self._turn = 0
         self._slab = torch.empty(sum(sizes), dtype=torch.uint8)
-        self._pieces = self._slab.split(sizes) if sizes else ()
+        self._buffers = self._slab.split(sizes) if sizes else ()
         if not self.reuses_buffers:
             for position, index in enumerate(streamed):
-                fill(index, layouts[index].views(self._pieces[position]))
+                fill(index, layouts[index].views(self._buffers[position]))
         # last: a slab that is let go while it is page-locked, since filling it failed, would stay locked for good
         self._registered = _register(self._slab, device)
 
     def block(self, position: int) -> Tensor:
         """Return the flat bytes of the `position`-th streamed block, from the slab."""
-        whole: Tensor = self._pieces[position]
+        whole: Tensor = self._buffers[position]
         return whole
 
     def next_buffer(self) -> int:
@@ -287,16 +287,16 @@ class _HostBlocks:
         self._turn = (self._turn + 1) % SLOTS
         return self._turn
 
-    def piece(self, index: int, piece: Piece, buffer: int) -> Tensor:
-        """Fill a buffer of the ring with a piece of block `index`, and return its bytes."""
-        content: Tensor = self._pieces[buffer][: piece.end - piece.begin]
-        self._fill(index, self._layouts[index].views(content, piece))
+    def read(self, index: int, span: Span, buffer: int) -> Tensor:
+        """Fill a buffer of the ring with a span of block `index`, and return its bytes."""
+        content: Tensor = self._buffers[buffer][: span.end - span.begin]
+        self._fill(index, self._layouts[index].views(content, span))
         return content
 
     def close(self) -> None:
         if self._registered:
             torch.cuda.cudart().cudaHostUnregister(self._slab.data_ptr())
-        self._slab, self._pieces = torch.empty(0, dtype=torch.uint8), ()
+        self._slab, self._buffers = torch.empty(0, dtype=torch.uint8), ()
 
 
 def _register(slab: Tensor, device: torch.device) -> bool:

@@ -133,14 +133,14 @@ def _memory(room: Tensor) -> memoryview:
 def _is_cached(descriptor: int, offset: int, count: int) -> bool:
     """Tell whether the cache holds most of these bytes; also where the system won't tell, as of others' files."""
     begin = offset - offset % mmap.PAGESIZE
-    length = offset + count - begin
+    length = max(0, min(offset + count, os.fstat(descriptor).st_size) - begin)
     pages = np.empty(-(-length // mmap.PAGESIZE), np.uint8)
     try:
         with mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=begin) as mapping:
             place = np.frombuffer(mapping, np.uint8).ctypes.data
             asked = ctypes.c_void_p(place), ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data)
             failed = _c_library().mincore(*asked)
-    except (OSError, ValueError):  # ValueError: the file ends before
+    except (OSError, ValueError):  # ValueError: of nothing there is no mapping
         return True
     return bool(failed) or float((pages & 1).mean()) >= _CACHED
 

@@ -44,8 +44,8 @@ _DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**22, 2**26  # bytes of the rows of a we
 # what stages of one pass use int8 weights by: T5's outliers are too far out for int8 inputs, and speed matters little
 _ONCE: Int8Arithmetic = "weight-only"
 LIBRARY_BYTES = 2**26  # workspaces of cuBLAS and its like; an H200 held 20 MB in a stage that needs little else
-SLOTS = 2  # of the ring that streamed blocks pass through, and of the one in RAM that their pieces pass through
-PIECE_BYTES = 2**26  # that are read from a file and copied to the card at a time; one larger tensor where that is more
+SLOTS = 2  # of the ring that streamed blocks pass through, and of the one in RAM for what is read from a file
+SPAN_BYTES = 2**26  # that are read from a file and copied to the card at a time; one larger tensor where that is more
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,13 @@ class NetworkSize:
         blocks = self.blocks or ((self.block, 0),) * self.num_blocks
         return [numbers * compute_bytes + packed for numbers, packed in blocks]
 
-    def piece_bytes(self, compute_bytes: int) -> int:
-        """Return the bytes of the largest piece that a block is read in from a file."""
+    def span_bytes(self, compute_bytes: int) -> int:
+        """Return the most bytes of a block that are read from a file at a time."""
         block = max(self.block_bytes(compute_bytes), default=0)
         if self.largest is None:
             return block
         numbers, packed = self.largest
-        return min(block, max(PIECE_BYTES, numbers * compute_bytes, packed))
+        return min(block, max(SPAN_BYTES, numbers * compute_bytes, packed))
 
 
 def spread(num_blocks: int, num_resident: int) -> frozenset[int]:
@@ -345,13 +345,13 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, *,
         waiting = [block for index, block in enumerate(blocks) if index not in stay]
         weights = rest + sum(blocks) - sum(waiting) + SLOTS * max(waiting)
         if machine.device == "cpu":
-            weights += size.piece_bytes(compute)  # there they also pass through a buffer in the file's dtypes
+            weights += size.span_bytes(compute)  # there they also pass through a buffer in the file's dtypes
         if activation + weights <= budget:
             break
     on_cpu, in_ram = machine.device == "cpu", stage.ram_bytes + sum(waiting)
     source: Source = "ram" if not (on_cpu or once) and in_ram <= usable_ram_bytes(machine) else "file"
     if source == "file":
-        in_ram = 0 if on_cpu else stage.ram_bytes + SLOTS * size.piece_bytes(compute)
+        in_ram = 0 if on_cpu else stage.ram_bytes + (SLOTS + 1) * size.span_bytes(compute)  # one: being converted
     return replace(
         stage,
         weight_bytes=weights,

@@ -93,7 +93,8 @@ def run_case(
     if case.wrong_prompts:
         wrong = shard.captions[1:] + shard.captions[:1]
         setting = replace(sampler, guide_scale=case.scales[-1])
-        videos["model, another clip's prompt"] = decode(vae, sample(transformer, encoders, shard, setting, wrong))
+        name = f"model, guidance {case.scales[-1]:g}, another clip's prompt"
+        videos[name] = decode(vae, sample(transformer, encoders, shard, setting, wrong))
     if case.sheet:
         write_sheet(truth, videos, case.scales, shard, out / f"sheet_{shape.name}")
     figures = {name: measure(truth, video) for name, video in videos.items()}

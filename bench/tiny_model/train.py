@@ -109,7 +109,11 @@ def run(stage: str, args: argparse.Namespace, encoders: Encoders, log: Log) -> N
         train_transformer.train(build_transformer(), settings, args.work, args.work / "latents", encoders, log)
     elif stage == "guidance":
         settings = transformer_settings(stage, args).for_guidance()
-        model = load_transformer(args.work / "transformer.pt")
+        taught = args.work / "transformer.pt"
+        for stale in (args.work / "guidance.pt", args.work / "guidance_partial.pt"):
+            if stale.exists() and stale.stat().st_mtime < taught.stat().st_mtime:
+                stale.unlink()  # the transformer was trained further
+        model = load_transformer(taught)
         train_transformer.train(model, settings, args.work, args.work / "latents", encoders, log)
     elif stage == "decoder":
         train_vae.train_stage(load_vae(args.work), vae_settings(stage, args, hold=0.2), args.work, log)
@@ -186,10 +190,10 @@ def fill_cache(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
 
 def write(args: argparse.Namespace, encoders: Encoders, log: Log) -> None:
     """Export the newest weights; while they are still trained, their running average."""
-    newest = [
-        args.work / f"{stage}.pt" for stage in ("guidance", "guidance_partial", "transformer", "transformer_partial")
-    ]
-    weights = next(path for path in newest if path.exists())
+    found = [*args.work.glob("guidance*.pt"), *args.work.glob("transformer*.pt")]
+    if not found:
+        raise SystemExit(f"{args.work} holds no transformer yet: train one first")
+    weights = max(found, key=lambda path: path.stat().st_mtime)
     transformer = load_transformer(weights)
     if args.base:
         export_networks(args.folder, args.work / "export", load_vae(args.work), transformer)

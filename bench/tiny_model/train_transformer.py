@@ -115,9 +115,9 @@ def train(
     model.to(settings.device)
     store = Store(cache, encoders, settings.device)
     validation = Store(folder / "validation", encoders, settings.device)
-    frozen = copy.deepcopy(model).requires_grad_(False)
+    frozen = copy.deepcopy(model).requires_grad_(False) if settings.prompt_share < 1 else None
     trainer = Trainer.of(model, settings, store, validation)
-    if settings.prompt_share < 1:
+    if frozen is not None:
         trainer.teacher = Trainer.of(frozen, settings, store, validation)
         weaken_text(model, settings.prompt_share)  # most of the way
     if settings.half and settings.device == "cpu":
