@@ -15,11 +15,12 @@ from torch import Tensor
 
 from bench.gpu_stage import SIZES, Bench, check, in_turn, random_state, seconds_of
 from wan_local.checkpoint import ModelFiles, find_model
+from wan_local.flat_block import FlatBlock
 from wan_local.geometry import Geometry
 from wan_local.layers import Linear
 from wan_local.models.transformer import ContextKV, Modulation, Transformer, stays_float32
 from wan_local.network_cost import loop_bytes
-from wan_local.offload import FlatBlock, Residency, StreamedBlocks
+from wan_local.offload import Residency, StreamedBlocks
 from wan_local.planner import W8A8_TOKENS, StagePlan, chunk_tokens
 from wan_local.quantized_layers import hold_in_format
 from wan_local.settings import ModelConfig, load_settings
@@ -193,7 +194,7 @@ def _copy_seconds(bench: Bench, nbytes: int) -> float:
 
 def _page_locked(network: Transformer) -> bool | None:
     host = network.blocks._host if isinstance(network.blocks, StreamedBlocks) else None
-    return None if host is None else bool(host._registered)
+    return None if host is None else host.page_locked
 
 
 def _predicted(bench: Bench, config: ModelConfig, geometry: Geometry, chunk: int) -> int:

@@ -41,11 +41,11 @@ from wan_local.block_reader import BlockReader
 from wan_local.checkpoint import ModelFiles, PartTensors, open_model
 from wan_local.convert import Conversion, Progress, convert
 from wan_local.extent import read_extent
+from wan_local.flat_block import FlatBlock
 from wan_local.geometry import Canvas, Size
 from wan_local.key_map import PARTS, Part
 from wan_local.kinds import Kind, identify
 from wan_local.models.transformer import Transformer, in_context
-from wan_local.offload import FlatBlock
 from wan_local.quantized_layers import hold_quantized
 from wan_local.settings import ModelConfig, known_models, load_settings
 from wan_local.sources import Source, open_part

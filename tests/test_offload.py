@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests import parity
-from wan_local import layers, offload
+from wan_local import flat_block, host_blocks, layers, offload
 from wan_local.checkpoint import ModelFiles, find_model, open_model
 from wan_local.conditioning import Tokens, embed_prompt
 from wan_local.errors import WrongModel
+from wan_local.flat_block import FlatBlock
 from wan_local.models.transformer import Transformer
-from wan_local.offload import FlatBlock, Residency, StreamedBlocks
+from wan_local.offload import Residency, StreamedBlocks
 from wan_local.planner import StagePlan, spread
 from wan_local.settings import load_settings
 from wan_local.stage import stage
@@ -189,6 +190,26 @@ def test_an_error_while_reading_reaches_the_one_who_computes() -> None:
     blocks.close()
 
 
+@pytest.mark.parametrize("broken", [0, 1, 3, 4])
+def test_a_pass_whose_read_failed_is_begun_anew(broken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = make_blocks(5, frozenset())
+    expected, whole = walk(blocks), blocks._fill
+    left = [OSError("the share does not answer")] * 2
+
+    def fill(index: int, views: Mapping[str, Tensor]) -> None:
+        if index == broken and left:
+            raise left.pop()
+        whole(index, views)
+
+    monkeypatch.setattr(blocks, "_fill", fill)
+    with pytest.raises(OSError, match="does not answer"):
+        [walk(blocks) for _ in range(2)]  # the first blocks of the first of these were read before
+    with pytest.raises(OSError, match="does not answer"):
+        walk(blocks)
+    assert torch.equal(walk(blocks), expected)
+    blocks.close()
+
+
 @pytest.mark.parametrize("num_resident", [0, 1, 7, 20, 39])
 def test_resident_blocks_are_spread_evenly_among_the_streamed(num_resident: int) -> None:
     resident = spread(40, num_resident)
@@ -245,22 +266,22 @@ def test_what_cannot_be_page_locked_is_said_once_and_its_error_does_not_meet_the
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     slab = torch.empty(64, dtype=torch.uint8)
     monkeypatch.setattr(torch, "zeros", launch)
-    assert not offload._register(slab, torch.device("cuda:0"))
+    assert not host_blocks._page_lock(slab, torch.device("cuda:0"))
     assert "could not be page-locked (CUDA error 2)" in caplog.text
     launch()
 
 
 def test_a_slab_that_cannot_be_filled_is_not_left_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     locked: list[int] = []
-    monkeypatch.setattr(offload, "_register", lambda slab, _: bool(locked.append(slab.nbytes)) or True)
-    layouts = [offload.FlatBlock(nn.Linear(4, 4, device="meta"), lambda _: torch.float32) for _ in range(3)]
+    monkeypatch.setattr(host_blocks, "_page_lock", lambda slab, _: bool(locked.append(slab.nbytes)) or True)
+    layouts = [FlatBlock(nn.Linear(4, 4, device="meta"), lambda _: torch.float32) for _ in range(3)]
 
     def fill(index: int, views: object) -> None:
         if index == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        offload._HostBlocks([0, 1, 2], layouts, fill, "ram", torch.device("cuda:0"))
+        host_blocks.HostBlocks([0, 1, 2], layouts, fill, "ram", torch.device("cuda:0"))
     assert locked == []
 
 
@@ -296,7 +317,7 @@ class Five(nn.Module):
 )
 def test_spans_are_a_block_cut_between_tensors(nbytes: int, together: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors take 256, 512, 256, 1024 and 256 bytes in the buffer."""
-    monkeypatch.setattr(offload, "SPAN_BYTES", nbytes)
+    monkeypatch.setattr(flat_block, "SPAN_BYTES", nbytes)
     with torch.device("meta"):
         layout = FlatBlock(Five(), lambda _: torch.float32)
     spans = layout.spans()
@@ -363,7 +384,7 @@ def five_streamed(copies: LateCopies | None) -> StreamedBlocks:
     if copies is not None:
         for future in blocks._pending.values():
             future.result()
-        blocks._host = offload._HostBlocks(blocks._streamed, layouts, fill, "file", CPU)
+        blocks._host = host_blocks.HostBlocks(blocks._streamed, layouts, fill, "file", CPU)
         blocks._copies = copies  # type: ignore[assignment]
         for flat in blocks._flat:
             flat.zero_()
@@ -383,8 +404,8 @@ EACH_ITS_OWN = [[[10.0 * index + place] for place in range(5)] for index in rang
 def test_spans_from_a_file_reach_the_card_through_two_buffers_whole_and_in_order(
     nbytes: int, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload, "SPAN_BYTES", nbytes)
-    monkeypatch.setattr(offload, "_register", lambda *_: False)
+    monkeypatch.setattr(flat_block, "SPAN_BYTES", nbytes)
+    monkeypatch.setattr(host_blocks, "_page_lock", lambda *_: False)
     blocks = five_streamed(LateCopies())
     assert blocks._host is not None and blocks._host._slab.nbytes == 2 * largest
     for _ in range(3):
@@ -394,8 +415,8 @@ def test_spans_from_a_file_reach_the_card_through_two_buffers_whole_and_in_order
 
 def test_a_buffer_that_is_filled_before_its_copy_was_made_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test above is worth."""
-    monkeypatch.setattr(offload, "SPAN_BYTES", 1)
-    monkeypatch.setattr(offload, "_register", lambda *_: False)
+    monkeypatch.setattr(flat_block, "SPAN_BYTES", 1)
+    monkeypatch.setattr(host_blocks, "_page_lock", lambda *_: False)
     monkeypatch.setattr(LateCopies, "wait_until_sent", lambda *_: None)
     blocks = five_streamed(LateCopies())
     assert seen(blocks) != EACH_ITS_OWN

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from wan_local.errors import CorruptModel, DoesNotFit, ModelNotFound, NotAvailable, WrongModel
+from wan_local.flat_block import FlatBlock
 from wan_local.header import TensorInfo
 from wan_local.models.language_model import BLIND, LAYERS, SEEING, build_language_model, require_language_models
-from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks
+from wan_local.offload import CheckedBlocks, Residency, StreamedBlocks
 from wan_local.planner import GIB, Machine, NetworkSize, StagePlan, spread, streamed_if_needed, usable_bytes
 from wan_local.request import Check, unchecked
 from wan_local.settings import Settings, load_expansion_config, usual_places

@@ -10,32 +10,18 @@ waits only to stay one block ahead of the card. The same code streams from a fil
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from wan_local.planner import SLOTS, SPAN_BYTES, Source
-from wan_local.quantize import stays_as_stored
+from wan_local.flat_block import Fill, FlatBlock
+from wan_local.host_blocks import HostBlocks
+from wan_local.planner import SLOTS, Source
 from wan_local.request import Check, unchecked
-
-Fill = Callable[[int, Mapping[str, Tensor]], None]  # write some of block i's tensors into views, converting dtypes
-
-_ALIGNMENT = 256
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Neighbours among a block's tensors: their names, and where they begin and end in its buffer."""
-
-    names: tuple[str, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,59 +67,6 @@ class CheckedBlocks(nn.ModuleList):
             yield block
 
 
-class FlatBlock:
-    """The layout of one block's tensors in a flat buffer of bytes.
-
-    dtype_of: what a plain parameter is on the device; quantized ones stay as they are. order: a key to sort names by,
-    so that the buffer looks as the file does; the module's own order unless given.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        dtype_of: Callable[[str], torch.dtype],
-        order: Callable[[str], tuple[str, int]] | None = None,
-    ) -> None:
-        self._fields: list[tuple[str, torch.dtype, torch.Size, int]] = []
-        offset = 0
-        parameters = dict(block.named_parameters())
-        for name in parameters if order is None else sorted(parameters, key=order):
-            parameter = parameters[name]
-            dtype = parameter.dtype if stays_as_stored(name, parameter.dtype) else dtype_of(name)
-            self._fields.append((name, dtype, parameter.shape, offset))
-            nbytes = parameter.numel() * dtype.itemsize
-            offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        self.nbytes = offset
-
-    def views(self, flat: Tensor, span: Span | None = None) -> dict[str, Tensor]:
-        """Return each tensor of the block as a view of `flat`, uint8 [nbytes]; those of a span, where that is given.
-
-        `flat` then begins where the span does.
-        """
-        begin = 0 if span is None else span.begin
-        return {
-            name: flat[offset - begin :][: shape.numel() * dtype.itemsize].view(dtype).view(shape)
-            for name, dtype, shape, offset in self._fields
-            if span is None or name in span.names
-        }
-
-    def spans(self) -> list[Span]:
-        """Cut the block between tensors into spans of at most `SPAN_BYTES`; a larger tensor is one of its own."""
-        spans: list[Span] = []
-        begins = [offset for *_, offset in self._fields]
-        for (name, *_), begin, end in zip(self._fields, begins, [*begins, self.nbytes][1:], strict=True):
-            if spans and end - spans[-1].begin <= SPAN_BYTES:
-                spans[-1] = Span((*spans[-1].names, name), spans[-1].begin, end)
-            else:
-                spans.append(Span((name,), begin, end))
-        return spans
-
-    def onto(self, block: nn.Module, flat: Tensor) -> nn.Module:
-        """Let `block`'s parameters be views of `flat`."""
-        block.load_state_dict(self.views(flat), strict=True, assign=True)
-        return block.eval().requires_grad_(False)
-
-
 class StreamedBlocks(nn.Module):
     """Stands for a network's list of blocks: iterating gives each block in turn with its weights on the device.
 
@@ -167,7 +100,7 @@ class StreamedBlocks(nn.Module):
         self._slots = [self._put(index, slot) for slot, index in enumerate(self._streamed[:slots])]
         on_card = device.type == "cuda"
         self._copies = _Copies(device, slots) if on_card else None
-        self._host = _HostBlocks(self._streamed, layouts, fill, residency.source, device) if on_card else None
+        self._host = HostBlocks(self._streamed, layouts, fill, residency.source, device) if on_card else None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan_local-offload")
         self._pending: dict[int, Future[None]] = {}
         self._next = 0
@@ -177,8 +110,8 @@ class StreamedBlocks(nn.Module):
         return self._num_blocks
 
     def __iter__(self) -> Iterator[nn.Module]:
-        if self._streamed and self._next % len(self._streamed):
-            self._begin()
+        if self._streamed and (self._next % len(self._streamed) or self._next not in self._pending):
+            self._begin()  # a pass was left half way, or its first block could not be read
         for index in range(self._num_blocks):
             self._check()
             if index in self._resident:
@@ -225,9 +158,8 @@ class StreamedBlocks(nn.Module):
         return self._layouts[index].onto(self._blocks[index], self._flat[slot])
 
     def _begin(self) -> None:
-        """Ask for the first blocks, after whatever was asked for before has ended."""
-        for future in self._pending.values():
-            future.result()
+        """Ask for the first blocks, after whatever was asked for before has ended, well or not."""
+        wait(self._pending.values())
         self._pending.clear()
         self._next = 0
         for number in range(len(self._flat)):
@@ -254,68 +186,6 @@ class StreamedBlocks(nn.Module):
                 self._copies.wait_until_sent(buffer)
                 content = self._host.read(index, span, buffer)
                 self._copies.copy(flat[span.begin : span.end], content, buffer)
-
-
-class _HostBlocks:
-    """The streamed blocks in host memory: one slab with all, or a ring for spans of them, filled from the file."""
-
-    def __init__(
-        self, streamed: Sequence[int], layouts: Sequence[FlatBlock], fill: Fill, source: Source, device: torch.device
-    ) -> None:
-        self._layouts, self._fill = layouts, fill
-        self.reuses_buffers = source == "file"
-        sizes = [layouts[index].nbytes for index in streamed]
-        if self.reuses_buffers:
-            spans = (span for index in streamed for span in layouts[index].spans())
-            sizes = [max((span.end - span.begin for span in spans), default=0)] * SLOTS
-        self._turn = 0
-        self._slab = torch.empty(sum(sizes), dtype=torch.uint8)
-        self._buffers = self._slab.split(sizes) if sizes else ()
-        if not self.reuses_buffers:
-            for position, index in enumerate(streamed):
-                fill(index, layouts[index].views(self._buffers[position]))
-        # last: a slab that is let go while it is page-locked, since filling it failed, would stay locked for good
-        self._registered = _register(self._slab, device)
-
-    def block(self, position: int) -> Tensor:
-        """Return the flat bytes of the `position`-th streamed block, from the slab."""
-        whole: Tensor = self._buffers[position]
-        return whole
-
-    def next_buffer(self) -> int:
-        """Return which of the ring's buffers is the next one's turn."""
-        self._turn = (self._turn + 1) % SLOTS
-        return self._turn
-
-    def read(self, index: int, span: Span, buffer: int) -> Tensor:
-        """Fill a buffer of the ring with a span of block `index`, and return its bytes."""
-        content: Tensor = self._buffers[buffer][: span.end - span.begin]
-        self._fill(index, self._layouts[index].views(content, span))
-        return content
-
-    def close(self) -> None:
-        if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._slab.data_ptr())
-        self._slab, self._buffers = torch.empty(0, dtype=torch.uint8), ()
-
-
-def _register(slab: Tensor, device: torch.device) -> bool:
-    """Page-lock the slab in place, so that copies from it are asynchronous; tell whether the system let us.
-
-    torch's own pinning would round the slab up to a power of two. Copies from pageable memory are slower and as right.
-    """
-    if not slab.nbytes:
-        return False
-    with torch.cuda.device(device):
-        code = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0)
-        refused = int(getattr(code, "value", code))
-        if refused:
-            with suppress(RuntimeError):  # CUDA tells of it once more, at the next launch: at this one
-                torch.zeros(1, device=device)
-    if refused:
-        gigabytes = slab.nbytes / 1e9
-        _log.warning("%.1f GB of RAM could not be page-locked (CUDA error %d): slower copies", gigabytes, refused)
-    return not refused
 
 
 class _Copies:

@@ -12,8 +12,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from wan_local.flat_block import FlatBlock
 from wan_local.models.transformer import ContextKV
-from wan_local.offload import FlatBlock, Residency, StreamedBlocks
+from wan_local.offload import Residency, StreamedBlocks
 
 _FIELDS = ("k", "v", "k_image", "v_image")
 

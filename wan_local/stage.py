@@ -19,13 +19,14 @@ from wan_local.block_reader import BlockReader
 from wan_local.checkpoint import ModelFiles, PartTensors
 from wan_local.device import trim_ram
 from wan_local.errors import CorruptModel, WrongModel
+from wan_local.flat_block import FlatBlock
 from wan_local.key_map import Part, canonical
 from wan_local.lora_branch import AdaptedTensors, adapt
 from wan_local.models.image_encoder import build_image_encoder
 from wan_local.models.text_encoder import EmbeddingRows, build_text_encoder
 from wan_local.models.transformer import ContextEmbedder, Transformer, in_context, stays_float32
 from wan_local.models.vae import Vae
-from wan_local.offload import CheckedBlocks, FlatBlock, Residency, StreamedBlocks, abreast
+from wan_local.offload import CheckedBlocks, Residency, StreamedBlocks, abreast
 from wan_local.planner import NetworkSize, StagePlan, spread
 from wan_local.quantize import SCALE, SHIFT, STORED_DTYPES, default_arithmetic, stays_as_stored
 from wan_local.quantized_layers import hold_in_format, hold_quantized
