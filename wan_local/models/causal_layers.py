@@ -42,9 +42,9 @@ def _with_past(layer: nn.Module, x_BCTHW: Tensor, memory: Memory, past: int) -> 
     """Put the last `past` frames that `layer` saw before `x_BCTHW` (zeros at the start), and remember the new ones."""
     earlier = memory.get(layer)
     if earlier is None:
-        b, c, _, h, w = x_BCTHW.shape
-        earlier = x_BCTHW.new_zeros((b, c, past, h, w))
-    x_BCTHW = torch.cat((earlier, x_BCTHW), dim=2)
+        x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, past, 0))  # which keeps the layout, as joining zeros would not
+    else:
+        x_BCTHW = torch.cat((earlier, x_BCTHW), dim=2)
     memory[layer] = x_BCTHW[:, :, -past:].clone()  # a clone, so that the chunk itself can go
     return x_BCTHW
 
@@ -93,15 +93,16 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        b, _, t, h, w = x_BCTHW.shape
-        x = x_BCTHW.transpose(1, 2).flatten(0, 1)
-        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)
+        return x_BCTHW + _each_frame(self._attend, x_BCTHW)  # laid out as the first one is
+
+    def _attend(self, x_NCHW: Tensor) -> Tensor:
+        _, _, h, w = x_NCHW.shape
+        qkv = self.to_qkv(self.norm(x_NCHW)).flatten(2).transpose(1, 2).unsqueeze(1)
         q, k, v = qkv.chunk(3, dim=-1)
         # queries in turn: a backend that keeps the scores would keep 0.8 GB of them at 720p
         queries = q.split(max(1, ATTENTION_SCORES // (h * w)), dim=2)
         x = torch.cat([F.scaled_dot_product_attention(some, k, v) for some in queries], dim=2)
-        x = x.squeeze(1).transpose(1, 2).unflatten(2, (h, w))
-        out: Tensor = self.proj(x).unflatten(0, (b, t)).transpose(1, 2) + x_BCTHW
+        out: Tensor = self.proj(x.squeeze(1).transpose(1, 2).unflatten(2, (h, w)))
         return out
 
 
@@ -154,19 +155,23 @@ class Upsample(nn.Module):
 
     def _double_frames(self, x_BCTHW: Tensor, time_conv: Conv3d, memory: Memory) -> Tensor:
         if self not in memory:  # the first frame is neither doubled nor seen by the frames after it
-            b, c, _, h, w = x_BCTHW.shape
-            memory[self] = x_BCTHW.new_zeros((b, c, 2, h, w))
+            memory[self] = F.pad(torch.zeros_like(x_BCTHW), (0, 0, 0, 0, 1, 0))
             return x_BCTHW
-        y: Tensor = time_conv(_with_past(self, x_BCTHW, memory, 2)).unflatten(1, (2, -1))
-        # [B, 2, C, T, H, W] -> [B, C, (T 2), H, W]
+        y: Tensor = time_conv(_with_past(self, x_BCTHW, memory, 2))
+        channels_last = y.is_contiguous(memory_format=torch.channels_last_3d)
+        y = y.unflatten(1, (2, -1))
+        if channels_last:  # [B, 2, C, T, H, W] -> [B, (T 2), H, W, C], which is the same layout of [B, C, (T 2), H, W]
+            return y.permute(0, 3, 1, 4, 5, 2).flatten(1, 2).permute(0, 4, 1, 2, 3)
         return y.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
 
 
-def _each_frame(layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
+def _each_frame(layer: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
     """Apply a 2-D layer to every frame."""
     b, _, t, _, _ = x_BCTHW.shape
-    y: Tensor = layer(x_BCTHW.transpose(1, 2).flatten(0, 1)).unflatten(0, (b, t))
-    return y.transpose(1, 2)
+    if t == 1:  # without merging axes: the strides that this gives to axes of one hide the layout from some layers
+        return layer(x_BCTHW.squeeze(2)).unsqueeze(2)
+    y_NCHW = layer(x_BCTHW.transpose(1, 2).flatten(0, 1))
+    return y_NCHW.unflatten(0, (b, t)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 @dataclass
