@@ -113,6 +113,22 @@ def test_memory_that_runs_out_in_any_stage_costs_only_that_piece(
     assert runs.list_runs(settings) == []
 
 
+@pytest.mark.parametrize("name", ["denoise", "decode"])
+def test_what_was_planned_is_told_of_the_rung_that_succeeded(
+    settings: Settings, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = preparation.prepare(stamp_request(), settings, tmp_path / "x.mp4")
+    config = job.files.config
+    lower = shrink(job.plan, name, config, network_sizes(config, job.files), job.machine)
+    assert lower is not None
+    fault = replace(FAULTS[name], calls=0, held=[])
+    fault.install(monkeypatch)
+    memory = pipeline.generate(stamp_request(), settings=settings, output=tmp_path / "x.mp4").report["memory"]
+    assert memory[name]["planned_bytes"] == lower.stage(name).peak_bytes < job.plan.stage(name).peak_bytes
+    assert memory[name].get("tiles") == (None if name == "denoise" else str(lower.stage(name).tiling))
+    assert memory["text"]["planned_bytes"] == job.plan.stage("text").peak_bytes
+
+
 @pytest.mark.parametrize("error", [cannot_allocate, MemoryError], ids=["allocator", "python"])
 @pytest.mark.parametrize("name", ["text", "denoise", "decode"])
 def test_memory_that_runs_out_while_loading_or_twice(

@@ -135,12 +135,12 @@ class Attempt:
     """One attempt on one rung. Running out of memory ends the `with` block and is kept as `fault`."""
 
     def __init__(self, rung: Rung) -> None:
-        self._rung = rung
+        self.rung = rung
         self.fault: str | None = None
         self.in_ram = False  # whether it was RAM that ran out, not the card's memory
 
     def __enter__(self) -> Rung:
-        return self._rung
+        return self.rung
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

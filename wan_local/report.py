@@ -1,4 +1,8 @@
-"""What a run took: seconds and peak bytes by stage, notes for the caller, and the `Step`s with their ETA."""
+"""What a run took: seconds and peak bytes by stage, notes for the caller, and the `Step`s with their ETA.
+
+A stage's bytes are those of the attempt that succeeded, beside what was planned for that attempt; its seconds are those
+of all its attempts.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Any
 import torch
 
 from wan_local.device import held_bytes, peak_bytes, reset_peak
-from wan_local.planner import Plan
+from wan_local.planner import Plan, StagePlan
 from wan_local.request import Stage, Step
 
 _DECODE_TO_ENCODE = 2.5  # decoding takes about this many times as long as encoding the condition did
@@ -26,6 +30,9 @@ class Report:
         self._started = self._stage_started = self._pace_started = time.monotonic()
         self._known = 0
         self._stage: Stage = "plan"
+        self._measured = device  # where this stage's bytes are measured
+        self._before: int | None = None  # what was held there when that began
+        self._tried: dict[str, tuple[StagePlan, dict[str, Any]]] = {}  # by stage, the last attempt at it
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.stage_bytes: dict[str, int] = {}
@@ -40,24 +47,53 @@ class Report:
         """Measure a stage from here to the end of the block."""
         self._stage, self._stage_started = name, time.monotonic()
         self.known(0)
-        reset_peak(self.device)
-        before = held_bytes(self.device)
+        self._measure_on(self.device)
         yield
         self.seconds[name] = round(time.monotonic() - self._stage_started, 3)
-        peak = peak_bytes(self.device)
-        if peak is not None and before is not None:
+        peak = peak_bytes(self._measured)
+        if peak is not None and self._before is not None:
             self.peak_bytes[name] = peak
             # a process holds libraries and earlier stages' pages too; a card's allocator holds what was planned alone
-            self.stage_bytes[name] = peak - before if self.device.type == "cpu" else peak
+            self.stage_bytes[name] = peak - self._before if self._measured.type == "cpu" else peak
 
-    def beside(self, plan: Plan) -> dict[str, dict[str, int]]:
-        """Return each measured stage's bytes beside the planned ones."""
-        planned = {stage.name: stage.peak_bytes for stage in plan.stages}
+    def attempt(
+        self, plan: StagePlan, device: torch.device, *, chunk_tokens: int | None = None, again: bool = False
+    ) -> None:
+        """Take the running stage's bytes as those of an attempt on `device` that is planned so.
+
+        chunk_tokens: at a time in the loop. again: the attempt before ran out of memory, so that its peak counts no
+        more.
+        """
+        if device != self._measured:
+            self._measure_on(device)
+        elif again:
+            reset_peak(device)
+        how: dict[str, Any] = {}
+        if plan.resident_blocks is not None:
+            how |= {"resident_blocks": plan.resident_blocks, "source": plan.source}
+        if plan.tiling.count > 1:
+            how["tiles"] = str(plan.tiling)
+        if plan.name == "denoise":
+            how["chunk_tokens"] = chunk_tokens
+        if device != self.device:
+            how["device"] = str(device)
+        self._tried[plan.name] = plan, how
+
+    def beside(self, plan: Plan) -> dict[str, dict[str, Any]]:
+        """Return each measured stage's bytes beside the planned ones, and how it was done: see `attempt`.
+
+        plan: what counts for stages that nothing was tried in, for their answers were known.
+        """
+        planned = {stage.name: self._tried.get(stage.name, (stage, {})) for stage in plan.stages}
         return {
-            name: {"planned_bytes": planned[name], "measured_bytes": measured}
+            name: {"planned_bytes": planned[name][0].peak_bytes, "measured_bytes": measured, **planned[name][1]}
             for name, measured in self.stage_bytes.items()
             if name in planned
         }
+
+    def _measure_on(self, device: torch.device) -> None:
+        reset_peak(device)
+        self._measured, self._before = device, held_bytes(device)
 
     def note(self, text: str) -> None:
         """Keep something that the caller should know and log it."""

@@ -82,6 +82,7 @@ def checked_images(switches: Switches, images: tuple[Tensor, Tensor], report: Re
     if not switches.request.enable_safety_checker:
         return
     with report.stage("safety"):
+        report.attempt(safety_stage(load_safety_config()), torch.device("cpu"))
         checker = load_checker(switches.settings)
         start, end = (to_uint8(image.unsqueeze(1))[0] for image in images)
         scores = check_images(checker, {"start_image_url": start, "end_image_url": end})
@@ -158,6 +159,7 @@ def _written(
     prompt, limit = switches.request.prompt, load_expansion_config().max_new_tokens
     pictures = [Image.fromarray(to_uint8(image.unsqueeze(1))[0]) for image in images]
     question = ask(expander, prompt, pictures)
+    report.attempt(plan, device)
     try:
         with expander_stage(expander, device, compute_dtype(device), plan, check=check) as model:
             yield report.step(0, limit, f"{expander.name} reads the prompt{_where(plan, device)}")

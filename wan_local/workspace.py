@@ -31,8 +31,11 @@ class Workspace:
     check: Check
 
     def attempts(self, name: StageName) -> Iterator[Attempt]:
-        """Yield attempts at a stage, each on a lower rung, until one has the memory it needs."""
-        return self.ladder.attempts(name)
+        """Yield attempts at a stage, each on a lower rung, until one has the memory it needs, which is reported."""
+        for index, attempt in enumerate(self.ladder.attempts(name)):
+            rung = attempt.rung
+            self.report.attempt(rung.plan, rung.device, chunk_tokens=rung.chunk_tokens, again=index > 0)
+            yield attempt
 
     def open(self, network: Network, rung: Rung) -> AbstractContextManager[Any]:
         """Return the `stage` that hands out `network` as the rung says."""
