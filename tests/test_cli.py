@@ -240,6 +240,35 @@ def test_plan_says_what_each_stage_needs_without_weights_or_a_card(capsys: pytes
         assert words in out
 
 
+def test_plan_says_how_many_tokens_go_at_a_time_and_why_a_stage_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--vram", "6", "--ram", "48", "--format", "int8"]
+    assert cli.main(command) == terminal.DONE
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    assert cli.main([*command, "--json"]) == terminal.DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert f", {plan['chunk_tokens']} tokens at a time" in rows["denoise"] and "at a time" not in rows["text"]
+    for stage in plan["stages"]:
+        cut = stage["source"] is not None or stage["tiling"] != {"rows": 1, "columns": 1}
+        why = f", whole it would take {(stage['whole_bytes'] or 0) / 2**30:.1f} GiB of 5.4 GiB usable"
+        assert (why in rows[stage["name"]]) is cut is (stage["whole_bytes"] is not None)
+        assert not cut or stage["whole_bytes"] > plan["usable_bytes"] >= stage["peak_bytes"]
+    assert {name for name, row in rows.items() if "whole it would" in row} >= {"text", "denoise", "decode"}
+
+
+@pytest.mark.parametrize("flag", ["--vram", "--ram"])
+@pytest.mark.parametrize("size", ["0", "-4GiB", "inf", "nan"])
+def test_plan_refuses_a_size_that_is_no_memory(flag: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", f"{flag}={size}"])
+    assert "more than 0 GiB is needed" in capsys.readouterr().err
+
+
+def test_plan_names_the_cards_it_knows_where_it_is_asked_about_another(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--vram", "12", "--ram", "48", "--card", "Riva 128"]) == terminal.WRONG_REQUEST
+    error = capsys.readouterr().err
+    assert "no card named 'Riva 128' is known" in error and "RTX 3060" in error and "RTX 5090" in error
+
+
 def test_plan_for_another_card_counts_what_a_run_there_computes_with_and_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +298,10 @@ def test_plan_as_json_holds_every_stages_bytes(capsys: pytest.CaptureFixture[str
     plan = json.loads(capsys.readouterr().out)
     assert plan["model"] == "wan2.1-flf2v-14b-720p"
     assert {stage["name"] for stage in plan["stages"]} >= {"text", "condition", "denoise", "decode"}
+    frames = {"num_frames": 81, "generated_frames": 81, "tokens": 75600}
+    assert plan["geometry"] == {"width": 1280, "height": 720, **frames}
+    assert (plan["free_bytes"], plan["usable_bytes"]) == (40 * 2**30, 36 * 2**30)
+    assert plan["peak"] == {"stage": "denoise", "bytes": max(stage["peak_bytes"] for stage in plan["stages"])}
     assert all(stage["peak_bytes"] == stage["weight_bytes"] + stage["activation_bytes"] for stage in plan["stages"])
 
 

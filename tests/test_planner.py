@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -75,6 +76,18 @@ def test_too_little_ram_beside_a_card_is_refused_too() -> None:
     with pytest.raises(DoesNotFit, match=r"GiB of RAM beside cuda:0 \(denoise\); 1\.0 GiB is free"):
         make_plan(LARGE, REAL, INT8, small)
     assert make_plan(LARGE, REAL, INT8, Machine("cuda:0", 12 * GIB, 3 * GIB, 2, "w8a8")).peak.peak_bytes < 10.8 * GIB
+
+
+def test_both_are_named_where_both_are_short_and_with_both_grown_it_fits() -> None:
+    """The card and the RAM beside it; closing what holds only one of them would not do."""
+    short = Machine("cuda:0", 3 * GIB, 2 * GIB, 2, "w8a8")
+    with pytest.raises(DoesNotFit, match=r"GiB on cuda:0 .*, and .* GiB of RAM beside cuda:0") as caught:
+        make_plan(LARGE, REAL, INT8, short)
+    found = re.search(r"close what else holds ([\d.]+) GiB on cuda:0 and ([\d.]+) GiB of RAM\.", str(caught.value))
+    assert found
+    card, ram = (int(float(words) * GIB) for words in found.groups())
+    both = replace(short, free_bytes=short.free_bytes + card, free_ram_bytes=short.free_ram_bytes + ram)
+    assert make_plan(LARGE, REAL, INT8, both).peak.peak_bytes <= usable_bytes(both)
 
 
 def test_beside_a_card_ram_is_left_for_what_the_process_grows_by() -> None:

@@ -54,28 +54,32 @@ def _fits(plan: Plan, machine: Machine) -> bool:
 
 
 def _lack(plan: Plan, machine: Machine) -> str:
-    """Say what is needed and what there is."""
-    what, peak, in_ram = f"{plan.geometry.size} x {plan.geometry.num_frames} frames", plan.peak, plan.peak_in_ram
-    if peak.peak_bytes > usable_bytes(machine):
-        return (
-            f"{what} needs {peak.peak_bytes / GIB:.1f} GiB on {machine.device} at its peak ({peak.name}: "
+    """Say what is needed and what there is, on the device and in RAM, where it is too little."""
+    peak, in_ram, usable, usable_ram = plan.peak, plan.peak_in_ram, usable_bytes(machine), usable_ram_bytes(machine)
+    lacks = []
+    if peak.peak_bytes > usable:
+        lacks.append(
+            f"{peak.peak_bytes / GIB:.1f} GiB on {machine.device} at its peak ({peak.name}: "
             f"{peak.weight_bytes / GIB:.1f} GiB of weights); {machine.free_bytes / GIB:.1f} GiB is free, of which "
-            f"{usable_bytes(machine) / GIB:.1f} GiB may be used."
+            f"{usable / GIB:.1f} GiB may be used"
         )
-    usable = usable_ram_bytes(machine)
-    return (
-        f"{what} needs {in_ram.ram_bytes / GIB:.1f} GiB of RAM beside {machine.device} ({in_ram.name}); "
-        f"{machine.free_ram_bytes / GIB:.1f} GiB is free, of which {usable / GIB:.1f} GiB may be used."
-    )
+    if in_ram.ram_bytes > usable_ram:
+        lacks.append(
+            f"{in_ram.ram_bytes / GIB:.1f} GiB of RAM beside {machine.device} ({in_ram.name}); "
+            f"{machine.free_ram_bytes / GIB:.1f} GiB is free, of which {usable_ram / GIB:.1f} GiB may be used"
+        )
+    what = f"{plan.geometry.size} x {plan.geometry.num_frames} frames"
+    return f"{what} needs {', and '.join(lacks)}."
 
 
 def _advice(plan: Plan, config: ModelConfig, machine: Machine, ways_out: Iterable[WayOut]) -> str:
     """Name the nearest that fits, and what would have to be free for what was asked."""
-    missing = max(
-        plan.peak.peak_bytes / (1 - HEADROOM) - machine.free_bytes,
-        free_ram_for(plan.peak_in_ram.ram_bytes) - machine.free_ram_bytes,
-    )
-    closing = f"close what else holds {missing / GIB + 0.05:.1f} GiB"
+    missing = plan.peak.peak_bytes / (1 - HEADROOM) - machine.free_bytes
+    missing_ram = free_ram_for(plan.peak_in_ram.ram_bytes) - machine.free_ram_bytes
+    closing = f"close what else holds {max(missing, missing_ram) / GIB + 0.05:.1f} GiB"
+    if missing > 0 and missing_ram > 0:
+        here, in_ram = (f"{lacking / GIB + 0.05:.1f} GiB" for lacking in (missing, missing_ram))
+        closing = f"close what else holds {here} on {machine.device} and {in_ram} of RAM"
     for way in ways_out:
         other = plan_within(way.geometry, config, way.sizes, machine)
         if _fits(other, machine):

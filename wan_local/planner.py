@@ -120,6 +120,7 @@ class StagePlan:
     `tiling` is of the VAE's frames. `together`: both branches of guidance go block by block, so that streamed weights
     move once a step. `parked`: keys and values of cross-attention wait in RAM. `ram_bytes` wait in RAM meanwhile where
     the device is a card: blocks, keys and values, features. `streamed_bytes` are copied to it in each pass.
+    `whole_bytes`: what it would hold if nothing streamed and frames were whole, where that is not what it holds.
     """
 
     name: str
@@ -135,6 +136,7 @@ class StagePlan:
     parked: bool = False
     ram_bytes: int = 0
     streamed_bytes: int = 0
+    whole_bytes: int | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -150,6 +152,11 @@ class Plan:
     chunk_tokens: int
     stages: tuple[StagePlan, ...]
     free_bytes: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """Return what it may use of the free bytes; the rest is headroom."""
+        return _usable(self.free_bytes)
 
     @property
     def peak(self) -> StagePlan:
@@ -237,7 +244,11 @@ def plan_on_cpu(
 
 def usable_bytes(machine: Machine) -> int:
     """Return what a plan may use of the free bytes; the rest is headroom."""
-    return int(machine.free_bytes * (1 - HEADROOM))
+    return _usable(machine.free_bytes)
+
+
+def _usable(free: int) -> int:
+    return int(free * (1 - HEADROOM))
 
 
 def usable_ram_bytes(machine: Machine) -> int:
@@ -310,7 +321,7 @@ def _tiled(
     name: str, half: VaeHalf, geometry: Geometry, config: ModelConfig, size: NetworkSize, machine: Machine
 ) -> StagePlan:
     """Return the VAE's stage with the tiles that cost least of those that fit; with the smallest where none fits."""
-    plans = []
+    plans: list[StagePlan] = []
     for tiling in tilings(geometry, config.vae, half):
         held = vae_bytes(half, geometry, config.vae, tiling) + _library_bytes(machine)
         kept = kept_bytes(half, geometry, config.vae, tiling)
@@ -321,6 +332,7 @@ def _tiled(
             held + kept if on_cpu else held,
             tiling=tiling,
             ram_bytes=0 if on_cpu else kept,
+            whole_bytes=plans[0].peak_bytes if plans else None,
         )
         if plan.peak_bytes <= usable_bytes(machine) and plan.ram_bytes <= usable_ram_bytes(machine):
             return plan
@@ -359,6 +371,7 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, *,
         source=source,
         ram_bytes=in_ram,
         streamed_bytes=sum(waiting),
+        whole_bytes=stage.peak_bytes,
     )
 
 

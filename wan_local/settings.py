@@ -350,6 +350,11 @@ class CardRates:
     copy_bytes: float
 
 
+def known_cards() -> tuple[str, ...]:
+    """Return the names of the cards whose modelled rates are known."""
+    return tuple(entry["name"] for entry in read_toml("cards")["card"])
+
+
 def load_card_rates(card: str | None) -> CardRates | None:
     """Return the modelled rates of the card of that name, as `configs/cards.toml` has them; None for others."""
     for entry in read_toml("cards")["card"]:

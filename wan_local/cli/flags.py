@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,11 @@ def add_lora_flag(group: argparse._ArgumentGroup) -> None:
 
 
 def gibibytes(text: str) -> int:
-    """Read 12, 12GiB, 12G or 12GB as the bytes of that many GiB: what a card or a machine is called by."""
-    return int(number_of_gibibytes(text) * 2**30)
+    """Read 12, 12GiB, 12G or 12GB as the bytes of that many GiB: what a card or a machine is called by; more than 0."""
+    number = number_of_gibibytes(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of memory: more than 0 GiB is needed, as 12GiB")
+    return int(number * 2**30)
 
 
 def number_of_gibibytes(text: str) -> float:

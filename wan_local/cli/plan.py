@@ -56,17 +56,17 @@ def _plan(options: argparse.Namespace) -> int:
     asked = {name: given[name] for name in _PLANNED if name in given}
     request = Request.from_arguments({"prompt": "", "start_image_url": "", "end_image_url": "", **asked})
     settings = settings_from(given)
+    _check_card(given.get("card"))
     config, plan, kernels = plan_run(
         settings, request, machine=_machine(given), formats=_formats(given), card=given.get("card")
     )
     if "json" in given:
-        stages = [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in plan.stages]
         about = {"model": config.name, "device": plan.device, "kernels": kernels.reason}
-        print(json.dumps({**about, "stages": stages}, indent=2))
+        print(json.dumps({**about, **_as_json(plan)}, indent=2))
         return DONE
     print(f"{config.title}: {plan.describe()}")
     for stage in plan.stages:
-        print(_row(stage))
+        print(_row(stage, plan))
     print(f"Kernels: {kernels.reason}.")
     print(_pace(plan, request.num_inference_steps))
     if request.enable_safety_checker:
@@ -106,12 +106,48 @@ def _formats(given: dict[str, Any]) -> WeightFormats | None:
     )
 
 
-def _row(stage: StagePlan) -> str:
+def _check_card(card: str | None) -> None:
+    from wan_local.errors import WrongSetting
+    from wan_local.settings import known_cards, load_card_rates
+
+    if card is not None and load_card_rates(card) is None:
+        raise WrongSetting(f"no card named {card!r} is known; known are: {', '.join(known_cards())}")
+
+
+def _as_json(plan: Plan) -> dict[str, Any]:
+    geometry, peak = plan.geometry, plan.peak
+    return {
+        "geometry": {
+            "width": geometry.size.width,
+            "height": geometry.size.height,
+            "num_frames": geometry.num_frames,
+            "generated_frames": geometry.generated_frames,
+            "tokens": geometry.tokens,
+        },
+        "chunk_tokens": plan.chunk_tokens,
+        "free_bytes": plan.free_bytes,
+        "usable_bytes": plan.usable_bytes,
+        "peak": {"stage": peak.name, "bytes": peak.peak_bytes},
+        "stages": [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in plan.stages],
+    }
+
+
+def _row(stage: StagePlan, plan: Plan) -> str:
     how = "" if stage.source is None else f", {stage.resident_blocks} blocks stay, others stream from {stage.source}"
     how += "" if stage.tiling.count == 1 else f", frames in {stage.tiling} tiles"
+    how += _why(stage, plan)
+    how += f", {plan.chunk_tokens} tokens at a time" if stage.name == "denoise" else ""
     how += ", text and image keys wait in RAM" if stage.parked else ""
     how += f"; {stage.ram_bytes / 2**30:.1f} GiB of RAM" if stage.ram_bytes else ""
     where = "" if stage.device is None else f" on {stage.device}"
     took = "" if stage.seconds is None else f", about {stage.seconds:.0f} s"
     gibibytes = f"{stage.peak_bytes / 2**30:6.2f} GiB{where}"
     return f"  {stage.name:10} {gibibytes} ({stage.weight_bytes / 2**30:.2f} of weights{how}){took}"
+
+
+def _why(stage: StagePlan, plan: Plan) -> str:
+    """Say why a stage streams or is tiled."""
+    if stage.whole_bytes is None:
+        return ""
+    usable = f" of {plan.usable_bytes / 2**30:.1f} GiB usable" if stage.device in (None, plan.device) else ""
+    return f", whole it would take {stage.whole_bytes / 2**30:.1f} GiB{usable}"
