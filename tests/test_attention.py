@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -158,6 +163,41 @@ def test_pieces_give_what_the_whole_gives(biased: bool, monkeypatch: pytest.Monk
     whole = sdpa(q, k, v, bias_M=bias)
     monkeypatch.setattr(attention, "_LOGIT_BYTES", 4 * 2 * 2 * 150 * 7)  # seven queries at a time
     assert torch.allclose(attention_in_pieces(q, k, v, bias), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "can_use", "taken"),
+    [
+        ((9, 0), {"cudnn", "flash", "efficient"}, "CUDNN_ATTENTION"),
+        ((8, 9), {"cudnn", "flash", "efficient"}, "FLASH_ATTENTION"),
+        ((9, 0), {"efficient"}, "EFFICIENT_ATTENTION"),
+        ((8, 9), {"cudnn"}, None),
+    ],
+)
+def test_torchs_kernels_are_asked_for_on_the_card_of_the_tensors(
+    capability: tuple[int, int], can_use: set[str], taken: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether one can be used is a matter of the current card, which may be another one than theirs."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def answer(kernel: str) -> Callable[[object], bool]:
+        return lambda _: current == [card] and kernel in can_use
+
+    card = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *_: None)
+    for kernel in ("cudnn", "flash", "efficient"):
+        monkeypatch.setattr(torch.backends.cuda, f"can_use_{kernel}_attention", answer(kernel))
+    tensor: Any = SimpleNamespace(device=card)
+    got = attention._fused_kernel(tensor, tensor, tensor, None)
+    assert (got and got.name) == taken
 
 
 def test_settings_name_known_backends_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,12 +171,14 @@ def _fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
     from torch.nn.attention import SDPBackend
 
     parameters = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, False, False)
-    if torch.cuda.get_device_capability(q.device)[0] == 9 and torch.backends.cuda.can_use_cudnn_attention(parameters):
-        return SDPBackend.CUDNN_ATTENTION
-    if torch.backends.cuda.can_use_flash_attention(parameters):
-        return SDPBackend.FLASH_ATTENTION
-    if torch.backends.cuda.can_use_efficient_attention(parameters):
-        return SDPBackend.EFFICIENT_ATTENTION
+    hopper = torch.cuda.get_device_capability(q.device)[0] == 9
+    with torch.cuda.device(q.device):  # torch answers for the current card, whichever the tensors are on
+        if hopper and torch.backends.cuda.can_use_cudnn_attention(parameters):
+            return SDPBackend.CUDNN_ATTENTION
+        if torch.backends.cuda.can_use_flash_attention(parameters):
+            return SDPBackend.FLASH_ATTENTION
+        if torch.backends.cuda.can_use_efficient_attention(parameters):
+            return SDPBackend.EFFICIENT_ATTENTION
     return None
 
 
