@@ -8,7 +8,8 @@ do not depend on their values. A stage whose check fails is reported, is not tim
 others go on, in a new process where the card does not answer any more. Rows are written as they come. Once the budget
 is used up, no stage is begun and nothing more is timed.
 
-Needs torch with triton, transformers, safetensors, and wheels of diffusers, optimum-quanto, av, pydantic, ftfy, Pillow.
+Needs torch with triton, transformers, safetensors, and wheels of diffusers, optimum-quanto, av, pydantic, ftfy, Pillow,
+accelerate with psutil, without which diffusers' group offload does not run.
 """
 
 from __future__ import annotations

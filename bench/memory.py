@@ -133,7 +133,7 @@ def _our_step(scratch: Path, *, formats: WeightFormats, streamed: bool) -> Itera
     planned = plan_within(DENOISED, CONFIG, network_sizes(CONFIG, formats), machine)
     files, context, loop = _files(scratch, formats), planned.stage("context"), planned.stage("denoise")
     with stage("context_embedder", files, CPU, torch.float32, plan=context) as embedder:
-        contexts = [embedder(text[None], given.images) for text in given.texts]
+        contexts = embedder.contexts(list(given.texts.split(1)), given.images)
         modulations = embedder.modulations(torch.tensor([TIMESTEP]))
     with stage("transformer", files, CPU, torch.float32, plan=loop) as network:
         guided = Guided(

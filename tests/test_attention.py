@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 from wan_local import attention
 from wan_local.attention import BACKENDS, Card, KernelChoice, attention_in_pieces, card_of, choose, sdpa
@@ -158,6 +164,66 @@ def test_pieces_give_what_the_whole_gives(biased: bool, monkeypatch: pytest.Monk
     whole = sdpa(q, k, v, bias_M=bias)
     monkeypatch.setattr(attention, "_LOGIT_BYTES", 4 * 2 * 2 * 150 * 7)  # seven queries at a time
     assert torch.allclose(attention_in_pieces(q, k, v, bias), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "can_use", "taken"),
+    [
+        ((9, 0), {"cudnn", "flash", "efficient"}, "CUDNN_ATTENTION"),
+        ((8, 9), {"cudnn", "flash", "efficient"}, "FLASH_ATTENTION"),
+        ((9, 0), {"efficient"}, "EFFICIENT_ATTENTION"),
+        ((8, 9), {"cudnn"}, None),
+    ],
+)
+def test_torchs_kernels_are_asked_for_on_the_card_of_the_tensors(
+    capability: tuple[int, int], can_use: set[str], taken: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether one can be used is a matter of the current card, which may be another one than theirs."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def answer(kernel: str) -> Callable[[object], bool]:
+        return lambda _: current == [card] and kernel in can_use
+
+    card = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *_: None)
+    for kernel in ("cudnn", "flash", "efficient"):
+        monkeypatch.setattr(torch.backends.cuda, f"can_use_{kernel}_attention", answer(kernel))
+    tensor: Any = SimpleNamespace(device=card)
+    got = attention._fused_kernel(tensor, tensor, tensor, None)
+    assert (got and got.name) == taken
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("largest", "limit"), [(1.0, 0.005), (1e5, 0.01)])
+def test_before_ampere_bfloat16_goes_to_a_fused_kernel_as_float16_unless_it_reaches_further(
+    largest: float, limit: float, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's kernels take no bfloat16 on such a card: all logits went through memory, piece by piece."""
+    taken: list[torch.dtype] = []
+    q, k, v = (x.bfloat16() for x in inputs())
+    v[0, 0, 0, 0] *= largest
+    bias = torch.randn(150) if biased else None
+
+    def kernel(_q: object, _k: object, v: torch.Tensor, _mask: object) -> SDPBackend | None:
+        taken.append(v.dtype)
+        return SDPBackend.MATH if v.dtype == torch.float16 else None
+
+    monkeypatch.setattr(attention, "_fused_kernel", kernel)
+    monkeypatch.setattr(attention, "_HALF_HEADS", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    got = attention._on_card(*(x.transpose(1, 2) for x in (q, k, v)), bias)
+    exact = sdpa(*(x.double() for x in (q, k, v)), bias_M=bias)
+    assert got.dtype == torch.bfloat16 and got.shape == exact.shape
+    assert float((got - exact).norm() / exact.norm()) < limit
+    assert taken == [torch.bfloat16, *([torch.float16] * 2 if largest == 1 else [])]
 
 
 def test_settings_name_known_backends_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from wan_local.errors import NumericalError
 from wan_local.geometry import Geometry, Size
 from wan_local.models.transformer import ContextKV
 from wan_local.preview import fit_latent_to_rgb, to_uint8
-from wan_local.scheduler import Scheduler
+from wan_local.scheduler import Scheduler, Solver
 
 LATENTS = (1, 16, 3, 4, 6)
 
@@ -47,6 +47,39 @@ def test_guidance_is_unconditional_plus_scale_times_difference() -> None:
     assert torch.equal(noise_pred, v_u + 3.0 * (v_c - v_u))
     together, _ = replace(guided, together=True).predict(latents, 500)
     assert torch.equal(together, noise_pred)
+
+
+class OnCard:
+    """Stands for a tensor on a card: nothing can be done with it but bring it to the CPU."""
+
+    def __init__(self, on_cpu: Tensor) -> None:
+        self._on_cpu, self.device = on_cpu, torch.device("meta")
+
+    def cpu(self) -> Tensor:
+        return self._on_cpu
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_a_cards_steps_are_made_on_the_cpu_and_brought_back(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system of two equations on a card would load a library that no plan counts."""
+    here, of_card = Scheduler(4, 5.0, solver=solver), Scheduler(4, 5.0, solver=solver)
+    moved, to = list[tuple[Tensor, torch.device]](), Tensor.to
+
+    def recorded(tensor: Tensor, *where: Any, **how: Any) -> Tensor:
+        if where != (torch.device("meta"),):
+            return to(tensor, *where, **how)
+        moved.append((tensor, where[0]))
+        return tensor
+
+    latents, generator = torch.ones(LATENTS), torch.Generator().manual_seed(0)
+    for index in range(4):
+        velocity = torch.randn(LATENTS, generator=generator)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "to", recorded)
+            of_card.step(cast(Tensor, OnCard(velocity)), index, cast(Tensor, OnCard(latents)))
+        latents = here.step(velocity, index, latents)
+        assert torch.equal(moved[-1][0], latents)
+    assert len(moved) == 4
 
 
 def test_without_a_negative_context_the_transformer_runs_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

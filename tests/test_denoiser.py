@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -127,12 +128,21 @@ def test_what_was_not_finite_is_not_tried_again_on_the_rung_that_the_exact_call_
 
 
 @pytest.mark.parametrize(
-    ("system", "free_gib", "limit_gib"), [("win32", 4, 3.75), ("win32", 20, 19), ("win32", 0.1, 0), ("linux", 4, None)]
+    ("system", "kernel", "free_gib", "limit_gib"),
+    [
+        ("win32", "10", 4, 3.75),
+        ("win32", "10", 20, 19),
+        ("win32", "10", 0.1, 0),
+        ("linux", "6.8.0-45-generic", 4, None),
+        ("linux", "5.15.153.1-microsoft-standard-WSL2", 4, 3.75),
+        ("linux", "4.4.0-19041-Microsoft", 4, 3.75),
+    ],
 )
-def test_only_windows_spills_and_libraries_have_room_beside_torch(
-    system: str, free_gib: float, limit_gib: float | None, monkeypatch: pytest.MonkeyPatch
+def test_only_windows_spills_and_wsl_and_libraries_have_room_beside_torch(
+    system: str, kernel: str, free_gib: float, limit_gib: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "uname", lambda: SimpleNamespace(release=kernel))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free_gib * 2**30), 24 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)

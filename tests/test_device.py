@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from wan_local.device import (
 )
 from wan_local.errors import NotAvailable
 
-CPU = torch.device("cpu")
+CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
 
 
 def test_auto_is_the_first_card_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +145,25 @@ def test_a_cap_holds_torch_to_its_share_of_the_card_and_gives_back_what_was_set_
         assert fraction[-1] == 0.9
     with capped(card, None), capped(CPU, 2**30):
         assert fraction == [0.9, *(0.25, 0.9) * 2, 0.9, 0.9]
+
+
+def test_a_card_that_failed_does_not_replace_the_error_that_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later call on such a card fails, the one that gives the limit back among them."""
+    fraction = [1.0]
+
+    def set_fraction(share: float, _: torch.device) -> None:
+        if len(fraction) > 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        fraction.append(share)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction[0])
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_fraction)
+    failed = RuntimeError("CUDA error: unspecified launch failure")
+    failed.add_note("go on with `wan-local resume`")
+    with pytest.raises(RuntimeError, match="unspecified launch failure") as caught, capped(CARD, 2**30):
+        raise failed
+    assert fraction == [1.0, 0.125] and caught.value.__notes__ == ["go on with `wan-local resume`"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system is asked")

@@ -246,45 +246,6 @@ def test_a_streamed_text_encoder_with_gathered_rows_equals_the_whole_one(files: 
     assert torch.equal(got, whole)
 
 
-def test_what_cannot_be_page_locked_is_said_once_and_its_error_does_not_meet_the_next_kernel(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """CUDA reports a refused registration again at the next launch: that must be one that nobody needs."""
-    pending: list[str] = []
-
-    class Runtime:
-        @staticmethod
-        def cudaHostRegister(*_: int) -> int:
-            pending.append("out of memory")
-            return 2
-
-    def launch(*_: object, **__: object) -> None:
-        if pending:
-            raise RuntimeError(f"CUDA error: {pending.pop()}")
-
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    slab = torch.empty(64, dtype=torch.uint8)
-    monkeypatch.setattr(torch, "zeros", launch)
-    assert not host_blocks._page_lock(slab, torch.device("cuda:0"))
-    assert "could not be page-locked (CUDA error 2)" in caplog.text
-    launch()
-
-
-def test_a_slab_that_cannot_be_filled_is_not_left_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
-    locked: list[int] = []
-    monkeypatch.setattr(host_blocks, "_page_lock", lambda slab, _: bool(locked.append(slab.nbytes)) or True)
-    layouts = [FlatBlock(nn.Linear(4, 4, device="meta"), lambda _: torch.float32) for _ in range(3)]
-
-    def fill(index: int, views: object) -> None:
-        if index == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        host_blocks.HostBlocks([0, 1, 2], layouts, fill, "ram", torch.device("cuda:0"))
-    assert locked == []
-
-
 def test_the_worker_does_not_spin_while_it_waits_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     spinning: list[bool] = []
 

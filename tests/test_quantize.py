@@ -108,6 +108,15 @@ def test_the_rotation_is_a_regular_hadamard_matrix_and_its_own_inverse() -> None
     assert torch.allclose(rotate(rotate(x)), x, atol=1e-6)
 
 
+def test_the_rotation_is_brought_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the CPU to a card it would make the host wait for the card, at every linear."""
+    moved: list[object] = []
+    x, to = torch.randn(3, 128).bfloat16(), Tensor.to
+    first = rotate(x)
+    monkeypatch.setattr(Tensor, "to", lambda tensor, *where, **how: moved.append(where) or to(tensor, *where, **how))
+    assert torch.equal(rotate(x), first) and not moved
+
+
 def test_tokens_are_rounded_as_the_kernels_reference_does_it() -> None:
     reference = pytest.importorskip("wan_kernels.quantize_rows").quantize_rows_reference
     x = gaussian(63, 512) * torch.logspace(-4, 3, 63).unsqueeze(1)

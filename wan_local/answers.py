@@ -1,8 +1,8 @@
 """What the transformer answered, call by call, on disk: with it, sampling comes to the same point again bit for bit.
 
 All else that sampling holds (the solver's history, the policy's measurements, the latents themselves) follows from the
-noise, which is a seed, and from these answers, by arithmetic that takes milliseconds. So a run's state is its answers:
-the same loop is gone through with them, and calls the transformer where they end.
+noise, which is a seed, and from these answers, by arithmetic of a tenth of a second a step. So a run's state is its
+answers: the same loop is gone through with them, and calls the transformer where they end.
 
 A call is one file: the guided velocity and, where the policy measures it, the prompt's alone; 19.4 MB each for
 81 frames at 720p, 8.4 MB at 480p. Once denoising is done the final latents take the calls' place.

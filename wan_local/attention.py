@@ -3,7 +3,7 @@
 Takes queries, keys and values as floats [B, L, H, K]; gives [B, L, H*K]. Which backend runs is decided in `choose`,
 once before a run, from the card, what is installed and what a probe found; one that was asked for by name and cannot
 run is an error. There is no fallback inside a run, but for what no fused kernel of torch takes: that is computed
-exactly, some queries at a time.
+exactly, some queries at a time, and bfloat16 before Ampere as float16.
 
 Shape legend: B batch, L queries, M keys, H heads, K channels of a head.
 """
@@ -28,6 +28,8 @@ from wan_local.network_cost import HEADS_AT_A_TIME, KEYS_AT_A_TIME
 from wan_local.settings import AttentionName, KernelsChoice
 
 _LOGIT_BYTES = 256 * 2**20  # float32 logits that the exact fallback holds at a time
+_HALF_HEADS = 4  # cast to float16 at a time: 0.2 GB with what they give, at 720p
+_AMPERE = (8, 0)
 _SAGE_NEEDED = (2, 1, 1)  # before it, keys beyond the end are not masked
 _SAGE_HEAD_DIMS = (64, 128)
 OURS: tuple[AttentionName, ...] = ("int8", "int8_pv")
@@ -153,14 +155,34 @@ def sdpa(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, *, bias_M: Tensor | Non
     """
     dtype = v_BMHK.dtype
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
+    if q.device.type == "cuda":
+        return _on_card(q, k, v, bias_M)
     mask = None if bias_M is None else bias_M.to(dtype).view(1, 1, 1, -1)
-    if q.device.type != "cuda":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def _on_card(q: Tensor, k: Tensor, v: Tensor, bias_M: Tensor | None) -> Tensor:
+    """Return attention [B, L, H*K] of tensors of one dtype, [B, H, L or M, K], by a fused kernel where one takes them.
+
+    Before Ampere none takes bfloat16; float16 tells more numbers apart, and is taken where it reaches as far.
+    """
+    mask = None if bias_M is None else bias_M.to(v.dtype).view(1, 1, 1, -1)
     fast = _fused_kernel(q, k, v, mask)
-    if fast is None:
-        return attention_in_pieces(q_BLHK, k_BMHK, v_BMHK, bias_M)
-    with torch.nn.attention.sdpa_kernel(fast):  # this one: of several torch would take the first of an order of its own
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    if fast is not None:
+        with torch.nn.attention.sdpa_kernel(fast):  # this one: torch would take the first of an order of its own
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    narrow = v.dtype == torch.bfloat16 and torch.cuda.get_device_capability(v.device) < _AMPERE
+    if narrow and all(_fits_half(x) for x in (q, k, v)):
+        by_heads = zip(*(x.split(_HALF_HEADS, dim=1) for x in (q, k, v)), strict=True)
+        outs = (_on_card(q.half(), k.half(), v.half(), bias_M) for q, k, v in by_heads)
+        return torch.cat([out.to(v.dtype) for out in outs], dim=-1)
+    return attention_in_pieces(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias_M)
+
+
+def _fits_half(x: Tensor) -> bool:
+    """Tell whether float16 reaches as far as these numbers, of which none is NaN."""
+    least, most = torch.aminmax(x)
+    return bool((torch.maximum(most, -least) <= torch.finfo(torch.float16).max).item())
 
 
 def _fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
@@ -171,12 +193,14 @@ def _fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
     from torch.nn.attention import SDPBackend
 
     parameters = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, False, False)
-    if torch.cuda.get_device_capability(q.device)[0] == 9 and torch.backends.cuda.can_use_cudnn_attention(parameters):
-        return SDPBackend.CUDNN_ATTENTION
-    if torch.backends.cuda.can_use_flash_attention(parameters):
-        return SDPBackend.FLASH_ATTENTION
-    if torch.backends.cuda.can_use_efficient_attention(parameters):
-        return SDPBackend.EFFICIENT_ATTENTION
+    hopper = torch.cuda.get_device_capability(q.device)[0] == 9
+    with torch.cuda.device(q.device):  # torch answers for the current card, whichever the tensors are on
+        if hopper and torch.backends.cuda.can_use_cudnn_attention(parameters):
+            return SDPBackend.CUDNN_ATTENTION
+        if torch.backends.cuda.can_use_flash_attention(parameters):
+            return SDPBackend.FLASH_ATTENTION
+        if torch.backends.cuda.can_use_efficient_attention(parameters):
+            return SDPBackend.EFFICIENT_ATTENTION
     return None
 
 
@@ -275,7 +299,7 @@ def _fused_lacking(card: Card) -> str:
         return ""
     if not kernels.HAS_TRITON:
         return kernels.TRITON_LACKING
-    return "" if card.capability >= (8, 0) else f"{card.name} is older than Ampere"
+    return "" if card.capability >= _AMPERE else f"{card.name} is older than Ampere"
 
 
 def _fused_failing(card: Card, broken: Callable[[AttentionName], str]) -> str:

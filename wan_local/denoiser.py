@@ -46,8 +46,8 @@ class Pace:
         if self._expected is not None and taken > _TOO_SLOW * self._expected:
             self._note(
                 f"a model call took {taken:.1f} s where about {self._expected:.1f} s were expected: either another "
-                "program uses the card, or its driver uses RAM for what does not fit (Windows' 'CUDA - Sysmem Fallback "
-                "Policy'). Give the run less with --vram, or make a smaller or shorter video."
+                "program uses the card, or its driver uses RAM for what does not fit (on Windows and in WSL: 'CUDA - "
+                "Sysmem Fallback Policy'). Give the run less with --vram, or make a smaller or shorter video."
             )
             self._expected = None
         self._began = None

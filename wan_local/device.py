@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -178,19 +179,26 @@ def capped(device: torch.device, limit_bytes: int | None) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        # a card that has failed refuses this, too; what is raised already says how to go on with the run
+        with suppress(RuntimeError):
+            torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def spill_bytes(device: torch.device) -> int | None:
     """Return how much torch may take of a card whose driver would then use RAM, silently and many times slower.
 
     It is what is free but for what cuBLAS, cuDNN and the kernels' code take beside torch: 256 MiB or a twentieth, the
-    larger. None where a driver says instead that memory ran out: everywhere but on Windows.
+    larger. None where a driver says instead that memory ran out: everywhere but on Windows, and on Linux inside it.
     """
-    if sys.platform != "win32" or device.type != "cuda":
+    if device.type != "cuda" or not _on_windows_driver():
         return None
     free = free_bytes(device)
     return max(free - max(_BESIDE_TORCH_BYTES, free // 20), 0)
+
+
+def _on_windows_driver() -> bool:
+    """Tell whether cards belong to Windows' driver, as they also do in WSL, whose kernel has its maker's name."""
+    return sys.platform == "win32" or "microsoft" in platform.uname().release.lower()
 
 
 def reset_peak(device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from wan_local.flat_block import Fill, FlatBlock, Span
 from wan_local.planner import SLOTS, Source
 
+_FOR_EVERY_CARD = 1  # cudaHostRegisterPortable
 _log = logging.getLogger(__name__)
 
 
@@ -21,7 +23,7 @@ class HostBlocks:
     def __init__(
         self, streamed: Sequence[int], layouts: Sequence[FlatBlock], fill: Fill, source: Source, device: torch.device
     ) -> None:
-        self._layouts, self._fill = layouts, fill
+        self._layouts, self._fill, self._device = layouts, fill, device
         self.reuses_buffers = source == "file"
         sizes = [layouts[index].nbytes for index in streamed]
         if self.reuses_buffers:
@@ -53,8 +55,10 @@ class HostBlocks:
         return content
 
     def close(self) -> None:
+        """Unlock the memory and let it go; idempotent."""
         if self.page_locked:
-            torch.cuda.cudart().cudaHostUnregister(self._slab.data_ptr())
+            _unlock(self._slab, self._device)
+            self.page_locked = False
         self._slab, self._buffers = torch.empty(0, dtype=torch.uint8), ()
 
 
@@ -66,12 +70,26 @@ def _page_lock(slab: Tensor, device: torch.device) -> bool:
     if not slab.nbytes:
         return False
     with torch.cuda.device(device):
-        code = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0)
-        refused = int(getattr(code, "value", code))
-        if refused:
-            with suppress(RuntimeError):  # CUDA tells of it once more, at the next launch: at this one
-                torch.zeros(1, device=device)
+        code = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, _FOR_EVERY_CARD)
+        refused = _refusal(code, device)
     if refused:
         gigabytes = slab.nbytes / 1e9
         _log.warning("%.1f GB of RAM could not be page-locked (CUDA error %d): slower copies", gigabytes, refused)
     return not refused
+
+
+def _unlock(slab: Tensor, device: torch.device) -> None:
+    """Undo `_page_lock`; memory that goes while it is locked stays so in the driver's books, and it is said."""
+    with torch.cuda.device(device):  # another card's context may be current: unlocking would make one on that card
+        refused = _refusal(torch.cuda.cudart().cudaHostUnregister(slab.data_ptr()), device)
+    if refused:
+        _log.warning("%.1f GB of page-locked RAM could not be unlocked (CUDA error %d)", slab.nbytes / 1e9, refused)
+
+
+def _refusal(code: Any, device: torch.device) -> int:
+    """Return the number of CUDA's error, 0 for none. CUDA tells of it once more, at the next launch: at this one."""
+    refused: int = int(getattr(code, "value", code))
+    if refused:
+        with suppress(RuntimeError):
+            torch.zeros(1, device=device)
+    return refused

@@ -59,7 +59,8 @@ def loop_bytes(
     if kernels.fused:
         return hidden + _fused(transformer, numbers, chunk, compute, kernels, in_linear) + rotary + latents
     turning, feeding = token_bytes(transformer, compute)
-    working = max(chunk * turning, chunk * feeding + in_linear)
+    linear = feeding - transformer.ffn_dim * compute  # while one runs, the middle is there once: its input or output
+    working = max(chunk * turning, chunk * feeding, chunk * linear + in_linear)
     if kernels.attention in _INT8_KEYS:
         working = max(working, _attending(transformer, tokens, chunk, compute, kernels))
     if kernels.attention == _SAGE:
@@ -134,10 +135,14 @@ def context_stage_bytes(config: ModelConfig, compute: int, *, parked: bool) -> i
     return int(_MARGIN * (made + embedded + turning))
 
 
-def text_bytes(config: ModelConfig, compute: int) -> int:
-    """Return what a prompt of full length holds in the text encoder."""
+def text_bytes(config: ModelConfig, compute: int, *, in_linear: int = 0) -> int:
+    """Return what a prompt of full length holds in the text encoder.
+
+    in_linear: what a quantized linear takes while it runs, when no scores are there.
+    """
     encoder, tokens = config.text_encoder, config.transformer.text_tokens
-    return tokens * compute * (8 * encoder.d_model + 3 * encoder.d_ff) + encoder.num_heads * tokens * tokens * 12
+    scores = encoder.num_heads * tokens * tokens * 12
+    return tokens * compute * (8 * encoder.d_model + 3 * encoder.d_ff) + max(scores, in_linear)
 
 
 def image_bytes(config: ModelConfig, compute: int) -> int:

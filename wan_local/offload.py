@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -101,10 +101,13 @@ class StreamedBlocks(nn.Module):
         on_card = device.type == "cuda"
         self._copies = _Copies(device, slots) if on_card else None
         self._host = HostBlocks(self._streamed, layouts, fill, residency.source, device) if on_card else None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan_local-offload")
+        self._worker = _worker_for(device)
         self._pending: dict[int, Future[None]] = {}
         self._next = 0
-        self._begin()
+        with ExitStack() as undone:
+            undone.callback(self.close)  # RAM that was page-locked would stay so
+            self._begin()
+            undone.pop_all()
 
     def __len__(self) -> int:
         return self._num_blocks
@@ -188,6 +191,17 @@ class StreamedBlocks(nn.Module):
                 self._copies.copy(flat[span.begin : span.end], content, buffer)
 
 
+def _worker_for(device: torch.device) -> ThreadPoolExecutor:
+    """Return the thread that brings blocks. On a card that is not the first it would make a context there, too.
+
+    A new thread's card is the first one, and leaving another card's stream goes back to it.
+    """
+    name = "wan_local-offload"
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1, name)
+    return ThreadPoolExecutor(1, name, initializer=torch.cuda.set_device, initargs=(device,))
+
+
 class _Copies:
     """The copy stream of a card with the events that order copying and computing, and those of the host's buffers."""
 
@@ -205,6 +219,7 @@ class _Copies:
         self._stream.wait_event(self._freed[slot])
         yield
         self._copied[slot].record(self._stream)
+        self._copied[slot].query()  # Windows' driver gathers what is enqueued; asking sends the copies off
 
     def copy(self, target: Tensor, source: Tensor, buffer: int | None = None) -> None:
         """Enqueue a copy, from a buffer of the host's ring if that is given."""

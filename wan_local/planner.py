@@ -44,6 +44,7 @@ _DEQUANTIZING, _DEQUANTIZING_ON_CARD = 2**22, 2**26  # bytes of the rows of a we
 # what stages of one pass use int8 weights by: T5's outliers are too far out for int8 inputs, and speed matters little
 _ONCE: Int8Arithmetic = "weight-only"
 LIBRARY_BYTES = 2**26  # workspaces of cuBLAS and its like; an H200 held 20 MB in a stage that needs little else
+_HEAP_BYTES = 3 * 2**27  # on a CPU: freed pieces of up to 32 MiB that the C library keeps; up to 0.28 GiB were measured
 SLOTS = 2  # of the ring that streamed blocks pass through, and of the one in RAM for what is read from a file
 SPAN_BYTES = 2**26  # that are read from a file and copied to the card at a time; one larger tensor where that is more
 
@@ -187,24 +188,37 @@ class Plan:
         )
 
 
-def plan_within(geometry: Geometry, config: ModelConfig, sizes: Mapping[str, NetworkSize], machine: Machine) -> Plan:
-    """Return the plan with the least in memory that costs no more time than it must; it may not fit all the same."""
+def plan_within(
+    geometry: Geometry,
+    config: ModelConfig,
+    sizes: Mapping[str, NetworkSize],
+    machine: Machine,
+    *,
+    most_tokens: int | None = None,
+) -> Plan:
+    """Return the plan with the least in memory that costs no more time than it must; it may not fit all the same.
+
+    most_tokens: that may go at a time in the loop, if there is a limit.
+    """
     compute, once = machine.compute_bytes, replace(machine, int8_arithmetic=_ONCE)
-    denoising, chunk = _denoising(geometry, config, sizes["transformer"], machine)
+    denoising, chunk = _denoising(geometry, config, sizes["transformer"], machine, most_tokens or geometry.tokens)
     embedding = context_stage_bytes(config, compute, parked=denoising.parked)
     waiting = contexts_bytes(config, compute) if denoising.parked else 0
 
+    def in_linear(network: str) -> int:
+        return _quantized_bytes(sizes[network], config, once)
+
     def encoding(name: str, network: str, held: int) -> StagePlan:
         size = sizes[network]
-        held += _quantized_bytes(size, config, once) + _library_bytes(machine)
+        held += _library_bytes(machine, held)
         return StagePlan(name, size.weight_bytes(compute), held, int8_arithmetic=_ONCE if size.packed else None)
 
-    text = encoding("text", "text_encoder", text_bytes(config, compute))
-    context = encoding("context", "context_embedder", embedding)
+    text = encoding("text", "text_encoder", text_bytes(config, compute, in_linear=in_linear("text_encoder")))
+    context = encoding("context", "context_embedder", embedding + in_linear("context_embedder"))
     context = replace(context, ram_bytes=waiting, parked=denoising.parked)
     stages = (
         streamed_if_needed(text, sizes["text_encoder"], machine, once=True),
-        encoding("image", "image_encoder", image_bytes(config, compute)),
+        encoding("image", "image_encoder", image_bytes(config, compute) + in_linear("image_encoder")),
         _tiled("condition", "encoder", geometry, config, sizes["vae_encoder"], machine),
         streamed_if_needed(context, sizes["context_embedder"], machine, once=True),
         denoising,
@@ -222,15 +236,15 @@ def shrink(
     """
     stage = plan.stage(name)
     smaller = replace(machine, free_bytes=int(stage.peak_bytes * _RUNG / (1 - HEADROOM)))
-    lesser_plan = plan_within(plan.geometry, config, sizes, smaller)
-    lesser, chunk = lesser_plan.stage(name), plan.chunk_tokens
-    if name == "denoise":
-        chunk = min(chunk, lesser_plan.chunk_tokens)
-    if lesser == stage:
-        if name != "denoise" or chunk <= _MIN_CHUNK:
+    lesser_plan = plan_within(plan.geometry, config, sizes, smaller, most_tokens=plan.chunk_tokens)
+    if lesser_plan.stage(name) == stage:
+        if name != "denoise" or plan.chunk_tokens <= _MIN_CHUNK:
             return None
-        chunk = max(chunk // 2, _MIN_CHUNK)
+        half = max(plan.chunk_tokens // 2, _MIN_CHUNK)
+        lesser_plan = plan_within(plan.geometry, config, sizes, smaller, most_tokens=half)
+    lesser = lesser_plan.stage(name)
     stages = tuple(lesser if other.name == name else other for other in plan.stages)
+    chunk = lesser_plan.chunk_tokens if name == "denoise" else plan.chunk_tokens
     return replace(plan, stages=stages, chunk_tokens=chunk)
 
 
@@ -286,15 +300,18 @@ _WAYS = (
 )
 
 
-def _denoising(geometry: Geometry, config: ModelConfig, size: NetworkSize, machine: Machine) -> tuple[StagePlan, int]:
+def _denoising(
+    geometry: Geometry, config: ModelConfig, size: NetworkSize, machine: Machine, most_tokens: int
+) -> tuple[StagePlan, int]:
     """Return the loop's stage and its tokens at a time, the first of the ways that fits; the last where none does."""
     compute, transformer = machine.compute_bytes, config.transformer
-    kernels, in_linear = machine.kernels, _quantized_bytes(size, config, machine)
+    kernels = machine.kernels
     kernels = replace(kernels, int8_rows=size.integers and machine.int8_arithmetic == "w8a8")
     for way in _WAYS:
         if way.parked and machine.device == "cpu":
             continue  # all of it is in RAM
-        chunk = chunk_tokens(transformer, geometry.tokens, compute, way.chunk_bytes)
+        chunk = min(chunk_tokens(transformer, geometry.tokens, compute, way.chunk_bytes), most_tokens)
+        in_linear = _quantized_bytes(size, config, machine, rows=chunk)
         contexts = parked_bytes(config, compute, SLOTS) if way.parked else contexts_bytes(config, compute)
         looping = loop_bytes(
             geometry, config, chunk, compute, together=way.together, in_linear=in_linear, kernels=kernels
@@ -304,7 +321,7 @@ def _denoising(geometry: Geometry, config: ModelConfig, size: NetworkSize, machi
         stage = StagePlan(
             "denoise",
             size.weight_bytes(compute),
-            contexts + looping + _library_bytes(machine),
+            contexts + looping + _library_bytes(machine, contexts + looping),
             int8_arithmetic=machine.int8_arithmetic if size.packed else None,
             together=way.together,
             parked=way.parked,
@@ -323,7 +340,8 @@ def _tiled(
     """Return the VAE's stage with the tiles that cost least of those that fit; with the smallest where none fits."""
     plans: list[StagePlan] = []
     for tiling in tilings(geometry, config.vae, half):
-        held = vae_bytes(half, geometry, config.vae, tiling) + _library_bytes(machine)
+        held = vae_bytes(half, geometry, config.vae, tiling)
+        held += _library_bytes(machine, held)
         kept = kept_bytes(half, geometry, config.vae, tiling)
         on_cpu = machine.device == "cpu"
         plan = StagePlan(
@@ -375,19 +393,20 @@ def streamed_if_needed(stage: StagePlan, size: NetworkSize, machine: Machine, *,
     )
 
 
-def _library_bytes(machine: Machine) -> int:
-    return 0 if machine.device == "cpu" else LIBRARY_BYTES
+def _library_bytes(machine: Machine, held: int) -> int:
+    """What libraries take beside the `held` bytes of tensors: workspaces on a card, in RAM what a heap keeps."""
+    return min(_HEAP_BYTES, held // 2) if machine.device == "cpu" else LIBRARY_BYTES
 
 
-def _quantized_bytes(size: NetworkSize, config: ModelConfig, machine: Machine) -> int:
+def _quantized_bytes(size: NetworkSize, config: ModelConfig, machine: Machine, rows: int = W8A8_TOKENS) -> int:
     """Bytes that the largest quantized linear takes while it runs: dequantized, or its inputs and sums as integers."""
     if not size.packed:
         return 0
     if machine.int8_arithmetic == "w8a8":
         widest = max(config.transformer.ffn_dim, config.text_encoder.d_ff, config.image_encoder.intermediate_size)
-        return W8A8_TOKENS * widest * (2 * _FLOAT32_BYTES + 1)
-    rows = _DEQUANTIZING if machine.device == "cpu" else _DEQUANTIZING_ON_CARD
-    return size.unpacked * machine.compute_bytes + rows * (2 if size.nibbles else 1)
+        return min(rows, W8A8_TOKENS) * widest * (2 * _FLOAT32_BYTES + 1)
+    wide = _DEQUANTIZING if machine.device == "cpu" else _DEQUANTIZING_ON_CARD
+    return size.unpacked * machine.compute_bytes + wide * (2 if size.nibbles else 1)
 
 
 def chunk_tokens(

@@ -230,8 +230,14 @@ def rotate(x: Tensor) -> Tensor:
 
     It is its own inverse. Source: ConvRot, https://arxiv.org/abs/2512.03673.
     """
-    turned: Tensor = x.unflatten(-1, (-1, GROUP)) @ hadamard(GROUP).to(x.device, x.dtype)
+    turned: Tensor = x.unflatten(-1, (-1, GROUP)) @ _rotation(x.device, x.dtype)
     return turned.flatten(-2)
+
+
+@functools.cache
+def _rotation(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return what turns a group, kept: to bring it to a card the host waits until the card has done all before."""
+    return hadamard(GROUP).to(device, dtype)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wan_kernels.attention_int8 import KEY_BLOCK, attention_int8, attention_int8_reference
-from wan_kernels.decode_int4 import decode_int4_, decode_int4_reference
+from wan_kernels.decode_int4 import INT4_GROUP, decode_int4_, decode_int4_reference
 from wan_kernels.gate_norm_modulate import (
     gate_norm_modulate_,
     gate_norm_modulate_quantize_,
@@ -48,6 +48,7 @@ _F64 = torch.float64
 _FLOAT_LIMIT = 6e-3  # relative rms: one rounding to bfloat16 is 2e-3
 _STEP_LIMIT = 3e-3  # share of int8 numbers that may be one step off
 _CENTRED = 1024  # keys whose mean is taken off all
+_DECODED = 1024  # rows of a decoded weight that are compared, at least, where there are as many
 _TAIL = 120  # rows that a video's last chunk may have: too few for the tiles of the others
 
 Outputs = tuple[Tensor, ...]
@@ -243,6 +244,7 @@ def _rotary_cases(make: _Inputs) -> Iterator[Case]:
 
 
 def _linear_cases(make: _Inputs) -> Iterator[Case]:
+    yield _decode_case(make)  # first: of what the others are given, the last ones' inputs stay until the end
     size = make.size
     for outputs, inputs in ((size.dim, size.dim), (size.ffn_dim, size.dim)):
         a, a_scale = make.integers(1, size.tokens, inputs), make.normal(1, size.tokens).abs() / 1e3
@@ -254,21 +256,25 @@ def _linear_cases(make: _Inputs) -> Iterator[Case]:
     x, gate = make.activations(size.dim), make.normal(1, size.dim)
     yield _residual_case((a, a_scale, w, w_scale, bias), x, gate)
     yield _residual_case((a[:, :_TAIL], a_scale[:, :_TAIL], w, w_scale, bias), x[:, :_TAIL], gate, ", tail")
-    groups = size.dim // 64
-    packed = torch.randint(0, 256, (size.ffn_dim, size.dim // 2), device=make.device, dtype=torch.uint8)
-    scale, shift = make.normal(size.ffn_dim, groups).abs(), make.normal(size.ffn_dim, groups)
-    out = torch.empty((size.ffn_dim, size.dim), device=make.device, dtype=torch.int8)
+
+
+def _decode_case(make: _Inputs) -> Case:
+    """Return a weight's decoding, of which some rows are compared: all of them in float64 take 1.7 GB."""
+    rows, columns = make.size.ffn_dim, make.size.dim
+    packed = make.integers(rows, columns // 2).view(torch.uint8)
+    scale, shift = make.normal(rows, columns // INT4_GROUP).abs(), make.normal(rows, columns // INT4_GROUP)
+    out = torch.empty((rows, columns), device=make.device, dtype=torch.int8)
+    some = slice(None, None, max(1, rows // _DECODED))
 
     def decoded() -> Outputs:
         row_scale = decode_int4_(packed, scale, shift, out)
-        return out, row_scale
+        return out[some], row_scale[some]
 
-    yield Case(
-        "decode_int4_",
-        decoded,
-        lambda: quantize_rows_reference(decode_int4_reference(packed, scale, shift, _F64), False, _F64),
-        packed.nbytes + 2 * scale.nbytes + out.nbytes,
-    )
+    def truth() -> Outputs:
+        weight = decode_int4_reference(packed[some], scale[some], shift[some], _F64)
+        return quantize_rows_reference(weight, False, _F64)
+
+    return Case("decode_int4_", decoded, truth, packed.nbytes + 2 * scale.nbytes + out.nbytes)
 
 
 def _linear_case(operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype, words: str = "") -> Case:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import wan_kernels
 from tests.kernels.samples import activations, quantized_keys, relative_rms
-from wan_kernels import language
+from tests.live_bytes import live_bytes
+from wan_kernels import checks, language
 from wan_kernels.attention_int8 import attention_int8_reference
 from wan_kernels.linear_int8 import matmul_int8
 from wan_kernels.quantize_rows import quantize_rows_reference, rotate_reference
@@ -172,6 +173,14 @@ def test_a_triton_that_cannot_be_imported_counts_as_none_and_its_message_is_kept
         program += "assert (w.quantize_rows(torch.ones(2, 64), False)[0] == 127).all()\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.count(f"{error}: DLL load failed") == 2 and "pip install" not in done.stdout
+
+
+def test_what_the_probe_holds_of_the_largest_weights_fits_beside_a_desktop_on_a_small_card() -> None:
+    """All of a decoded weight in float64 would take 1.7 GB, and a probe without memory says that kernels are broken."""
+    with live_bytes() as held:
+        decoding = next(checks.cases(torch.device("cpu"), checks.PROBED, group="linear"))
+        assert decoding.name == "decode_int4_" and checks.judge(decoding).right
+    assert held.peak < 260e6, f"{held.peak / 1e6:.0f} MB"
 
 
 def test_ceilings_and_powers() -> None:
