@@ -86,19 +86,22 @@ def _absorb(  # type: ignore[no-untyped-def]
     scale = q_scale * tl.load(k_scale_ptr + start // 64)
     if TAIL:
         logits = tl.where(valid[None, :], logits, float("-inf"))
-    largest = tl.max(logits, axis=1) * scale
-    scale = scale[:, None]
+    highest = tl.max(logits, axis=1)
+    largest = highest * scale
     new_top = tl.maximum(top, largest)
     alpha = tl.exp2(top - new_top)
     if INT8_VALUES:
-        p = tl.exp2(logits * scale - largest[:, None])
+        # Multiplied and added in one rounding, the largest logit less its rounded self is not 0 where logits are huge,
+        # and a weight of 128 would be int8's -128. So weights are taken relative to the largest one.
+        unit = tl.exp2(-tl.fma(highest, scale, -largest))
+        p = tl.exp2(tl.fma(logits, scale[:, None], -largest[:, None]))
         beta = tl.exp2(largest - new_top)
-        total = total * alpha + tl.sum(p, axis=1) * beta
-        p8 = (p * 127.0 + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        total = total * alpha + tl.sum(p, axis=1) * (unit * beta)
+        p8 = (p * (unit * 127.0)[:, None] + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
         v = tl.load(v_ptrs)  # its rows are padded with zeros to whole blocks
         acc = acc * alpha[:, None] + tl.dot(p8, v).to(tl.float32) * (beta * (1.0 / 127.0))[:, None]
     else:
-        p = tl.exp2(logits * scale - new_top[:, None])
+        p = tl.exp2(logits * scale[:, None] - new_top[:, None])
         total = total * alpha + tl.sum(p, axis=1)
         if TAIL:
             v = tl.load(v_ptrs, mask=valid[:, None], other=0.0)
