@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wan_kernels.hardware import TileLaunch, tile_launch
-from wan_kernels.language import ceil_div, jit, launchable, on_device_of, tl
+from wan_kernels.language import ceil_div, check_float32, jit, launchable, on_device_of, tl
 
 KEY_BLOCK = 64  # keys that share a scale
 HEAD_DIMS = (32, 64, 128)  # what the kernel's tiles are made for
@@ -205,6 +205,9 @@ def _check(
     for name, (tensor, shape) in {"q": (q, q.shape), **wanted}.items():
         assert tuple(tensor.shape) == tuple(shape), f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}"
         assert tensor.is_contiguous(), f"{name} is not contiguous: strides {tensor.stride()}"
+    assert q.dtype == k.dtype == torch.int8, f"q is {q.dtype} and k {k.dtype}, not int8"
+    assert v.dtype in (torch.int8, torch.float16), f"v is {v.dtype}, neither int8 nor float16"
+    check_float32(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, v_mean=v_mean)
     assert head_dim in HEAD_DIMS, f"heads of {head_dim} channels; the kernel has tiles for {HEAD_DIMS}"
     assert (v_mean is not None) == (v.dtype == torch.int8), "int8 values come with their mean, fp16 values without"
 
