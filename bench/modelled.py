@@ -4,14 +4,15 @@ python -m bench.modelled [--write]        the table, and with --write into kerne
 
 One forward of the 14B transformer (one branch of guidance, 81 frames). Dense peaks are multiprocessors x boost clock x
 published rate; the shares of them below were published for such kernels (SageAttention's charts, cuBLAS) or assumed.
-`wan-local doctor` prints a line: kept in bench/results/doctor.jsonl, it adds a row from that card's measured rates.
+`wan-local doctor` prints a line: kept in bench/results/doctor.jsonl, it makes that card's row of measured rates, or one
+more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ SIZES = {"480p": Size(480, 832), "720p": Size(720, 1280)}
 GEMM_SHARE, INT8_SHARE, COPY_SHARE = 0.90, 0.75, 0.85
 EAGER_BYTES, FUSED_BYTES = 259, 48  # moved between linears, for each token and channel of a block
 GEMM_FLOPS_OF_CONTEXT = 1026  # keys of text and images that each token sees
+
+
+class LineRefused(ValueError):
+    """A line of the doctor that lacks what the model is made of; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -92,31 +97,57 @@ def table() -> str:
         "| card (modelled) | bf16, eager | fused | and int8 linears | and int8 attention |",
         "|---|---|---|---|---|",
     ]
-    for name, card in {**CARDS, **cards_of_doctors(DOCTORS)}.items():
+    rows = {name: (name, card) for name, card in CARDS.items()} | cards_of_doctors(DOCTORS)
+    for name, card in rows.values():
         both = zip(*(seconds(card, work_of(size)) for size in SIZES.values()), strict=True)
         lines.append(f"| {name} | " + " | ".join(f"{low:.1f} / {high:.0f} s" for low, high in both) + " |")
     return "\n".join(lines)
 
 
-def cards_of_doctors(file: Path) -> dict[str, CardRates]:
-    """Return cards by what `wan-local doctor` measured on them, one line a card, a later line of a card last."""
+def cards_of_doctors(file: Path) -> dict[str, tuple[str, CardRates]]:
+    """Return what each row says of its card and the rates by what `wan-local doctor` measured, one line a card.
+
+    Keys are names of `CARDS` where the card is one of them, and the device's own else; a later line of a card counts.
+    Raises LineRefused.
+    """
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return dict(map(_measured, map(json.loads, lines)))
 
 
-def _measured(line: dict[str, Any]) -> tuple[str, CardRates]:
+def _measured(line: dict[str, Any]) -> tuple[str, tuple[str, CardRates]]:
     """Return a card's name and its rates, which are reached and not peaks: the shares of peaks are taken out again."""
+    world, kernels = line["world"], line["kernels"]
+    card = _listed(world["device"])
 
     def rate(name: str) -> float:
-        return float(line["kernels"][name]["rate"].split()[0])
+        told = kernels.get(name, {"rate": "", "problem": "it is not in the line"})
+        if not told["rate"]:
+            raise LineRefused(f"{card} has no rate of {name}: {told.get('problem') or 'its numbers are wrong'}")
+        return float(told["rate"].split()[0])
 
-    linears = [rate(name) for name in line["kernels"] if name.startswith("linear_int8")]
-    card = CardRates(
-        rate("torch bfloat16 product") / GEMM_SHARE, statistics.mean(linears) / INT8_SHARE,
+    rates = CardRates(
+        rate("torch bfloat16 product") / GEMM_SHARE, _linear_rate(rate) / INT8_SHARE,
         rate("torch copy"), rate("torch attention"), rate("attention_int8, fp16 values"),
     )  # fmt: skip
-    world = line["world"]
-    return f"{world['device']}, by its measured rates (triton {world['triton']})", card
+    return card, (f"{card}, by its measured rates (triton {world['triton']})", rates)
+
+
+def _listed(device: str) -> str:
+    """Return the name of `CARDS` that is this device; a 4060 Ti or a laptop's 4060 is no 4060 and keeps its own."""
+    name = device.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("RTX ")
+    return name if name in CARDS else device
+
+
+def _linear_rate(rate: Callable[[str], float]) -> float:
+    """Return the TOPS of a block's linears together: their operations by the time that they take, tails left out."""
+    config = load_model_config("flf2v_14b").transformer
+    dim, wide = config.dim, config.ffn_dim
+    counts = {
+        f"linear_int8 {dim}x{dim}": 6 * dim * dim,  # of either attention; keys and values of the context are made once
+        f"linear_int8 {wide}x{dim}": wide * dim,
+        f"linear_int8_residual_ {dim}x{wide}": dim * wide,
+    }
+    return sum(counts.values()) / sum(count / rate(name) for name, count in counts.items())
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,12 +99,29 @@ def test_a_backend_asked_for_by_name_and_absent_is_an_error(
         choose(name, "auto", GEFORCE, 128, broken=sound)
 
 
-@pytest.mark.parametrize(("version", "runs"), [("1.0.6", False), ("2.1.0", False), ("2.1.1", True), ("2.2.0", True)])
+OLD = ("1.0.6", "2.1.0", "2.1", "2.1.0.post1", "2.1.0+cu126torch2.6.0", "2.1.0rc12")
+NEW = ("2.1.1", "2.2.0", "2.1.1+cu126torch2.6.0", "2.2.0+cu128torch2.8.0.post3", "3.0.0b1", "2.10.0")
+
+
+@pytest.mark.parametrize(
+    ("version", "runs"), [*((version, False) for version in OLD), *((version, True) for version in NEW)]
+)
 def test_an_old_sageattention_is_refused(version: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr(attention.importlib.metadata, "version", lambda _: version)
     lacking = BACKENDS["sage"].lacking(GEFORCE, 128)
     assert (lacking == "") == runs, lacking
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_a_sageattention_that_tells_no_version_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone's folder on the path can be imported, and no installed package stands behind it."""
+    (tmp_path / "sageattention").mkdir()
+    (tmp_path / "sageattention" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "tells no version" in BACKENDS["sage"].lacking(GEFORCE, 128)
+    broken = {"int8": "its probe ended with code -6"}
+    assert choose("auto", "auto", GEFORCE, 128, broken=lambda name: broken.get(name, "")).attention == "sdpa"
 
 
 def test_kernels_without_triton_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from wan_local import attention, probe
 from wan_local.attention import BACKENDS, Backend
@@ -22,6 +26,7 @@ from wan_local.probe import (
     try_apart,
     world_of,
 )
+from wan_local.settings import AttentionName
 
 CPU = torch.device("cpu")
 
@@ -66,6 +71,43 @@ def test_wrong_numbers_are_a_problem(factor: float, words: str, monkeypatch: pyt
     wrong = Backend("sdpa", lambda q, k, v: factor * sound.function(q, k, v), sound.lacking, sound.suits, "wrong")
     monkeypatch.setattr(probe, "BACKENDS", {"sdpa": wrong})
     assert words in trial("sdpa", CPU)
+
+
+def some_of(k: Tensor, v: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """Return the first keys and values, or those that are zero after all of them."""
+    return tuple(F.pad(x, (0, 0, 0, 0, 0, keys - x.shape[1])) for x in (k, v))  # type: ignore[return-value]
+
+
+def in_four_bits(k: Tensor) -> Tensor:
+    scale = k.abs().amax() / 7
+    return (k / scale).round() * scale
+
+
+WRONG: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "weights that are all the same": lambda q, k, v: (0 * q, k, v),
+    "a softmax scale of a quarter": lambda q, k, v: (q / 4, k, v),
+    "twice the softmax scale": lambda q, k, v: (q * 2, k, v),
+    "no tail of keys": lambda q, k, v: (q, *some_of(k, v, 256)),
+    "keys beyond the end": lambda q, k, v: (q, *some_of(k, v, 320)),
+    "keys of another head": lambda q, k, v: (q, k.roll(1, dims=2), v),
+    "values of another key": lambda q, k, v: (q, k, v.roll(1, dims=1)),
+    "keys of four bits": lambda q, k, v: (q, in_four_bits(k), v),
+}
+
+
+@pytest.mark.parametrize("wrong", list(WRONG))
+def test_attention_that_is_wrong_in_one_thing_is_seen(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = BACKENDS["sdpa"]
+    backend = replace(sound, function=lambda q, k, v: sound.function(*WRONG[wrong](q, k, v)))
+    monkeypatch.setattr(probe, "BACKENDS", {"sdpa": backend})
+    assert "its cosine to exact attention is" in trial("sdpa", CPU)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "int8", "int8_pv"])
+def test_sound_backends_are_far_from_the_limit(name: AttentionName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "wrong_kernels", lambda _: [])
+    monkeypatch.setattr(probe, "_COSINE", 0.9995)
+    assert trial(name, CPU) == ""
 
 
 NAN = Answer("it gave NaN or infinity", lasts=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from wan_local.attention import (
     BACKENDS,
@@ -41,8 +42,13 @@ from wan_local.settings import AttentionName, KernelsChoice, ModelConfig, Settin
 
 REMEMBERED = Path(".wan_local") / "probes.json"  # below the home folder
 _SECONDS = 240  # a first compilation of every kernel takes one to two minutes on a slow CPU
-_COSINE = 0.995  # int8 attention of random numbers has 0.9999; a wrong mask or layout is far below
-_SHAPE = (1, 301, 4, 128)  # an odd length: tails are where kernels break
+_COSINE = 0.995  # int8 attention of what `_operands` gives has 0.9998; a wrong scale, tail or layout is below 0.97
+_QUERIES, _KEYS, _HEADS, _HEAD_DIM = (
+    130,
+    301,
+    4,
+    128,
+)  # odd lengths, for tails are where kernels break; a chunk's queries
 _log = logging.getLogger(__name__)
 
 
@@ -147,11 +153,10 @@ def try_apart(name: AttentionName, device: torch.device, *, seconds: float = _SE
 
 def trial(name: AttentionName, device: torch.device) -> str:
     """Return what is wrong with a backend, found by running it here: its numbers, and for ours every kernel's."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(_SHAPE, generator=generator) for _ in range(3))
-    exact = attention_in_pieces(q, k + 2, v + 1)
+    operands = _operands()
+    exact = attention_in_pieces(*operands)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    got = BACKENDS[name].function(*(x.to(device, dtype) for x in (q, k + 2, v + 1))).float().cpu()
+    got = BACKENDS[name].function(*(x.to(device, dtype) for x in operands)).float().cpu()
     if not torch.isfinite(got).all():
         return "it gave NaN or infinity"
     cosine = float(torch.nn.functional.cosine_similarity(got.flatten(), exact.flatten(), dim=0))
@@ -159,6 +164,17 @@ def trial(name: AttentionName, device: torch.device) -> str:
         return f"its cosine to exact attention is {cosine:.4f}, below {_COSINE}"
     wrong = wrong_kernels(device) if name in OURS else []
     return f"these kernels compute wrongly: {', '.join(wrong)}" if wrong else ""
+
+
+def _operands() -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [1, 130, 4, 128], keys and values [1, 301, 4, 128] of which each query sees a few.
+
+    Attention that is nearly uniform, or values with a mean, would look right however wrong the weights are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = (_QUERIES, _KEYS, _KEYS)
+    q, k, v = (torch.randn((1, count, _HEADS, _HEAD_DIM), generator=generator) for count in rows)
+    return 3 * q, k + 2, v
 
 
 def world_of(name: AttentionName, device: torch.device) -> str:

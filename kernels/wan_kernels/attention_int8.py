@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wan_kernels.hardware import TileLaunch, tile_launch
-from wan_kernels.language import ceil_div, jit, launchable, on_device_of, tl
+from wan_kernels.language import ceil_div, check_float32, jit, launchable, on_device_of, tl
 
 KEY_BLOCK = 64  # keys that share a scale
 HEAD_DIMS = (32, 64, 128)  # what the kernel's tiles are made for
@@ -86,19 +86,22 @@ def _absorb(  # type: ignore[no-untyped-def]
     scale = q_scale * tl.load(k_scale_ptr + start // 64)
     if TAIL:
         logits = tl.where(valid[None, :], logits, float("-inf"))
-    largest = tl.max(logits, axis=1) * scale
-    scale = scale[:, None]
+    highest = tl.max(logits, axis=1)
+    largest = highest * scale
     new_top = tl.maximum(top, largest)
     alpha = tl.exp2(top - new_top)
     if INT8_VALUES:
-        p = tl.exp2(logits * scale - largest[:, None])
+        # Multiplied and added in one rounding, the largest logit less its rounded self is not 0 where logits are huge,
+        # and a weight of 128 would be int8's -128. So weights are taken relative to the largest one.
+        unit = tl.exp2(-tl.fma(highest, scale, -largest))
+        p = tl.exp2(tl.fma(logits, scale[:, None], -largest[:, None]))
         beta = tl.exp2(largest - new_top)
-        total = total * alpha + tl.sum(p, axis=1) * beta
-        p8 = (p * 127.0 + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        total = total * alpha + tl.sum(p, axis=1) * (unit * beta)
+        p8 = (p * (unit * 127.0)[:, None] + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
         v = tl.load(v_ptrs)  # its rows are padded with zeros to whole blocks
         acc = acc * alpha[:, None] + tl.dot(p8, v).to(tl.float32) * (beta * (1.0 / 127.0))[:, None]
     else:
-        p = tl.exp2(logits * scale - new_top[:, None])
+        p = tl.exp2(logits * scale[:, None] - new_top[:, None])
         total = total * alpha + tl.sum(p, axis=1)
         if TAIL:
             v = tl.load(v_ptrs, mask=valid[:, None], other=0.0)
@@ -202,6 +205,9 @@ def _check(
     for name, (tensor, shape) in {"q": (q, q.shape), **wanted}.items():
         assert tuple(tensor.shape) == tuple(shape), f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}"
         assert tensor.is_contiguous(), f"{name} is not contiguous: strides {tensor.stride()}"
+    assert q.dtype == k.dtype == torch.int8, f"q is {q.dtype} and k {k.dtype}, not int8"
+    assert v.dtype in (torch.int8, torch.float16), f"v is {v.dtype}, neither int8 nor float16"
+    check_float32(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, v_mean=v_mean)
     assert head_dim in HEAD_DIMS, f"heads of {head_dim} channels; the kernel has tiles for {HEAD_DIMS}"
     assert (v_mean is not None) == (v.dtype == torch.int8), "int8 values come with their mean, fp16 values without"
 

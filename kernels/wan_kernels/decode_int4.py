@@ -57,6 +57,7 @@ def decode_int4_triton(packed: Tensor, scale: Tensor, shift: Tensor, out: Tensor
     rows, columns = out.shape
     assert packed.shape == (rows, columns // 2), f"{tuple(packed.shape)} packed for {tuple(out.shape)}"
     assert scale.shape == shift.shape == (rows, columns // INT4_GROUP), f"scales {scale.shape}, shifts {shift.shape}"
+    assert packed.dtype == torch.uint8, f"packed weights are {packed.dtype}, not uint8"
     for tensor in (packed, scale, shift, out):
         assert tensor.is_contiguous(), f"strides {tensor.stride()}"
     launch, row_scale = row_launch(columns), _row_scale(out)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wan_kernels.hardware import split_launch
-from wan_kernels.language import in_spans, jit, launchable, on_device_of, tl
+from wan_kernels.language import check_float32, in_spans, jit, launchable, on_device_of, tl
 from wan_kernels.quantize_rows import check_rows, quantize_rows_reference, rotated, store_quantized_pieces
 from wan_kernels.row_piece import columns_of, piece_of, sum_of, there_of
 
@@ -132,6 +132,7 @@ def _launch(operands: Any, out: Tensor, out_scale: Tensor | None, *, affine: boo
     assert y is None or (y.shape == x.shape and y.is_contiguous()), f"y {y.shape} beside x {x.shape}"
     for vector in (gate, scale, shift):
         assert vector is None or (vector.shape == (batch, dim) and vector.is_contiguous()), f"vector {vector.shape}"
+    check_float32(gate=gate, scale=scale, shift=shift)
     if x.numel() == 0:
         return
     launch = split_launch(dim)

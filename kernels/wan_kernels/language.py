@@ -18,6 +18,7 @@ __all__ = [
     "TRITON_VERSION",
     "KernelUnavailable",
     "ceil_div",
+    "check_float32",
     "in_spans",
     "jit",
     "launchable",
@@ -80,6 +81,12 @@ def launchable(op: str) -> None:
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Return the context in which Triton launches on the tensor's card: it takes the current one otherwise."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def check_float32(**tensors: Tensor | None) -> None:
+    """Assert that scales and vectors, where given, are float32: a kernel would compute with fewer digits unseen."""
+    for name, tensor in tensors.items():
+        assert tensor is None or tensor.dtype == torch.float32, f"{name} is {tensor.dtype}, not float32"
 
 
 def ceil_div(value: int, divisor: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wan_kernels.hardware import TileLaunch, tile_launch
-from wan_kernels.language import ceil_div, in_spans, jit, launchable, on_device_of, tl
+from wan_kernels.language import ceil_div, check_float32, in_spans, jit, launchable, on_device_of, tl
 
 _EXACT_IN_FLOAT32 = 1024  # products of int8 whose sum stays below 2^24
 _LEAST_ROWS = 32  # cuBLAS multiplies more than 16 rows in int8
@@ -210,6 +210,8 @@ def _launch(
     assert a.shape[-1] == k and a_scale.numel() == m and w_scale.shape == (n,), f"{a.shape} rows, {w.shape} weights"
     for tensor in (a, a_scale, w, w_scale, bias, x, gate):
         assert tensor is None or tensor.is_contiguous(), f"strides {tensor.stride()} of shape {tuple(tensor.shape)}"
+    assert a.dtype == w.dtype == torch.int8, f"rows are {a.dtype} and weights {w.dtype}, not int8"
+    check_float32(a_scale=a_scale, w_scale=w_scale, gate=gate)
     if m == 0:
         return
     launch = launch or _tiles(m, n, k, a.device)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from wan_kernels.attention_int8 import KEY_BLOCK
 from wan_kernels.hardware import split_launch
-from wan_kernels.language import ceil_div, in_spans, jit, launchable, on_device_of, tl
+from wan_kernels.language import ceil_div, check_float32, in_spans, jit, launchable, on_device_of, tl
 from wan_kernels.quantize_rows import INT8_MAX, SMALLEST, check_rows, quantize_rows_reference, rounded_int8, scale_of
 from wan_kernels.row_piece import columns_of, piece_of, sum_of, there_of
 
@@ -226,6 +226,7 @@ def rms_rope_quantize_keys_triton(
     heads, (batch, tokens, dim) = centre.shape[1], x.shape
     _check(x, weight, cos, sin, heads)
     assert centre.shape == (batch, heads, dim // heads) and centre.is_contiguous(), f"centre {tuple(centre.shape)}"
+    check_float32(centre=centre)
     q, scale = _empty_keys(x, heads)
     inverse_rms, launch = x.new_empty((batch, tokens), dtype=torch.float32), split_launch(dim)
     _inverse_rms_kernel[(batch * tokens,)](
@@ -242,11 +243,12 @@ def _check(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, he
     check_rows(x, rotate=False)
     (_, tokens, dim), head_dim = x.shape, x.shape[-1] // heads
     assert heads * head_dim == dim and head_dim & (head_dim - 1) == 0, f"{dim} channels in {heads} heads"
-    assert weight.shape == (dim,) and weight.dtype == torch.float32, f"weight {tuple(weight.shape)} {weight.dtype}"
+    assert weight.shape == (dim,), f"weight {tuple(weight.shape)}"
     assert (cos is None) == (sin is None), "cos and sin come together"
     for table in (cos, sin):
         assert table is None or table.shape == (tokens, head_dim // 2), f"rotary table {tuple(table.shape)}"
-        assert table is None or (table.is_contiguous() and table.dtype == torch.float32), "rotary tables are float32"
+        assert table is None or table.is_contiguous(), f"rotary table of strides {table.stride()}"
+    check_float32(weight=weight, cos=cos, sin=sin)
 
 
 def _empty(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from tests.kernels.samples import OUTLIER, mismatches, poisoned, quantized_keys, relative_rms
 from wan_kernels.attention_int8 import attention_int8_reference, attention_int8_triton
@@ -67,6 +71,51 @@ def test_values_beyond_half_precision_come_through(mode: str) -> None:
     assert relative_rms(got, exact) < 0.015
 
 
+@pytest.fixture
+def products_that_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter add to a product as a card does: rounded once, and a * b - c is computed so, too."""
+    multiply, subtract = InterpreterBuilder.create_fmul, InterpreterBuilder.create_fsub
+
+    def exact(a: Any, b: Any) -> Any:
+        return a.data.astype(np.float64) * b.data
+
+    def multiplied(builder: Any, a: Any, b: Any) -> Any:
+        product = multiply(builder, a, b)
+        product.attr["exact"] = exact(a, b)
+        return product
+
+    def subtracted(builder: Any, a: Any, b: Any) -> Any:
+        difference = subtract(builder, a, b)
+        if "exact" in a.attr:
+            difference.data = (a.attr["exact"] - b.data).astype(difference.data.dtype)
+        return difference
+
+    def added(_: Any, a: Any, b: Any, c: Any) -> Any:
+        return TensorHandle((exact(a, b) + c.data).astype(c.data.dtype), c.dtype.scalar)
+
+    for name, computed in (("create_fmul", multiplied), ("create_fsub", subtracted), ("create_fma", added)):
+        monkeypatch.setattr(InterpreterBuilder, name, computed)
+
+
+@pytest.mark.usefixtures("products_that_are_not_rounded")
+@pytest.mark.parametrize("factor", [300, 3000])
+@pytest.mark.parametrize("mode", ["fp16", "int8"])
+def test_huge_logits_do_not_turn_the_sign_of_the_largest_weight(mode: str, factor: float) -> None:
+    """Where logits are 1e6, the largest less its own rounded self is not zero; a weight of 128 would be int8's -128."""
+    q, k, v = inputs((1, 1, 70, 300, 64))
+    got, formula, _ = run(q * factor, k * factor, v, mode)
+    assert relative_rms(got, formula) < 0.02
+
+
+@pytest.mark.parametrize("mode", ["fp16", "int8"])
+def test_a_key_that_is_not_finite_shows_in_every_query(mode: str) -> None:
+    q, k, v = inputs((1, 1, 40, 90, 32))
+    q += 0.1  # a zero query and an infinite key
+    k[0, 0, 70, 3] = float("inf")
+    got, _, _ = run(q, k, v, mode)
+    assert (~torch.isfinite(got)).all()
+
+
 def test_keys_that_are_all_zero_give_the_mean_of_the_values() -> None:
     q, k, v = inputs((1, 1, 40, 90, 32))
     got, _, _ = run(q, k * 0, v, "fp16")
@@ -102,6 +151,25 @@ def test_quantized_values_are_transposed_and_padded_with_zeros(keys: int) -> Non
     assert share < 1e-3 and largest <= 1
     assert torch.allclose(scale, expected_scale) and torch.allclose(mean, expected_mean, atol=1e-6)
     assert not got[..., keys:].any()
+
+
+def test_channels_of_values_that_are_zero_constant_or_extreme_come_back() -> None:
+    v = torch.randn(1, 200, 2, 32)
+    v[..., 3], v[..., 4] = 0, 5
+    v[..., 5] *= 1e30
+    v[..., 6] *= 1e-30
+    q, scale, mean = quantize_values_triton(poisoned(v))
+    back = q[..., :200].double() * scale.double().unsqueeze(-1) + mean.double().unsqueeze(-1)
+    exact = v.permute(0, 2, 3, 1).double()
+    assert not back[:, :, 3].any() and relative_rms(back[:, :, 4], exact[:, :, 4]) < 1e-6
+    assert relative_rms(back[:, :, 5], exact[:, :, 5]) < 0.01 and back[:, :, 6].abs().max() < 1e-13
+    half = poisoned(v.bfloat16())
+    exact = half.double()
+    scale = scale_values_triton(half)
+    back = half.view(torch.float16).double() * scale.double().unsqueeze(1)
+    assert not back[..., 3].any()
+    for channel in (4, 5):
+        assert relative_rms(back[..., channel], exact[..., channel]) < 1e-4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

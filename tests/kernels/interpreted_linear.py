@@ -16,8 +16,9 @@ from wan_kernels.linear_int8 import (
 )
 from wan_kernels.quantize_rows import quantize_rows_reference
 
-# (rows, outputs, inputs): one row, inputs that are no whole steps, tiles that are not full, both shape classes
-SHAPES = [(1, 64, 64), (63, 96, 100), (130, 257, 384), (200, 136, 1000)]
+# (rows, outputs, inputs): one row, inputs that are no whole steps, tiles that are not full, both shape classes, and of
+# either class more rows of tiles than are taken together, the last of them fewer
+SHAPES = [(1, 64, 64), (63, 96, 100), (130, 257, 384), (200, 136, 1000), (1100, 96, 64), (1300, 300, 128)]
 
 
 def operands(rows: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -49,6 +50,26 @@ def test_a_zero_row_gives_the_bias_exactly() -> None:
     a, a_scale, w, w_scale, bias = operands(63, 96, 128)
     got = linear_int8_triton(a, a_scale, w, w_scale, bias, False, torch.float32)
     assert torch.equal(got[0, 31], bias)
+
+
+def test_without_a_bias_nothing_is_added() -> None:
+    a, a_scale, w, w_scale, _ = operands(63, 96, 128)
+    got = linear_int8_triton(a, a_scale, w, w_scale, None, False, torch.float32)
+    exact = a.double() @ w.double().t() * a_scale.double().unsqueeze(-1) * w_scale.double()
+    assert relative_rms(got, exact) < 1e-6 and not got[0, 31].any()
+    x = torch.randn(1, 63, 96)
+    expected = x + exact
+    linear_int8_residual_triton(a, a_scale, w, w_scale, None, x, None)
+    assert relative_rms(x, expected) < 1e-6
+
+
+def test_a_residual_of_half_precision_is_rounded_once() -> None:
+    a, a_scale, w, w_scale, bias = operands(130, 160, 128)
+    x, gate = poisoned(torch.randn(1, 130, 160).half()), torch.randn(1, 160)
+    expected = linear_int8_residual_reference(a, a_scale, w, w_scale, bias, x, gate, torch.float64)
+    linear_int8_residual_triton(a, a_scale, w, w_scale, bias, x, gate)
+    error = (x.double() - expected).abs()
+    assert (error <= 2**-11 * 1.001 * expected.abs() + 2**-25).all()
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -90,3 +111,18 @@ def test_int4_is_decoded_exactly(inputs: int) -> None:
     want, want_scale = quantize_rows_reference(expected, rotate=False, dtype=torch.float64)
     share, largest = mismatches(eights, want)
     assert share < 1e-3 and largest <= 1 and torch.allclose(row_scale, want_scale)
+
+
+def test_int4_of_bfloat16_scales_and_of_rows_that_are_zero_or_huge_is_decoded() -> None:
+    packed = torch.randint(0, 256, (5, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    scale, shift = torch.rand(5, 5).bfloat16(), (torch.rand(5, 5) * 8).bfloat16()
+    scale[1, 2], shift[1, 2] = 0, 0  # a group
+    scale[2], shift[2] = 0, 0  # and a row
+    scale[3] *= 1e30
+    eights = torch.empty(5, 320, dtype=torch.int8)
+    row_scale = decode_int4_triton(poisoned(packed), poisoned(scale), poisoned(shift), eights)
+    exact = decode_int4_reference(packed, scale, shift, torch.float64)
+    want, want_scale = quantize_rows_reference(exact, rotate=False, dtype=torch.float64)
+    share, largest = mismatches(eights, want)
+    assert share < 1e-3 and largest <= 1 and torch.allclose(row_scale.double(), want_scale.double())
+    assert not eights[1, 128:192].any() and not eights[2].any() and torch.isfinite(row_scale).all()

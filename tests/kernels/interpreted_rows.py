@@ -86,9 +86,9 @@ def test_a_row_that_is_not_finite_has_a_scale_that_is_not(bad: float) -> None:
         assert not torch.isfinite(scale[[1, 3]]).any() and torch.isfinite(scale[[0, 2, 4]]).all()
 
 
-@pytest.mark.parametrize("rotate", [False, True])
-def test_gelu_is_quantized_to_the_nearest_step(rotate: bool) -> None:
-    h = activations(5, 448, huge=True)
+@pytest.mark.parametrize(("width", "rotate"), [(448, False), (448, True), (13_824, True), (257, False)])
+def test_gelu_is_quantized_to_the_nearest_step(width: int, rotate: bool) -> None:
+    h = activations(5, width, huge=True)
     expected = F.gelu(h.double(), approximate="tanh")
     q, scale = gelu_quantize_triton(poisoned(h), rotate)
     check_quantized(q, scale, turned(expected) if rotate else expected)
@@ -163,12 +163,14 @@ def test_rms_norm_and_rotary_turn_are_one(shape: tuple[int, int, int, int]) -> N
     plain = rms_rope_triton(args[0], args[1], None, None, heads, EPS, torch.float32)
     still = normed_and_turned(x, weight, torch.ones_like(cos), torch.zeros_like(sin), heads)
     assert relative_rms(plain, still) < 1e-6
+    q, scale = rms_rope_quantize_triton(args[0], args[1], None, None, heads, EPS)
+    check_quantized(q, scale, still.transpose(1, 2))
 
 
 @pytest.mark.parametrize("shape", HEADS)
 def test_keys_share_a_scale_by_64_and_lose_their_centre(shape: tuple[int, int, int, int]) -> None:
     batch, tokens, heads, channels = shape
-    x, weight = activations(batch, tokens, heads * channels), torch.randn(heads * channels)
+    x, weight = activations(batch, tokens, heads * channels, huge=True), torch.randn(heads * channels)
     cos, sin = rotary(tokens, channels)
     exact = normed_and_turned(x, weight, cos, sin, heads)
     centre = exact.mean(1).float().contiguous()

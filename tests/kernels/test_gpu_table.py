@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_table, modelled
+from bench import gpu_table
 
 WORLD = {"device": "NVIDIA H200", "capability": "sm_90", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0",
          "commit": "abc1234"}  # fmt: skip
@@ -74,24 +73,3 @@ def test_the_readme_has_the_tables_of_the_rows_that_are_kept() -> None:
     files = [file for file in sorted(gpu_table.RESULTS.glob("gpu*.jsonl")) if "on_cpu" not in file.name]
     told = gpu_table.README.read_text(encoding="utf-8")
     assert f"{gpu_table.BEGIN}\n{gpu_table.text(gpu_table.read_rows(files))}\n{gpu_table.END}" in told
-
-
-def test_a_pasted_line_of_the_doctor_becomes_a_row_by_that_cards_rates(tmp_path: Path) -> None:
-    rates = {
-        "torch copy": "900 GB/s", "torch bfloat16 product": "150.0 TOPS", "torch attention": "160.0 TOPS",
-        "linear_int8 5120x5120": "500.0 TOPS", "linear_int8_residual_ 5120x13824": "400.0 TOPS",
-        "attention_int8, fp16 values": "300.0 TOPS",
-    }  # fmt: skip
-    line = {"world": {"device": "RTX 4090", "triton": "3.7.1"}, "kernels": {k: {"rate": v} for k, v in rates.items()}}
-    file = tmp_path / "doctor.jsonl"
-    file.write_text(json.dumps(line) + "\n")
-    [(name, card)] = modelled.cards_of_doctors(file).items()
-    assert name == "RTX 4090, by its measured rates (triton 3.7.1)"
-    work = modelled.work_of(modelled.SIZES["480p"])
-    eager, _, _, int8 = modelled.seconds(card, work)
-    assert (
-        abs(eager - (work.linear / 150e12 + (work.attention + work.cross) / 160e12 + work.elements * 259 / 765e9))
-        < 1e-6
-    )
-    assert int8 < eager / 2
-    assert modelled.cards_of_doctors(tmp_path / "none.jsonl") == {}

@@ -16,9 +16,12 @@ import wan_kernels
 from tests.kernels.samples import activations, quantized_keys, relative_rms
 from tests.live_bytes import live_bytes
 from wan_kernels import checks, language
-from wan_kernels.attention_int8 import attention_int8_reference
-from wan_kernels.linear_int8 import matmul_int8
+from wan_kernels.attention_int8 import attention_int8_reference, attention_int8_triton
+from wan_kernels.decode_int4 import decode_int4_triton
+from wan_kernels.gate_norm_modulate import gate_norm_modulate_quantize_triton, gate_norm_modulate_triton
+from wan_kernels.linear_int8 import linear_int8_residual_triton, linear_int8_triton, matmul_int8
 from wan_kernels.quantize_rows import quantize_rows_reference, rotate_reference
+from wan_kernels.rms_rope import rms_rope_quantize_keys_triton, rms_rope_quantize_triton, rms_rope_triton
 from wan_kernels.values import quantize_values_reference, scale_values_reference
 
 DIM, HEADS, TOKENS = 128, 2, 70
@@ -95,6 +98,32 @@ def test_op_compiles_into_one_graph(name: str) -> None:
 def test_every_public_op_has_a_case() -> None:
     ops = {name for name in wan_kernels.__all__ if isinstance(getattr(wan_kernels, name), torch.library.CustomOpDef)}
     assert ops == {name.split()[0] for name in cases()}
+
+
+# where each launcher takes what must be float32 (or of the integers that its kernel multiplies), by the cases above
+TYPED: dict[str, tuple[Op, tuple[int, ...]]] = {
+    "attention_int8 fp16": (attention_int8_triton, (0, 1, 2, 3, 4, 5)),
+    "attention_int8 int8": (attention_int8_triton, (0, 1, 2, 3, 5, 6)),  # of v of another type the shape is told
+    "linear_int8": (linear_int8_triton, (0, 1, 2, 3)),
+    "linear_int8_residual_": (linear_int8_residual_triton, (0, 1, 2, 3, 6)),
+    "gate_norm_modulate_": (gate_norm_modulate_triton, (2, 3, 4)),
+    "gate_norm_modulate_quantize_": (gate_norm_modulate_quantize_triton, (2, 3, 4)),
+    "rms_rope": (rms_rope_triton, (1, 2, 3)),
+    "rms_rope_quantize": (rms_rope_quantize_triton, (1, 2, 3)),
+    "rms_rope_quantize_keys": (rms_rope_quantize_keys_triton, (1, 2, 3, 4)),
+    "decode_int4_": (decode_int4_triton, (0,)),
+}
+
+
+@pytest.mark.skipif(not language.HAS_TRITON, reason="Triton has no build for this system")
+@pytest.mark.parametrize(("name", "place"), [(name, place) for name, (_, places) in TYPED.items() for place in places])
+def test_a_launcher_refuses_what_is_not_of_its_kernels_type(name: str, place: int) -> None:
+    args = list(cases()[name][1])
+    if args[place] is None:
+        args[place] = torch.randn(1, 96)  # the gate of the residual
+    args[place] = args[place].bfloat16()
+    with pytest.raises(AssertionError, match="bfloat16"):
+        TYPED[name][0](*args)
 
 
 @pytest.mark.parametrize("inputs", [64, 1024, 1025, 5120])
