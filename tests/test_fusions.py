@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from wan_local.attention import KernelChoice
 from wan_local.checkpoint import find_model
-from wan_local.layers import Linear
-from wan_local.models.transformer import ContextEmbedder, ContextKV, Modulation, Transformer
+from wan_local.layers import Linear, Rotary
+from wan_local.models.fused_block import advance
+from wan_local.models.transformer import (
+    ContextEmbedder,
+    ContextKV,
+    Modulation,
+    Transformer,
+    TransformerBlock,
+    stays_float32,
+)
 from wan_local.quantize import quantize_weight
-from wan_local.settings import load_settings
+from wan_local.settings import load_model_config, load_settings
 from wan_local.stage import load_network
 
 CPU = torch.device("cpu")
@@ -149,7 +161,6 @@ def test_the_fused_block_compiles_into_one_graph(model: Model) -> None:
     block = model.network.blocks[0] if isinstance(model.network.blocks, torch.nn.ModuleList) else None
     block = block or next(iter(model.network.blocks))
     from wan_local.layers import rotary_embedding
-    from wan_local.models.fused_block import advance
 
     rotary = rotary_embedding((2, 5, 7), 32, CPU)
     hidden = torch.randn(1, 70, model.network.config.dim)
@@ -161,3 +172,66 @@ def test_the_fused_block_compiles_into_one_graph(model: Model) -> None:
     compiled = torch.compile(advance, fullgraph=True, backend="aot_eager")
     compiled(block, graph, *operands, chunk_tokens=70, choice=choice)
     assert error(graph, eager) < 0.01
+
+
+class Float32Made(TorchDispatchMode):
+    """Keeps the shapes of float32 storages, as large as 64 rows of 5,120 or larger, that are made inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            large = isinstance(leaf, Tensor) and leaf.untyped_storage().nbytes() >= 64 * 5120 * 4
+            if large and leaf.dtype == torch.float32 and storage_of(leaf) not in given:
+                self.shapes.add(tuple(leaf.shape))
+        return result
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def block_of_14b(weight_format: str) -> TransformerBlock:
+    """Return a block of the 14B model on meta, in bfloat16 where it may be, its linears quantized."""
+    with torch.device("meta"):
+        block = TransformerBlock(load_model_config("flf2v_14b").transformer)
+        for name, parameter in block.named_parameters():
+            if not stays_float32(name):
+                parameter.data = parameter.data.bfloat16()
+        for linear in (part for part in block.modules() if isinstance(part, Linear)):
+            rows, columns = linear.shape
+            held = {"weight": torch.empty(rows, columns, dtype=torch.int8), "weight_scale": torch.empty(rows)}
+            if weight_format == "int4":
+                group = torch.empty(rows, columns // 64, dtype=torch.bfloat16)
+                packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+                held = {"weight": packed, "weight_scale": group, "weight_shift": group}
+            linear.hold(held, rotated=True, arithmetic="w8a8")
+    return block
+
+
+@pytest.mark.parametrize(
+    ("attention", "weight_format"), [("int8", "int8"), ("int8_pv", "int8"), ("sdpa", "int8"), ("int8_pv", "int4")]
+)
+@torch.no_grad()
+def test_the_int8_block_makes_no_float32_of_tokens_by_channels_at_720p(
+    attention: str, weight_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales of 8,128 queries of 40 heads are the most there is. The plain block shows that more would be seen."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: torch.empty_like(q))
+    block, chunk, tokens = block_of_14b(weight_format), 8128, 75_600
+    with torch.device("meta"):
+        hidden, projection = torch.empty(1, tokens, 5120, dtype=torch.bfloat16), torch.empty(1, 6, 5120)
+        rotary = Rotary(torch.empty(tokens, 64), torch.empty(tokens, 64))
+        text, images = (torch.empty(1, rows, 40, 128, dtype=torch.bfloat16) for rows in (512, 514))
+        operands = (hidden, projection, ContextKV(text, text, images, images, text_bias=None), rotary)
+    choice = KernelChoice(attention, True)  # type: ignore[arg-type]
+    with Float32Made() as fused:
+        advance(block, *operands, chunk_tokens=chunk, choice=choice)
+    with Float32Made() as plain:
+        block(*operands, chunk)
+    assert fused.shapes == set()
+    assert (1, chunk, 5120) in plain.shapes

@@ -30,6 +30,7 @@ _OPTIONS = ("num_warps", "num_stages")
 # What a multiprocessor holds at once, by CUDA's table of compute capabilities: warps, programs, KiB of shared memory
 _HELD = {86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 120: (48, 24, 100)}
 _REGISTERS, _REGISTERS_AT_ONCE = 65_536, 8  # of a multiprocessor; given to a thread
+_EDGE = 512  # of the largest tile; the widths of heads are less, those of rows are more
 _SHARED_OF_EACH = 1024  # bytes of shared memory that every program takes besides its own
 
 
@@ -58,13 +59,13 @@ def recorded(module: Any, kernel: str) -> Iterator[Recorder]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came out: bytes of shared memory, warps, registers of a thread, and the code as PTX and SASS."""
+    """What came out: bytes of shared memory, warps, registers of a thread, and the code as Triton's IR and SASS."""
 
     arch: int
     shared: int
     num_warps: int
     registers: int
-    ptx: str
+    ttir: str
     sass: str
 
     @property
@@ -91,6 +92,15 @@ class Compiled:
         jumps = [(at, int(m[1], 16)) for at, text in code if (m := re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text))]
         loops = [[text for at, text in code if target <= at <= jump] for jump, target in jumps if target < jump]
         return "\n".join(max(loops, key=lambda loop: sum(map(_is_mma, loop)), default=[]))
+
+    @property
+    def narrow_products(self) -> list[str]:
+        """Products of 32 bits, as in Triton's IR, of two sizes: no factor is a constant as small as a tile's edge."""
+        small = {
+            m[1] for m in re.finditer(r"(%\S+) = arith\.constant (?:dense<)?(\d+)\b", self.ttir) if int(m[2]) <= _EDGE
+        }
+        products = re.finditer(r"arith\.muli (%[\w#]+), (%[\w#]+) (?:overflow\S* )?: \S*i32\b.*", self.ttir)
+        return [m[0] for m in products if m[1] not in small and m[2] not in small]
 
     def count(self, pattern: str, where: str | None = None) -> int:
         return len(re.findall(rf"\b{pattern}", self.sass if where is None else where))
@@ -120,7 +130,7 @@ def compile_launch(recorder: Recorder, arch: int, launch: int = -1) -> Compiled:
     registers = re.search(r"REG:(\d+)", _dumped(done.asm["cubin"], "-res-usage"))
     assert registers, "cuobjdump does not tell the registers"
     sass = _dumped(done.asm["cubin"], "-sass")
-    return Compiled(arch, done.metadata.shared, done.metadata.num_warps, int(registers[1]), done.asm["ptx"], sass)
+    return Compiled(arch, done.metadata.shared, done.metadata.num_warps, int(registers[1]), done.asm["ttir"], sass)
 
 
 def _dumped(cubin: bytes, what: str) -> str:
