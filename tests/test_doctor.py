@@ -39,6 +39,23 @@ def test_the_table_is_shown_where_kernels_asked_for_by_name_are_refused(monkeypa
     assert reports["int8"].reason == "it gave NaN" and reports["sdpa"].chosen
 
 
+@pytest.mark.parametrize(
+    ("capability", "version", "told"),
+    [((12, 0), "3.6.0", True), ((12, 1), "3.6.0+git1234", True), ((12, 0), "3.7.1", False), ((12, 0), "3.10.0", False),
+     ((8, 9), "3.6.0", False), ((12, 0), None, False)],
+)  # fmt: skip
+def test_a_triton_that_compiles_worse_for_blackwell_is_named(
+    capability: tuple[int, int], version: str | None, told: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(doctor, "card_of", lambda _: Card("cuda", capability, "a card"))
+    monkeypatch.setattr(doctor, "TRITON_VERSION", version)
+    monkeypatch.setattr(doctor, "backend_reports", lambda *_: [])
+    monkeypatch.setattr(doctor, "kernel_reports", lambda _: iter([]))
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert (f"Triton: {version} makes int8 linears" in capsys.readouterr().out) == told
+
+
 def test_every_kernel_is_checked() -> None:
     names = {report.name.split()[0].rstrip(",") for report in kernel_reports(CPU)}
     ops = {name for name in wan_kernels.__all__ if isinstance(getattr(wan_kernels, name), torch.library.CustomOpDef)}

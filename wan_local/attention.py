@@ -321,14 +321,14 @@ def _sage_lacking(card: Card, head_dim: int) -> str:
         version = importlib.metadata.version("sageattention")
     except importlib.metadata.PackageNotFoundError:  # a folder on the path, as of a clone
         return "SageAttention tells no version (it is a folder on the path; install it)"
-    if _numbers(version) < _SAGE_NEEDED:
+    if numbers_of(version) < _SAGE_NEEDED:
         return f"SageAttention {version} reads keys beyond the end; {'.'.join(map(str, _SAGE_NEEDED))} does not"
     if head_dim not in _SAGE_HEAD_DIMS:
         return f"heads of {head_dim} channels are none of {_SAGE_HEAD_DIMS}"
     return "" if card.kind == "cuda" else "SageAttention needs a card"
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers_of(version: str) -> tuple[int, ...]:
     """Return the first three numbers of a version: (2, 1, 0) of "2.1.0.post1" and of "2.1.0+cu126torch2.6.0"."""
     leading = (re.match(r"\d*", part) for part in version.partition("+")[0].split(".")[:3])
     return tuple(int(match[0] or 0) for match in leading if match)

@@ -21,7 +21,7 @@ from wan_kernels import HAS_TRITON, TRITON_LACKING, TRITON_VERSION, checks, tuni
 from wan_kernels.hardware import save_tuned, tuned_problem
 from wan_kernels.language import KERNEL_ERRORS
 from wan_local import __version__
-from wan_local.attention import BACKENDS, card_of, choose, sdpa
+from wan_local.attention import BACKENDS, card_of, choose, numbers_of, sdpa
 from wan_local.device import driver_version, free_bytes
 from wan_local.errors import NotAvailable
 from wan_local.probe import problem_of, sources_hash
@@ -33,6 +33,7 @@ _RUN_SECONDS = 0.005  # of work that is shorter than a launch takes, several exe
 _MOST_IN_A_RUN = 50
 _COPY_BYTES = 2**29
 _BYTES_A_TOKEN = 160_000  # that the largest case holds while its inputs are made
+_BLACKWELL, _TRITON_FOR_BLACKWELL = 12, (3, 7)
 _PRODUCT = (8192, 5120, 5120)  # rows, outputs, inputs of the products that are the ceilings
 _COPY, _INT8_PRODUCT = "torch copy", "torch int8 product"
 _BF16_PRODUCT, _ATTENTION = "torch bfloat16 product", "torch attention"
@@ -196,6 +197,14 @@ def remember_launches(tried: Sequence[tuning.Tried], device: torch.device) -> Pa
 def launches_problem() -> str:
     """Return why the launches that were tuned here are not used, or nothing."""
     return tuned_problem()
+
+
+def triton_problem(device: torch.device) -> str:
+    """Return what this Triton compiles worse for this card than a later one does, or nothing."""
+    late_enough = TRITON_VERSION is None or numbers_of(TRITON_VERSION) >= _TRITON_FOR_BLACKWELL
+    if late_enough or card_of(device).capability[0] != _BLACKWELL:
+        return ""
+    return f"{TRITON_VERSION} makes int8 linears of half as many instructions again for this card as 3.7 does"
 
 
 def world(device: torch.device) -> dict[str, Any]:

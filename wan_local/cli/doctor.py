@@ -26,7 +26,14 @@ def add(commands: Commands) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from wan_local import expander, safety
     from wan_local.device import resolve_device
-    from wan_local.doctor import backend_reports, kernel_reports, launches_problem, line_to_paste, world
+    from wan_local.doctor import (
+        backend_reports,
+        kernel_reports,
+        launches_problem,
+        line_to_paste,
+        triton_problem,
+        world,
+    )
 
     settings = settings_from(vars(options))
     device = resolve_device(settings.device)
@@ -41,6 +48,8 @@ def _doctor(options: argparse.Namespace) -> int:
     print("\nkernels" if on_card else "\nkernels: their references; on a CPU nothing is timed")
     if problem := launches_problem():
         print(f"   tuned launches: {problem}")
+    if problem := triton_problem(device):
+        print(f"   Triton: {problem}")
     reports = []
     for report in kernel_reports(device):
         reports.append(report)
