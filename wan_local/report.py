@@ -54,7 +54,8 @@ class Report:
         if peak is not None and self._before is not None:
             self.peak_bytes[name] = peak
             # a process holds libraries and earlier stages' pages too; a card's allocator holds what was planned alone
-            self.stage_bytes[name] = peak - self._before if self._measured.type == "cpu" else peak
+            # (Linux counts those by the thread and late: a stage that takes next to nothing may seem to give some back)
+            self.stage_bytes[name] = max(peak - self._before, 0) if self._measured.type == "cpu" else peak
 
     def attempt(
         self, plan: StagePlan, device: torch.device, *, chunk_tokens: int | None = None, again: bool = False
