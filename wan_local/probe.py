@@ -43,12 +43,7 @@ from wan_local.settings import AttentionName, KernelsChoice, ModelConfig, Settin
 REMEMBERED = Path(".wan_local") / "probes.json"  # below the home folder
 _SECONDS = 240  # a first compilation of every kernel takes one to two minutes on a slow CPU
 _COSINE = 0.995  # int8 attention of what `_operands` gives has 0.9998; a wrong scale, tail or layout is below 0.97
-_QUERIES, _KEYS, _HEADS, _HEAD_DIM = (
-    130,
-    301,
-    4,
-    128,
-)  # odd lengths, for tails are where kernels break; a chunk's queries
+_QUERIES, _KEYS, _HEADS, _HEAD_DIM = 130, 301, 4, 128  # odd lengths, for tails are where kernels break
 _log = logging.getLogger(__name__)
 
 
