@@ -184,3 +184,13 @@ def test_keys_share_a_scale_by_64_and_lose_their_centre(shape: tuple[int, int, i
         assert torch.allclose(scale[..., block].double(), want, rtol=1e-4)
         share, largest = mismatches(q[:, :, span], (left[:, :, span] / want[..., None, None]).round())
         assert share < 2e-3 and largest <= 1
+
+
+def test_keys_far_from_zero_and_near_their_centre_keep_their_steps_in_the_last_block() -> None:
+    """What is beyond the last key is zero, and less the centre it would be larger than all that is there."""
+    x, weight, centre = 5 + torch.randn(1, 67, 64) / 10, torch.ones(64), torch.ones(1, 2, 32)
+    cos, sin = torch.ones(67, 16), torch.zeros(67, 16)
+    left = normed_and_turned(x, weight, cos, sin, 2).transpose(1, 2) - 1
+    _, scale = rms_rope_quantize_keys_triton(*map(poisoned, (x, weight, cos, sin, centre)), EPS)
+    assert left.abs().max() < 0.1
+    assert torch.allclose(scale[..., 1].double(), left[:, :, 64:].abs().amax(dim=(2, 3)) / 127, rtol=1e-4)
