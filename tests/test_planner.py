@@ -204,6 +204,8 @@ RUNGS: list[tuple[Geometry, WeightFormat, Int8Arithmetic, float, AttentionName |
     (LARGE, "int8", "w8a8", 40, "int8_pv"),
     (SMALL, "bf16", "weight-only", 3.2, "sdpa"),
     (LARGE, "int8", "weight-only", 3.8, "int8"),
+    (LARGE, "int4", "w8a8", 3.0, "int8"),
+    (SMALL, "int4", "w8a8", 2.0, "int8"),
 ]
 
 

@@ -17,8 +17,9 @@ import torch
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
 import triton
+import triton.language as tl
 
-from tests.kernels.ahead_of_time import Compiled, compile_launch, recorded
+from tests.kernels.ahead_of_time import Compiled, Recorder, compile_launch, recorded
 from wan_kernels.hardware import ARCHITECTURES, CANDIDATES, SHARED_MEMORY_LIMIT, TileLaunch, table_launch
 
 # by name: an op stands before its module of the same name in the package
@@ -211,6 +212,23 @@ def check_hot_loop(code: Compiled, arch: int, case: str) -> None:
         assert code.count("PRMT", loop) == 0, "bytes are repacked in the hot loop"
         instructions = sum(line.endswith(";") for line in loop.splitlines())
         assert instructions <= 2.0 * integer, f"{instructions} instructions for {integer} products"
+
+
+@triton.jit
+def _rows_are_set(x_ptr, D, WIDTH: tl.constexpr, NARROW: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * 2 + tl.arange(0, 2)
+    if not NARROW:
+        row = row.to(tl.int64)
+    tl.store(x_ptr + row * (D if WIDTH is None else WIDTH), 0.0)
+
+
+@pytest.mark.parametrize("width", [None, DIM])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_place_in_memory_of_32_bits_is_seen(narrow: bool, width: int | None) -> None:
+    """By a width that is given to the kernel, and by one that is a constant of it."""
+    recorder = Recorder(_rows_are_set)
+    recorder[(TOKENS,)](meta(TOKENS, DIM, dtype=F32), DIM, WIDTH=width, NARROW=narrow)
+    assert len(compile_launch(recorder, 86).narrow_products) == (1 if narrow else 0)
 
 
 @pytest.mark.slow
