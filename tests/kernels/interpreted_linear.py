@@ -69,7 +69,7 @@ def test_a_residual_of_half_precision_is_rounded_once() -> None:
     expected = linear_int8_residual_reference(a, a_scale, w, w_scale, bias, x, gate, torch.float64)
     linear_int8_residual_triton(a, a_scale, w, w_scale, bias, x, gate)
     error = (x.double() - expected).abs()
-    assert (error <= 2**-11 * 1.001 * expected.abs() + 2**-25).all()
+    assert (error <= 2**-11 * 1.001 * expected.abs() + 2**-20).all()  # float32 sums of terms of up to 8
 
 
 @pytest.mark.parametrize("batch", [1, 2])
