@@ -170,6 +170,7 @@ def _their_step(scratch: Path, *, dtype: torch.dtype, offload: bool) -> Iterator
 
 
 def _vae_bytes(half: Any, geometry: Geometry, tiling: Tiling) -> int:
+    """Return what weights and tensors are planned for, without what the C library keeps of freed memory."""
     weights = network_sizes(CONFIG)[f"vae_{half}"].weight_bytes(4)
     return weights + vae_bytes(half, geometry, VAE, tiling) + kept_bytes(half, geometry, VAE, tiling)
 

@@ -249,7 +249,7 @@ def test_plan_says_how_many_tokens_go_at_a_time_and_why_a_stage_is_cut(capsys: p
     assert f", {plan['chunk_tokens']} tokens at a time" in rows["denoise"] and "at a time" not in rows["text"]
     for stage in plan["stages"]:
         cut = stage["source"] is not None or stage["tiling"] != {"rows": 1, "columns": 1}
-        why = f", whole it would take {(stage['whole_bytes'] or 0) / 2**30:.1f} GiB of 5.4 GiB usable"
+        why = f", whole it would take {(stage['whole_bytes'] or 0) / 2**30:.1f} GiB and 5.4 are usable"
         assert (why in rows[stage["name"]]) is cut is (stage["whole_bytes"] is not None)
         assert not cut or stage["whole_bytes"] > plan["usable_bytes"] >= stage["peak_bytes"]
     assert {name for name, row in rows.items() if "whole it would" in row} >= {"text", "denoise", "decode"}

@@ -149,5 +149,5 @@ def _why(stage: StagePlan, plan: Plan) -> str:
     """Say why a stage streams or is tiled."""
     if stage.whole_bytes is None:
         return ""
-    usable = f" of {plan.usable_bytes / 2**30:.1f} GiB usable" if stage.device in (None, plan.device) else ""
+    usable = f" and {plan.usable_bytes / 2**30:.1f} are usable" if stage.device in (None, plan.device) else ""
     return f", whole it would take {stage.whole_bytes / 2**30:.1f} GiB{usable}"
